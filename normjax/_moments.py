@@ -1,0 +1,261 @@
+"""Moments are a monoid: measure data, merge what was measured, share it over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from math import prod
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normjax import _checks
+
+Count: TypeAlias = Array | np.ndarray | np.floating
+
+
+class Moments(NamedTuple):
+    """How many entries, their mean, and the sum of their squared deviations from it.
+
+        count = sum of 1,   mean = sum of x / count,   m2 = sum of |x - mean|^2
+
+    Moments of two pieces of data merge into the moments of both (`merge`), moments of several
+    devices into the moments of all (`synchronize`). `Moments(0, 0, 0)` is the neutral element.
+
+    Attributes:
+        count: float32 or float64, shape () where every feature has equally many entries, else
+            the shape of `mean`.
+        mean: float32, float64, complex64 or complex128; the shape of the axes that were kept.
+        m2: real, the shape of `mean`.
+    """
+
+    count: Count
+    mean: Array
+    m2: Array
+
+    def variance(self, ddof: float = 0) -> Array:
+        """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
+
+        Where no degree of freedom is left (count <= ddof) the result is m2, which is then 0, and
+        not 0/0: whoever normalizes an empty feature must not poison a gradient by it.
+        """
+        return self.m2 / jnp.maximum(self.count - ddof, 1)
+
+
+def measure(x: ArrayLike, axis: int | Sequence[int], mask: ArrayLike | None = None) -> Moments:
+    """Measures the moments of `x` over the axes `axis`.
+
+        mean = sum(x) / count,   m2 = sum(|x - mean|^2)
+
+    Args:
+        x: floating or complex array of any rank.
+        axis: the axis or axes to reduce; the others are kept, in their order.
+        mask: boolean, True where an entry counts; broadcasts to `x` as in NumPy.
+
+    Returns:
+        `Moments` in float32 or wider, of the shape of the kept axes.
+
+    Guarantees:
+        exact variance: m2 is summed around the mean, never a difference of large numbers.
+        masked out means out: an entry whose mask is False, NaN and infinity included, reaches
+            neither the moments nor any derivative.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        no entry                             count, mean and m2 are 0
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x` is neither floating nor complex, or `mask` is not boolean.
+        ValueError: an axis is out of range or named twice, or `mask` does not broadcast.
+
+    References:
+        Chan, Golub, LeVeque (1983), Algorithms for computing the sample variance: the two-pass
+        algorithm.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> moments = normjax.measure(jnp.array([[1.0, 2.0], [3.0, 6.0]]), axis=0)
+        >>> moments.mean, moments.variance()
+        (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
+    """
+    x = _checks.inexact("normjax.measure", "x", x)
+    axes = _checks.axes("normjax.measure", "axis", axis, x.shape)
+    mask = _checks.mask("normjax.measure", mask, x.shape)
+    with jax.named_scope("normjax.measure"):
+        count = _count(x, axes, mask)
+        mean, m2 = _mean_and_m2(x, mask, count, axes)
+        mean, m2 = jnp.squeeze(mean, axes), jnp.squeeze(m2, axes)
+        if mask is not None:
+            count = jnp.squeeze(count, axes)
+            alike = np.size(count) == 1
+            count = count.reshape(()) if alike else jnp.broadcast_to(count, mean.shape)
+        return Moments(count, mean, m2)
+
+
+def merge(first: Moments, *others: Moments) -> Moments:
+    """Merges moments of pieces of data into the moments of all of it.
+
+        count = sum of counts,   mean = sum of count_i mean_i / count,
+        m2 = sum of m2_i + count_i |mean_i - mean|^2
+
+    Args:
+        first, others: moments over equal features.
+
+    Returns:
+        `Moments` of the concatenated data, its count of the shape of its mean.
+
+    Guarantees:
+        monoid: associative and commutative to rounding; moments with count 0 change nothing.
+
+    Raises:
+        ValueError: the moments are of unequal features.
+
+    References:
+        Chan, Golub, LeVeque (1983), the pairwise merge, here for any number of pieces at once.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> a = normjax.measure(jnp.array([1.0, 2.0]), axis=0)
+        >>> b = normjax.measure(jnp.array([6.0]), axis=0)
+        >>> normjax.merge(a, b).mean
+        Array(3., dtype=float32)
+    """
+    called = "normjax.merge"
+    pieces = [_checks.moments(called, *m, first.mean) for m in (first, *others)]
+    stacked = Moments(*(jnp.stack(leaves) for leaves in zip(*pieces, strict=True)))
+    pooled = _pool(stacked, partial(jnp.sum, axis=0, keepdims=True))
+    return Moments(*(jnp.squeeze(leaf, axis=0) for leaf in pooled))
+
+
+def synchronize(
+    moments: Moments,
+    axis_name: str | Sequence[str],
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Merges the moments of all devices along `axis_name` into the moments of the whole batch.
+
+    The formula is that of `merge`, its sums taken over the named axis: two small reductions, the
+    second one around the mean that the first one found.
+
+    Args:
+        moments: what this device measured.
+        axis_name: one name or several, bound by `pmap`, `shard_map` or `vmap`.
+        axis_index_groups: device groups that share among themselves only, as in `jax.lax.psum`.
+
+    Returns:
+        `Moments`, equal on all devices (of a group).
+
+    Guarantees:
+        shared exactly: equal to measuring the concatenated batch, in value and gradient, for any
+            counts, a device without a valid entry included.
+
+    Raises:
+        NameError: `axis_name` is not bound.
+        NotImplementedError: `axis_index_groups` where JAX has none (`vmap`, for example).
+
+    References:
+        Chan, Golub, LeVeque (1983), the pairwise merge, over all devices at once.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax
+        >>> def share(x):
+        ...     return normjax.synchronize(normjax.measure(x, axis=0), "batch").mean
+        >>> jax.vmap(share, axis_name="batch")(jnp.array([[1.0, 3.0], [5.0, 7.0]]))
+        Array([4., 4.], dtype=float32)
+    """
+    called = "normjax.synchronize"
+    total = partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
+    with jax.named_scope(called), _checks.collectives(called, axis_name, axis_index_groups):
+        return _pool(moments, total)
+
+
+def _pool(moments: Moments, total: Callable) -> Moments:
+    """The one merge formula; `total` says what is summed over: pieces, devices, steps."""
+    count, mean, m2 = moments
+    pooled_count = total(count)
+    # An empty whole has mean 0: its weighted sum is 0 already.
+    divisor = jnp.maximum(pooled_count, 1)
+    pooled_mean = total(_scaled(mean, count)) / divisor.astype(mean.dtype)
+    between = count * _abs_square(mean - pooled_mean)
+    return Moments(pooled_count, pooled_mean, total(m2 + between))
+
+
+def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
+    """How many entries count, rank kept where there is a mask."""
+    dtype = jnp.finfo(wide(x.dtype)).dtype
+    if mask is None:
+        # A NumPy constant: summing it over devices then costs no communication.
+        return np.asarray(prod(x.shape[a] for a in axes), dtype)[()]
+    repeats = prod(x.shape[a] for a in axes if mask.shape[a] == 1)
+    # Counted in integers, since a float32 running sum of ones stops growing at 2^24.
+    return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _mean_and_m2(
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    # Two sums, the second around the mean that the first one gave. XLA's CPU compiler makes one
+    # loop of each sum anyway, so the unstable sum of squares about zero would walk through x
+    # twice as well: exactness is free there (benchmarks/speed.py measures it).
+    x = x.astype(wide(x.dtype))
+    mean = _total(x, mask, axes) / jnp.maximum(count, 1).astype(x.dtype)
+    return mean, _total(_abs_square(x - mean), mask, axes)
+
+
+@_mean_and_m2.defjvp
+def _mean_and_m2_jvp(axes, primals, tangents):
+    # Written out because autodiff of the sums above would keep x - mean, a second array of the
+    # size of x and float32 even for a half precision x, for the backward pass.
+    x, mask, count = primals
+    mean, m2 = _mean_and_m2(x, mask, count, axes)
+    return (mean, m2), _moment_tangents(axes)(x, mask, count, mean, tangents[0])
+
+
+def _moment_tangents(axes: tuple[int, ...]) -> Callable:
+    """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
+
+    The term with d mean is missing from d m2 because the deviations sum to zero.
+    """
+
+    # Under checkpoint the backward pass keeps the arguments, x in its own dtype and vectors, and
+    # recomputes x - mean. Barriers against common subexpressions would only forbid fusion.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangents(x, mask, count, mean, dx):
+        dx = _only(dx.astype(mean.dtype), mask)
+        deviation = _only(x.astype(mean.dtype) - mean, mask)
+        divisor = jnp.maximum(count, 1).astype(mean.dtype)
+        d_mean = jnp.sum(dx, axes, keepdims=True) / divisor
+        d_m2 = 2 * jnp.sum(jnp.real(jnp.conj(deviation) * dx), axes, keepdims=True)
+        return d_mean, d_m2
+
+    return tangents
+
+
+def _total(values: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
+    return jnp.sum(_only(values, mask), axes, keepdims=True)
+
+
+def _only(values: Array, mask: Array | None) -> Array:
+    """Closes the door to masked entries by selection: 0 * NaN would still be NaN."""
+    return values if mask is None else jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def wide(*dtypes: np.dtype) -> np.dtype:
+    """Statistics are never narrower than float32; float64 and complex stay what they are."""
+    # NumPy's lattice, since JAX's own refuses to answer under strict promotion.
+    return reduce(np.promote_types, dtypes, np.dtype(np.float32))
+
+
+def _scaled(mean: Array, count: Count) -> Array:
+    return mean * jnp.asarray(count).astype(mean.dtype)
+
+
+def _abs_square(x: Array) -> Array:
+    return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)

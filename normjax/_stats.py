@@ -1,0 +1,94 @@
+"""Running statistics: what they are and how they move by one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax._moments import Moments, wide
+
+
+class BatchStats(NamedTuple):
+    """Running statistics of a batch norm, in the layout of Flax's `batch_stats` collection.
+
+    Attributes:
+        mean: running mean, float32 or wider, of the shape of the feature axes.
+        var: running variance, real, of the same shape.
+        count: how many batches each feature has taken in, real, of the same shape; None where
+            no count is needed. `momentum=None` and `debias=True` need it.
+    """
+
+    mean: Array
+    var: Array
+    count: Array | None = None
+
+    @classmethod
+    def make(
+        cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32, *, counted: bool = False
+    ) -> BatchStats:
+        """Statistics that have seen nothing yet: mean 0, variance 1, and count 0 if `counted`.
+
+        Example:
+            >>> import normjax
+            >>> normjax.BatchStats.make(2)
+            BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), count=None)
+        """
+        real = jnp.finfo(dtype).dtype
+        count = jnp.zeros(shape, real) if counted else None
+        return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
+
+
+def move(
+    stats: BatchStats,
+    moments: Moments,
+    *,
+    momentum: ArrayLike | None,
+    debias: bool,
+    ddof: float,
+) -> BatchStats:
+    """One step of the running statistics towards the moments of a batch.
+
+        new = (1 - step) old + step batch
+
+    with step = 1 - momentum; 1/k at batch k for `momentum=None`, which is the plain average over
+    all batches; (1 - momentum) / (1 - momentum^k) for `debias=True`, which is the exponential
+    average corrected for its start (Kingma, Ba 2015, arXiv:1412.6980, section 3) and stored
+    corrected, so that whoever reads the statistics needs to know nothing about it.
+
+    A feature whose batch has no degree of freedom left, or for which the step would not be
+    finite, stays as it is. No gradient flows.
+    """
+    count = None if stats.count is None else stats.count + 1
+    step = _step(count, momentum, debias)
+    mean = _blend(stats.mean, moments.mean, step)
+    var = _blend(stats.var, moments.variance(ddof), step)
+    taken = (moments.count > ddof) & jnp.isfinite(mean) & jnp.isfinite(var)
+    new = BatchStats(mean, var, count)
+    return BatchStats(*(_choose(taken, n, o) for n, o in zip(new, stats, strict=True)))
+
+
+def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> ArrayLike:
+    if momentum is None:
+        return 1 / count
+    if not debias:
+        return 1 - momentum
+    step = jnp.asarray(1 - momentum, count.dtype)
+    # 1 - momentum^k without cancellation. The first batch is taken whole: a rounding error of
+    # the ratio would leave a trace of the initial variance.
+    return jnp.where(count <= 1, 1, step / -jnp.expm1(count * jnp.log1p(-step)))
+
+
+def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
+    dtype = wide(old.dtype, batch.dtype)
+    keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
+    return keep * old.astype(dtype) + step * batch.astype(dtype)
+
+
+def _choose(taken: Array, new: Array | None, old: Array | None) -> Array | None:
+    if new is None or old is None:
+        return None
+    return lax.stop_gradient(jnp.where(taken, new, old.astype(new.dtype)))

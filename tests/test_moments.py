@@ -1,0 +1,181 @@
+"""Moments: measured, merged and shared; their derivatives in every mode."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normjax
+from normjax import Moments, measure, merge, synchronize
+from tests import reference
+
+
+def moments_of(x, axes, mask=None):
+    """count, mean, m2 by the oracle."""
+    r = reference.batch_norm(x, axes=axes, mask=mask)
+    return r.count, r.mean, r.var * r.count
+
+
+@pytest.mark.parametrize("axis", [0, -1, (0, 1), (0, 2), (-3, -2, -1)])
+def test_measure_equals_the_oracle(rng, axis):
+    x = rng.normal(3, 2, (4, 5, 6)).astype(np.float32)
+    axes = tuple(a % 3 for a in np.atleast_1d(axis))
+    got = measure(x, axis)
+    count, mean, m2 = moments_of(x, axes)
+    assert got.mean.shape == mean.shape == got.m2.shape
+    np.testing.assert_array_equal(got.count, count.ravel()[0])
+    np.testing.assert_allclose(got.mean, mean, rtol=4 * reference.EPS["float32"])
+    np.testing.assert_allclose(got.m2, m2, rtol=8 * reference.EPS["float32"])
+
+
+def test_measure_keeps_statistics_wide():
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+        got = measure(jnp.ones((3, 2), dtype), 0)
+        assert got.count.dtype == got.mean.dtype == got.m2.dtype == jnp.float32
+
+
+def test_measure_keeps_float64_and_complex128(x64):
+    assert measure(jnp.ones((3, 2), jnp.float64), 0).mean.dtype == jnp.float64
+    got = measure(jnp.ones((3, 2), jnp.complex128), 0)
+    assert got.mean.dtype == jnp.complex128 and got.m2.dtype == jnp.float64
+
+
+def test_measure_guarantee_exact_variance(rng):
+    x = rng.normal(1e6, 1, (4096, 3)).astype(np.float32)
+    _, _, m2 = moments_of(x, (0,))
+    unit = reference.EPS["float32"] * (1 + 1e6)
+    assert np.max(np.abs(measure(x, 0).m2 / m2 - 1)) < unit
+
+
+def test_measure_guarantee_masked_out_means_out(rng):
+    x = rng.normal(size=(6, 3)).astype(np.float32)
+    mask = np.array([True, False, True, True, False, True])[:, None]
+    poisoned = np.where(mask, x, np.array([np.nan, np.inf, -np.inf], np.float32))
+
+    def loss(x):
+        m = measure(x, 0, mask)
+        return jnp.sum(jnp.sin(m.mean)) + jnp.sum(m.m2)
+
+    for derivative in (jax.grad(loss), jax.jacfwd(loss)):
+        np.testing.assert_array_equal(derivative(poisoned), derivative(x))
+        assert np.all(np.asarray(derivative(x))[~mask[:, 0]] == 0)
+    # Forward mode with a NaN tangent at a masked entry, as 0 * inf upstream produces it.
+    direction = np.where(mask, 1, np.nan).astype(np.float32) * np.ones_like(x)
+    assert np.isfinite(jax.jvp(loss, (x,), (direction,))[1])
+
+
+def test_measure_guarantee_light_backward(saved_arrays):
+    x = jnp.ones((8, 5, 3), jnp.bfloat16)
+    kept = saved_arrays(lambda x: measure(x, (0, 1)).m2, x)
+    assert [k for k in kept if k.size >= x.size] == [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+
+
+def test_measure_edge_no_entry():
+    for got in (measure(jnp.ones((0, 3)), 0), measure(jnp.ones((2, 3)), 0, jnp.zeros((2, 1), bool))):
+        assert float(got.count) == 0
+        np.testing.assert_array_equal(got.mean, np.zeros(3))
+        np.testing.assert_array_equal(got.m2, np.zeros(3))
+        np.testing.assert_array_equal(got.variance(), np.zeros(3))
+
+
+def test_count_is_exact_beyond_the_integers_of_float32():
+    # A float32 sum of ones, taken one by one, would stop at 2^24.
+    mask = jnp.ones((2**12 + 1, 2**12, 1), bool)
+    got = jax.jit(lambda x, m: measure(x, (0, 1), m).count)(jnp.zeros((2**12 + 1, 2**12, 1)), mask)
+    np.testing.assert_allclose(float(got), (2**12 + 1) * 2**12, rtol=reference.EPS["float32"])
+
+
+def test_variance_biased_and_unbiased():
+    m = Moments(jnp.float32(4), jnp.zeros(2), jnp.array([8.0, 12.0]))
+    np.testing.assert_array_equal(m.variance(), [2, 3])
+    np.testing.assert_allclose(m.variance(ddof=1), [8 / 3, 4], rtol=1e-6)
+
+
+def test_complex_variance_is_real_and_counts_both_parts(rng):
+    z = (rng.normal(1, 2, (50, 3)) + 1j * rng.normal(-1, 1, (50, 3))).astype(np.complex64)
+    got = measure(z, 0)
+    np.testing.assert_allclose(got.mean, z.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(got.variance(), np.var(z, axis=0), rtol=1e-5)
+
+
+def test_merge_guarantee_monoid(rng):
+    parts = [measure(rng.normal(5, 2, (n, 4)).astype(np.float32), 0) for n in (3, 1, 8)]
+    a, b, c = parts
+    close = dict(rtol=16 * reference.EPS["float32"])
+    empty = Moments(jnp.float32(0), jnp.zeros(4), jnp.zeros(4))
+    orders = [merge(a, b, c), merge(merge(a, b), c), merge(a, merge(b, c)), merge(c, b, a, empty)]
+    for got in orders[1:]:
+        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, **close), got, orders[0])
+
+
+def test_merge_equals_measuring_the_whole(rng):
+    x = rng.normal(100, 2, (12, 4)).astype(np.float32)
+    mask = rng.random((12, 4)) < 0.6
+    got = merge(*(measure(x[i : i + 3], 0, mask[i : i + 3]) for i in range(0, 12, 3)))
+    count, mean, m2 = moments_of(x, (0,), mask)
+    np.testing.assert_array_equal(got.count, count)
+    np.testing.assert_allclose(got.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(got.m2, m2, rtol=100 * 16 * reference.EPS["float32"])
+
+
+def test_merge_of_shared_and_single_counts(rng):
+    x = rng.normal(size=(6, 4)).astype(np.float32)
+    got = merge(measure(x[:3], 0), measure(x[3:], 0, np.ones((3, 4), bool)))
+    np.testing.assert_array_equal(got.count, np.full(4, 6))
+    np.testing.assert_allclose(got.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(
+    cuts=st.lists(st.integers(0, 12), max_size=4), seed=st.integers(0, 2**16), share=st.floats(0, 1)
+)
+def test_any_cut_of_the_data_merges_to_the_same(cuts, seed, share):
+    rng = np.random.default_rng(seed)
+    x, mask = rng.normal(10, 1, (12, 3)).astype(np.float32), rng.random((12, 3)) < share
+    edges = [0, *sorted(cuts), 12]
+    pieces = [measure(x[a:b], 0, mask[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    got = merge(*pieces)
+    count, mean, m2 = moments_of(x, (0,), mask)
+    np.testing.assert_array_equal(got.count, count)
+    np.testing.assert_allclose(got.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(got.m2, m2, rtol=1e-5, atol=1e-5)
+
+
+def test_synchronize_guarantee_shared_exactly(rng):
+    x = rng.normal(1e3, 1, (4, 6, 3)).astype(np.float32)
+    mask = rng.random((4, 6, 1)) < 0.5
+    mask[2] = False
+
+    def shared(x, mask):
+        return synchronize(measure(x, 0, mask), "d")
+
+    got = jax.vmap(shared, axis_name="d")(x, mask)
+    count, mean, m2 = moments_of(x.reshape(24, 3), (0,), mask.reshape(24, 1))
+    np.testing.assert_array_equal(got.count[0], count[0])
+    np.testing.assert_allclose(got.mean[3], mean, rtol=2 * reference.EPS["float32"])
+    np.testing.assert_allclose(got.m2[0], m2, rtol=1e3 * 8 * reference.EPS["float32"])
+
+
+def test_synchronize_says_which_axes_are_bound():
+    def shared(x):
+        return synchronize(measure(x, 0), "bach").mean
+
+    with pytest.raises(NameError, match=r"axis_name='bach' is not bound here; bound are: 'batch'"):
+        jax.vmap(shared, axis_name="batch")(jnp.ones((4, 2)))
+    with pytest.raises(NameError, match="bound are: none"):
+        jax.jit(shared)(jnp.ones((4, 2)))
+
+
+def test_synchronize_says_where_groups_have_no_implementation():
+    def shared(x):
+        return synchronize(measure(x, 0), "d", [[0, 1], [2, 3]]).mean
+
+    with pytest.raises(NotImplementedError, match="Use jax.pmap, or bind two axes"):
+        jax.vmap(shared, axis_name="d")(jnp.ones((4, 2)))
+
+
+def test_every_public_name_has_one_address():
+    for name in normjax.__all__:
+        assert getattr(normjax, name).__name__ == name

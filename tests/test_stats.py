@@ -1,0 +1,118 @@
+"""Running statistics: one step, and many."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from normjax import BatchStats, Moments
+from normjax._stats import move
+from tests import reference
+from tests.reference import EPS
+
+
+def batch(mean, var, count=10.0):
+    mean, var = jnp.asarray(mean, jnp.float32), jnp.asarray(var, jnp.float32)
+    return Moments(jnp.float32(count), mean, var * count)
+
+
+def moved(stats, moments, momentum=0.9, debias=False, ddof=0):
+    return move(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
+
+
+def test_make_starts_where_flax_starts():
+    stats = BatchStats.make((3, 2))
+    np.testing.assert_array_equal(stats.mean, np.zeros((3, 2)))
+    np.testing.assert_array_equal(stats.var, np.ones((3, 2)))
+    assert stats.count is None
+    counted = BatchStats.make(3, jnp.complex64, counted=True)
+    assert counted.mean.dtype == jnp.complex64
+    assert counted.var.dtype == counted.count.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_exponential_average(momentum, ddof):
+    stats = moved(BatchStats.make(2), batch([1, 2], [3, 4]), momentum, ddof=ddof)
+    correction = 10 / (10 - ddof)
+    want_mean = reference.running(np.zeros(2), np.array([1, 2]), momentum)
+    want_var = reference.running(np.ones(2), np.array([3, 4]) * correction, momentum)
+    np.testing.assert_allclose(stats.mean, want_mean, rtol=4 * EPS["float32"])
+    np.testing.assert_allclose(stats.var, want_var, rtol=4 * EPS["float32"])
+
+
+def test_cumulative_average_is_the_plain_mean_of_all_batches(rng):
+    means, variances = rng.normal(size=(20, 3)), rng.random((20, 3))
+    stats = BatchStats.make(3, counted=True)
+    for m, v in zip(means, variances, strict=True):
+        stats = moved(stats, batch(m, v), momentum=None)
+    np.testing.assert_allclose(stats.mean, means.mean(0), atol=20 * EPS["float32"])
+    np.testing.assert_allclose(stats.var, variances.mean(0), rtol=20 * EPS["float32"])
+    np.testing.assert_array_equal(stats.count, np.full(3, 20))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 0.99999])
+def test_debiased_average(rng, momentum):
+    means, variances = rng.normal(size=(6, 3)), rng.random((6, 3)) * 1e-6
+    stats = BatchStats.make(3, counted=True)
+    for k in range(6):
+        stats = moved(stats, batch(means[k], variances[k]), momentum, debias=True)
+        want = reference.debiased(list(means[: k + 1]), momentum)
+        np.testing.assert_allclose(stats.mean, want, atol=8 * EPS["float32"])
+        # Variances far below one: a trace of the initial one would show here.
+        want = reference.debiased(list(variances[: k + 1]), momentum)
+        np.testing.assert_allclose(stats.var, want, rtol=16 * EPS["float32"])
+
+
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("where", ["mean", "m2"])
+def test_promise_5_a_non_finite_batch_is_not_taken_in(poison, where):
+    start = BatchStats.make(3, counted=True)
+    moments = batch([1, 2, 3], [1, 1, 1])
+    moments = moments._replace(**{where: getattr(moments, where).at[1].set(poison)})
+    got, clean = moved(start, moments), moved(start, batch([1, 2, 3], [1, 1, 1]))
+    for leaf, old, new in zip(got, start, clean, strict=True):
+        np.testing.assert_array_equal(leaf[1], old[1])
+        np.testing.assert_array_equal(leaf[::2], new[::2])
+
+
+def test_promise_5_nothing_valid_moves_nothing():
+    start = BatchStats(jnp.array([5.0]), jnp.array([7.0]), jnp.array([3.0]))
+    for momentum, debias in ((0.9, False), (None, False), (0.9, True), (0.0, False)):
+        got = moved(start, batch([0], [0], count=0), momentum, debias)
+        jax.tree.map(np.testing.assert_array_equal, got, start)
+
+
+def test_promise_5_one_value_has_no_unbiased_variance():
+    start = BatchStats.make(1)
+    jax.tree.map(np.testing.assert_array_equal, moved(start, batch([9], [0], 1), ddof=1), start)
+    assert float(moved(start, batch([9], [0], 1), ddof=0).mean[0]) > 0
+
+
+def test_promise_5_no_gradient_flows():
+    def after(mean):
+        stats = moved(BatchStats(mean, jnp.ones(2)), batch([1, 2], [1, 1])._replace(mean=mean))
+        return jnp.sum(stats.mean) + jnp.sum(stats.var)
+
+    np.testing.assert_array_equal(jax.grad(after)(jnp.ones(2)), np.zeros(2))
+
+
+def test_statistics_take_the_wider_dtype(x64):
+    wide = Moments(jnp.float64(4), jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float64))
+    assert moved(BatchStats.make(2), wide).var.dtype == jnp.float64
+    half = BatchStats(jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16))
+    assert moved(half, batch([1, 2], [1, 1])).mean.dtype == jnp.float32
+
+
+def test_momentum_may_be_traced():
+    step = jax.jit(lambda m: moved(BatchStats.make(1, counted=True), batch([1], [1]), m).mean)
+    np.testing.assert_allclose(step(0.75), [0.25], rtol=1e-6)
+    debiased = jax.jit(
+        lambda m: moved(BatchStats.make(1, counted=True), batch([1], [1]), m, debias=True).mean
+    )
+    np.testing.assert_array_equal(debiased(0.75), [1])
+
+
+def test_counting_goes_on_beside_a_plain_momentum():
+    stats = moved(BatchStats.make(1, counted=True), batch([1], [1]))
+    np.testing.assert_array_equal(stats.count, [1])
