@@ -69,7 +69,7 @@ def batch_norm(
         shared exactly: equal to one call on the concatenated batch, in value and gradient.
         masked out means out: no masked entry, NaN or infinity included, reaches another entry.
         statistics stay finite: a non-finite step is not taken, for the feature concerned.
-        no gradient flows through the running statistics.
+        no gradient: none flows through the running statistics.
         light backward: `x` in its own dtype and per-feature vectors are kept, nothing else.
 
     Edge cases:
@@ -77,7 +77,7 @@ def batch_norm(
         constant feature                     y = bias (to rounding of the mean)
         feature with every entry masked      y = x * scale / sqrt(epsilon) + bias; its
                                              statistics stay as they are
-        one valid entry (by the mask)        y = bias there; with ddof=1 its statistics stay
+        one valid entry                      y = bias there; with ddof=1 its statistics stay
         NaN or infinity that counts          y of its feature is NaN; its statistics stay
         NaN or infinity that is masked       taken as 0 in y, and has gradient 0
         empty batch, train=False             y is empty

@@ -27,7 +27,7 @@ class ImmutableBatchStatsError(ModifyScopeVariableError):
 
     def __init__(self, path: str):
         # Flax would append a link to its own documentation of the class.
-        RuntimeError.__init__(
+        Exception.__init__(
             self,
             f"normjax.linen.BatchNorm at '/{path}': train=True moves the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "

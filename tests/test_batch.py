@@ -228,7 +228,7 @@ def test_batch_norm_guarantee_statistics_stay_finite(rng):
         np.testing.assert_array_equal(got, np.where(np.arange(3) == 1, old, new))
 
 
-def test_batch_norm_guarantee_no_gradient_flows_through_the_running_statistics(rng):
+def test_batch_norm_guarantee_no_gradient(rng):
     x = rng.normal(size=(8, 3)).astype(np.float32)
     start = BatchStats.make(3)
 
@@ -329,21 +329,18 @@ def test_batch_norm_edge_empty_batch_train_false():
     assert same == stats
 
 
-@pytest.mark.parametrize("momentum", [0, 1])
-def test_batch_norm_edge_momentum(rng, momentum):
+def test_batch_norm_edge_momentum_1(rng):
     x = rng.normal(5, 2, (16, 2)).astype(np.float32)
     start = BatchStats.make(2)
-    _, stats = batch_norm(x, start, train=True, momentum=momentum)
-    want = start.mean if momentum == 1 else x.mean(0)
-    np.testing.assert_allclose(stats.mean, want, rtol=1e-6)
-
-
-def test_batch_norm_edge_momentum_1(rng):
-    test_batch_norm_edge_momentum(rng, 1)
+    _, stats = batch_norm(x, start, train=True, momentum=1)
+    jax.tree.map(np.testing.assert_array_equal, stats, start)
 
 
 def test_batch_norm_edge_momentum_0(rng):
-    test_batch_norm_edge_momentum(rng, 0)
+    x = rng.normal(5, 2, (16, 2)).astype(np.float32)
+    _, stats = batch_norm(x, BatchStats.make(2), train=True, momentum=0)
+    np.testing.assert_allclose(stats.mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats.var, x.var(0), rtol=1e-5)
 
 
 def test_batch_norm_edge_float32_stats_float64_x(x64):

@@ -1,0 +1,120 @@
+"""The house stands: imports point upstream, Flax stays out, rooms stay small, shells stay thin."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "normjax"
+
+# The rooms in the order in which data walks through them; each imports earlier ones only.
+ROOMS = ["_checks", "_moments", "_stats", "_normalize", "_batch", "__init__", "linen"]
+SHELLS = ["linen"]
+
+
+def rooms(package=PACKAGE):
+    return {path.stem: path.read_text() for path in package.glob("*.py")}
+
+
+def imports(source):
+    """The modules of normjax that a source imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "normjax":
+                found.add(parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__")
+    return found
+
+
+def back_arrows(sources):
+    return [
+        (room, target)
+        for room, source in sources.items()
+        for target in imports(source)
+        if ROOMS.index(target) >= ROOMS.index(room)
+    ]
+
+
+def arithmetic(source):
+    """Lines of a shell with an operator other than comparison, or a call of jax.numpy or lax.
+
+    jnp.asarray carries a value in, jnp.float32 and its like name a dtype.
+    """
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        annotation = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)
+        if isinstance(node, (ast.BinOp, ast.AugAssign)) and not annotation:
+            lines.append(node.lineno)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            calls_math = isinstance(owner, ast.Name) and owner.id in ("jnp", "lax")
+            if calls_math and node.func.attr != "asarray":
+                lines.append(node.lineno)
+    return lines
+
+
+def test_every_room_is_on_the_plan():
+    assert sorted(rooms()) == sorted(ROOMS)
+
+
+def test_imports_point_upstream():
+    assert not back_arrows(rooms())
+
+
+def test_a_back_arrow_would_be_found():
+    sources = rooms()
+    for planted in (
+        "from normjax._batch import batch_norm",
+        "from normjax import linen",
+        "import normjax.linen",
+        "def f():\n    from normjax import _batch",
+    ):
+        assert back_arrows({**sources, "_stats": sources["_stats"] + "\n" + planted})
+
+
+def loads_flax(statement):
+    code = f"import sys\n{statement}\nsys.exit('flax' in sys.modules)"
+    return subprocess.run([sys.executable, "-c", code], check=False, cwd=PACKAGE.parent).returncode == 1
+
+
+def test_importing_normjax_leaves_flax_unloaded():
+    assert not loads_flax("import normjax")
+
+
+def test_loading_flax_would_be_found():
+    assert loads_flax("import normjax.linen")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_shells_hold_no_arithmetic(shell):
+    assert not arithmetic(rooms()[shell])
+
+
+def test_arithmetic_would_be_found():
+    for planted in ("y = x * 2", "x += 1", "y = jnp.mean(x)", "y = lax.rsqrt(x)"):
+        assert arithmetic(planted)
+    assert not arithmetic("x: int | None = None\ny = jnp.asarray(x)\nz = x == y")
+
+
+def test_there_is_one_rsqrt():
+    assert [room for room, source in rooms().items() if "rsqrt(" in source] == ["_normalize"]
+
+
+def test_no_room_is_too_large():
+    large = {room: n for room, source in rooms().items() if (n := len(source.splitlines())) > 400}
+    assert not large
+
+
+def test_the_oracle_knows_nothing_of_jax_or_normjax():
+    tree = ast.parse((PACKAGE.parent / "tests" / "reference.py").read_text())
+    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert modules == {"numpy", "typing"}

@@ -1,0 +1,101 @@
+"""What is written is true: every example runs, every guarantee and edge case has its test."""
+
+import ast
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import normjax
+import normjax.linen
+
+ROOT = Path(__file__).parents[1]
+DOORS = (normjax, normjax.linen)
+PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in DOORS for n in m.__all__}
+FUNCTIONS = {name: f for name, f in PUBLIC.items() if not isinstance(f, type)}
+
+
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def section(doc, title):
+    """The indented text under a heading of a docstring."""
+    match = re.search(rf"^( *){title}:\n((?:\1 +.*\n|\n)*)", doc + "\n", re.MULTILINE)
+    return match.group(2) if match else ""
+
+
+def guarantees(doc):
+    return re.findall(r"^ {8}(\w[^:\n]*):", section(doc, "Guarantees"), re.MULTILINE)
+
+
+def edge_cases(doc):
+    table = re.findall(r"^ {8}(\S.{33,35}?) {2,}\S", section(doc, "Edge cases"), re.MULTILINE)
+    return [row.strip() for row in table if not row.startswith("=")]
+
+
+def names_of_tests():
+    """All test functions of the suite."""
+    found = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        found |= {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
+    return found
+
+
+def missing_tests(name, doc, known):
+    wanted = [f"test_{name}_guarantee_{slug(g)}" for g in guarantees(doc)]
+    wanted += [f"test_{name}_edge_{slug(e)}" for e in edge_cases(doc)]
+    return [w for w in wanted if w not in known]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_guarantee_and_edge_case_has_a_test_of_its_name(name):
+    doc = FUNCTIONS[name].__doc__
+    assert guarantees(doc), "a public function promises something"
+    assert not missing_tests(FUNCTIONS[name].__name__, doc, names_of_tests())
+
+
+def test_a_missing_test_would_be_found():
+    doc = normjax.batch_norm.__doc__
+    assert len(guarantees(doc)) == 7
+    assert len(edge_cases(doc)) == 9
+    assert len(missing_tests("batch_norm", doc, set())) == 16
+    assert missing_tests("batch_norm", doc, names_of_tests() - {"test_batch_norm_edge_momentum_1"})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_docstrings_have_their_sections_in_order(name):
+    doc = FUNCTIONS[name].__doc__
+    sections = ["Args", "Returns", "Guarantees", "Edge cases", "Raises", "References", "Example"]
+    places = [doc.find(f"    {s}:\n") for s in sections]
+    assert all(p > 0 for s, p in zip(sections, places, strict=True) if s != "Edge cases")
+    found = [p for p in places if p > 0]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstring_examples_run(name):
+    module = __import__(PUBLIC[name].__module__, fromlist=["x"])
+    tests = [t for t in doctest.DocTestFinder(recurse=True).find(PUBLIC[name], name, module) if t.examples]
+    needs_none = ("normjax.Moments", "normjax.linen.ImmutableBatchStatsError")
+    assert tests or name in needs_none
+    for test in tests:
+        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+        assert runner.run(test).failed == 0
+
+
+@pytest.mark.usefixtures("lenient")
+def test_the_code_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]

@@ -1,0 +1,141 @@
+"""Laws that hold for every norm of the table in tests/descriptors.py."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normjax
+import normjax.linen
+from tests.descriptors import NORMS
+from tests.reference import EPS
+
+every_norm = pytest.mark.parametrize("name", NORMS)
+
+
+@pytest.fixture
+def case(name, rng):
+    norm = NORMS[name]
+    x = rng.normal(1, 2, norm.shape).astype(np.float32)
+    mask = rng.random(norm.mask_shape) < 0.7
+    return norm.call, x, mask
+
+
+def public_norms():
+    functions = [f for n in normjax.__all__ if callable(f := getattr(normjax, n)) and "norm" in n]
+    modules = [getattr(normjax.linen, n) for n in normjax.linen.__all__]
+    return functions + [m for m in modules if issubclass(m, nn.Module)]
+
+
+def test_every_public_norm_is_in_the_table():
+    missing = set(public_norms()) - {norm.public for norm in NORMS.values()}
+    assert not missing
+    assert public_norms(), "the search for public norms found none"
+
+
+@every_norm
+def test_jit_equals_eager_and_numpy_input_equals_jax_input(case):
+    call, x, mask = case
+    eager = call(x, mask)
+    for other in (jax.jit(call)(x, mask), call(jnp.asarray(x), jnp.asarray(mask))):
+        np.testing.assert_allclose(other, eager, atol=64 * EPS["float32"])
+
+
+@every_norm
+def test_promise_2_half_precision_in_and_out(case):
+    call, x, mask = case
+    for dtype in ("bfloat16", "float16", "float32"):
+        y = call(jnp.asarray(x, dtype), mask)
+        assert y.dtype == dtype
+        exact = call(np.asarray(jnp.asarray(x, dtype), np.float32), mask)
+        bound = EPS[dtype] * abs(np.asarray(exact)) + 64 * EPS["float32"]
+        assert np.all(abs(np.asarray(y, np.float32) - exact) <= bound)
+
+
+@every_norm
+def test_promise_4_nothing_at_a_masked_entry_reaches_another(case, rng):
+    call, x, mask = case
+    dy = rng.normal(size=x.shape).astype(np.float32)
+
+    def both(x):
+        y, pullback = jax.vjp(lambda x: call(x, mask), x)
+        _, pushed = jax.jvp(lambda x: call(x, mask), (x,), (dy,))
+        return y, pullback(dy)[0], pushed
+
+    zeroed = both(np.where(mask, x, np.float32(0)))
+    for poison in (np.nan, np.inf, -np.inf):
+        poisoned = both(np.where(mask, x, np.float32(poison)))
+        for a, b in zip(poisoned, zeroed, strict=True):
+            assert np.isfinite(a).all()
+            here = np.broadcast_to(mask, x.shape)
+            np.testing.assert_array_equal(np.asarray(a)[here], np.asarray(b)[here])
+
+
+@every_norm
+def test_a_full_mask_is_no_mask(case):
+    call, x, mask = case
+    np.testing.assert_allclose(call(x, np.ones_like(mask)), call(x), atol=64 * EPS["float32"])
+
+
+@every_norm
+def test_promise_6_forward_mode_is_the_transpose_of_reverse_mode(case, rng):
+    call, x, mask = case
+    v, w = rng.normal(size=(2, *x.shape)).astype(np.float32)
+    for f in (call, jax.checkpoint(call), jax.jit(call)):
+        y, pushed = jax.jvp(lambda x, f=f: f(x, mask), (x,), (v,))
+        _, pullback = jax.vjp(lambda x, f=f: f(x, mask), x)
+        left, right = np.vdot(w, pushed), np.vdot(pullback(w)[0], v)
+        assert left == pytest.approx(right, rel=1e-4, abs=1e-3)
+
+
+@every_norm
+def test_promise_6_vmap_equals_a_loop(case, rng):
+    call, x, mask = case
+    xs = np.stack([x, x[::-1] + 1, 3 * x])
+    masks = np.stack([mask, ~mask, mask[::-1]])
+    for f in (call, jax.grad(lambda x, mask: jnp.sum(call(x, mask) ** 2))):
+        batched = jax.vmap(f)(xs, masks)
+        for i in range(3):
+            np.testing.assert_allclose(batched[i], f(xs[i], masks[i]), rtol=1e-4, atol=1e-4)
+
+
+@every_norm
+def test_promise_6_scan(case):
+    call, x, mask = case
+    xs = np.stack([x, 2 * x])
+    _, ys = jax.lax.scan(lambda carry, x: (carry, call(x, mask)), 0, xs)
+    np.testing.assert_allclose(ys[1], call(xs[1], mask), atol=64 * EPS["float32"])
+
+
+@every_norm
+def test_promise_7_only_x_and_vectors_are_kept(case, saved_arrays):
+    call, x, _ = case
+    for dtype in (jnp.bfloat16, jnp.float32):
+        kept = saved_arrays(call, jnp.asarray(x, dtype))
+        large = [k for k in kept if k.size >= x.size]
+        assert large == [jax.ShapeDtypeStruct(x.shape, dtype)]
+
+
+@every_norm
+def test_no_tracer_leaks(case):
+    call, x, mask = case
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda x: jnp.sum(call(x, mask))))(x)
+
+
+@every_norm
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_promise_9_integers_are_refused_with_a_remedy(name, dtype):
+    norm = NORMS[name]
+    with pytest.raises(TypeError, match=r"normjax\..*: x has dtype .*, expected .* Convert"):
+        norm.call(np.ones(norm.shape, dtype))
+
+
+@every_norm
+def test_promise_9_an_ambiguous_mask_is_refused_with_both_readings(name):
+    call = NORMS[name].call
+    with pytest.raises(ValueError, match=r"leading axes, pass mask.reshape\(\(4, 1, 1\)\)"):
+        call(np.ones((4, 4, 3), np.float32), np.ones(4, bool))
+    with pytest.raises(ValueError, match=r"two readings.*reshape\(\(3, 3, 1\)\).*reshape\(\(1, 3, 3\)\)"):
+        call(np.ones((3, 3, 3), np.float32), np.ones((3, 3), bool))
