@@ -73,7 +73,9 @@ def parse(argv):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.batch_size % args.devices:
-        parser.error(f"--batch-size {args.batch_size} must be a multiple of --devices {args.devices}")
+        parser.error(
+            f"--batch-size {args.batch_size} must be a multiple of --devices {args.devices}"
+        )
     if args.smoke:
         args.epochs = 2
     return args
@@ -116,7 +118,9 @@ def make_step(model, optimizer):
 
         def loss_fn(params):
             variables = {"params": params, "batch_stats": batch_stats}
-            logits, updates = model.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])
+            logits, updates = model.apply(
+                variables, images, train=True, mask=mask, mutable=["batch_stats"]
+            )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             # Divided by the images of all devices, so that the sum over devices is the mean.
             total = jax.lax.psum(real.sum(), "batch")
@@ -145,7 +149,9 @@ def train(args, model, variables, data, devices):
     params = variables["params"]
     state = (params, variables["batch_stats"], optimizer.init(params))
     state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (args.devices, *leaf.shape)), state)
-    step = jax.pmap(make_step(model, optimizer), axis_name="batch", devices=devices, donate_argnums=0)
+    step = jax.pmap(
+        make_step(model, optimizer), axis_name="batch", devices=devices, donate_argnums=0
+    )
     rng = np.random.default_rng(args.seed)
     history = {"loss": [], "train": [], "test": []}
 
@@ -194,7 +200,9 @@ def serve_by_mistake(model, variables, images, labels, size):
 def population_statistics(model, variables, images):
     """Statistics of all training images taken as one batch: momentum 0 forgets all else."""
     whole = model.clone(axis_name=None, momentum=0.0)
-    _, updates = jax.jit(partial(whole.apply, train=True, mutable=["batch_stats"]))(variables, images)
+    _, updates = jax.jit(partial(whole.apply, train=True, mutable=["batch_stats"]))(
+        variables, images
+    )
     return updates["batch_stats"]
 
 
@@ -206,7 +214,9 @@ def draw(path, history, running, population):
 
     fig, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     epochs = np.arange(1, len(history["test"]) + 1)
-    axes[0].plot(np.linspace(0, epochs[-1], len(history["loss"])), history["loss"], color="C0", lw=1)
+    axes[0].plot(
+        np.linspace(0, epochs[-1], len(history["loss"])), history["loss"], color="C0", lw=1
+    )
     axes[0].set(title="training loss", xlabel="epoch", ylabel="cross entropy", yscale="log")
     axes[1].plot(epochs, history["train"], "o-", ms=3, label="training images, train=True")
     axes[1].plot(epochs, history["test"], "o-", ms=3, label="test images, train=False")
@@ -218,7 +228,9 @@ def draw(path, history, running, population):
         (axes[3], "var", "variance", "log"),
     ):
         for layer in sorted(running):
-            ax.plot(population[layer][name], running[layer][name], "o", ms=3, alpha=0.7, label=layer)
+            ax.plot(
+                population[layer][name], running[layer][name], "o", ms=3, alpha=0.7, label=layer
+            )
         ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls="--")
         ax.set(xscale=scale, yscale=scale, title=f"running against population {title}")
         ax.set(xlabel="population (all training images)", ylabel="running")
@@ -230,7 +242,8 @@ def draw(path, history, running, population):
 def main(argv=None):
     args = parse(argv)
     devices = pick_devices(args.devices)
-    data = x_train, x_test, y_train, y_test = load_data(args.seed)
+    data = load_data(args.seed)
+    x_train, x_test, _, y_test = data
     print(f"data: {len(x_train)} training and {len(x_test)} test images of 8 x 8 pixels")
 
     model = ResidualNet(args.momentum)
@@ -243,7 +256,9 @@ def main(argv=None):
     test_accuracy = accuracy(logits, y_test)
     print(f"\ntest accuracy with running statistics (train=False): {test_accuracy:.4f}")
 
-    spread = max(float(np.ptp(np.asarray(leaf), axis=0).max()) for leaf in jax.tree.leaves(state[1]))
+    spread = max(
+        float(np.ptp(np.asarray(leaf), axis=0).max()) for leaf in jax.tree.leaves(state[1])
+    )
     print(f"running statistics, largest difference between devices: {spread}")
 
     alone = np.concatenate([predict(model, served, x_test[i : i + 1]) for i in range(32)])

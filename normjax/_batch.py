@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def batch_norm(
     _checks.momentum(called, momentum, debias)
     _checks.ddof(called, ddof)
 
-    def vector(name: str, value: ArrayLike | None) -> Array | None:
+    def vector(name: str, value: ArrayLike | None) -> Any:
         if value is None:
             return None
         return _checks.feature_vector(called, name, value, features, feature_axis, x.shape)
@@ -132,7 +133,9 @@ def batch_norm(
 
     with jax.named_scope(called):
         if train or stats is None:
-            shared = 1 if axis_name is None else _checks.axis_size(called, axis_name, axis_index_groups)
+            shared = (
+                1 if axis_name is None else _checks.axis_size(called, axis_name, axis_index_groups)
+            )
             if train:
                 _checks.entries(called, x.shape, reduced, shared)
             moments = measure(x, reduced, mask)
@@ -144,7 +147,7 @@ def batch_norm(
         if train and stats is not None:
             stats = move(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
 
-        def over_x(v: Array | None) -> Array | None:
+        def over_x(v: Any) -> Any:
             return None if v is None else jnp.expand_dims(v, reduced)
 
         mean, var, scale, bias = map(over_x, (mean, var, scale, bias))

@@ -196,7 +196,7 @@ def ddof(called: str, value: float) -> None:
         )
 
 
-def switch(called: str, name: str, value: bool) -> bool:
+def switch(called: str, name: str, value: object) -> bool:
     """A mode is decided while tracing, so it cannot be a traced value."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(

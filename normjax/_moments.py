@@ -33,7 +33,7 @@ class Moments(NamedTuple):
         m2: real, the shape of `mean`.
     """
 
-    count: Count
+    count: Count  # type: ignore[assignment]  # hides tuple.count, as meant
     mean: Array
     m2: Array
 

@@ -70,7 +70,9 @@ def normalize(
     out = _checks.output_dtype(called, dtype, x.dtype)
     mask = _checks.mask(called, mask, x.shape)
     vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    given = {k: _checks.broadcast(called, k, v, x.shape) for k, v in vectors.items() if v is not None}
+    given = {
+        k: _checks.broadcast(called, k, v, x.shape) for k, v in vectors.items() if v is not None
+    }
     # Everything is computed in the widest dtype that came in, and float32 at least.
     widest = wide(x.dtype, *(v.dtype for v in given.values()))
     given = {k: v if k == "var" else v.astype(widest) for k, v in given.items()}

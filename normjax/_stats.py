@@ -24,7 +24,7 @@ class BatchStats(NamedTuple):
 
     mean: Array
     var: Array
-    count: Array | None = None
+    count: Array | None = None  # type: ignore[assignment]  # hides tuple.count, as meant
 
     @classmethod
     def make(
@@ -34,8 +34,9 @@ class BatchStats(NamedTuple):
 
         Example:
             >>> import normjax
-            >>> normjax.BatchStats.make(2)
-            BatchStats(mean=Array([0., 0.], dtype=float32), var=Array([1., 1.], dtype=float32), count=None)
+            >>> stats = normjax.BatchStats.make(2)
+            >>> stats.mean, stats.var
+            (Array([0., 0.], dtype=float32), Array([1., 1.], dtype=float32))
         """
         real = jnp.finfo(dtype).dtype
         count = jnp.zeros(shape, real) if counted else None
@@ -62,24 +63,27 @@ def move(
     A feature whose batch has no degree of freedom left, or for which the step would not be
     finite, stays as it is. No gradient flows.
     """
-    count = None if stats.count is None else stats.count + 1
-    step = _step(count, momentum, debias)
+    step = _step(stats.count, momentum, debias)
     mean = _blend(stats.mean, moments.mean, step)
     var = _blend(stats.var, moments.variance(ddof), step)
     taken = (moments.count > ddof) & jnp.isfinite(mean) & jnp.isfinite(var)
-    new = BatchStats(mean, var, count)
-    return BatchStats(*(_choose(taken, n, o) for n, o in zip(new, stats, strict=True)))
+    return BatchStats(
+        _choose(taken, mean, stats.mean),
+        _choose(taken, var, stats.var),
+        None if stats.count is None else _choose(taken, stats.count + 1, stats.count),
+    )
 
 
 def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> ArrayLike:
-    if momentum is None:
-        return 1 / count
-    if not debias:
+    if momentum is not None and not debias:
         return 1 - momentum
+    assert count is not None, "whoever offers these averages asks for the count first"
+    if momentum is None:
+        return 1 / (count + 1)
     step = jnp.asarray(1 - momentum, count.dtype)
     # 1 - momentum^k without cancellation. The first batch is taken whole: a rounding error of
     # the ratio would leave a trace of the initial variance.
-    return jnp.where(count <= 1, 1, step / -jnp.expm1(count * jnp.log1p(-step)))
+    return jnp.where(count == 0, 1, step / -jnp.expm1((count + 1) * jnp.log1p(-step)))
 
 
 def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
@@ -88,7 +92,5 @@ def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
     return keep * old.astype(dtype) + step * batch.astype(dtype)
 
 
-def _choose(taken: Array, new: Array | None, old: Array | None) -> Array | None:
-    if new is None or old is None:
-        return None
+def _choose(taken: ArrayLike, new: Array, old: Array) -> Array:
     return lax.stop_gradient(jnp.where(taken, new, old.astype(new.dtype)))

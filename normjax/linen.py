@@ -129,7 +129,7 @@ class BatchNorm(nn.Module):
         scale = self._vector("scale", self.use_scale, self.scale_init, features)
         bias = self._vector("bias", self.use_bias, self.bias_init, features)
 
-        stats = BatchStats(**{name: variable.value for name, variable in running.items()})
+        stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
         axis_name = self.axis_name
         if train and self.is_initializing():
             # Init makes shapes from any data, a batch of one included: it normalizes by that

@@ -51,9 +51,7 @@ NORMS = {
     "batch_norm, train": Norm(normjax.batch_norm, function_call(True)),
     "batch_norm, eval": Norm(normjax.batch_norm, function_call(False)),
     "normalize": Norm(normjax.normalize, plain_normalize),
-    "linen.BatchNorm": Norm(
-        normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm())
-    ),
+    "linen.BatchNorm": Norm(normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm())),
     "linen.BatchNorm, exact average": Norm(
         normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm(momentum=None, ddof=1))
     ),

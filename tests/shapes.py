@@ -15,5 +15,7 @@ SHAPES = {
 
 def reduced(shape, feature_axis):
     """The axes that are not features."""
-    kept = {a % len(shape) for a in ([feature_axis] if isinstance(feature_axis, int) else feature_axis)}
+    kept = {
+        a % len(shape) for a in ([feature_axis] if isinstance(feature_axis, int) else feature_axis)
+    }
     return tuple(a for a in range(len(shape)) if a not in kept)

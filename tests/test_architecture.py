@@ -82,7 +82,10 @@ def test_a_back_arrow_would_be_found():
 
 def loads_flax(statement):
     code = f"import sys\n{statement}\nsys.exit('flax' in sys.modules)"
-    return subprocess.run([sys.executable, "-c", code], check=False, cwd=PACKAGE.parent).returncode == 1
+    return (
+        subprocess.run([sys.executable, "-c", code], check=False, cwd=PACKAGE.parent).returncode
+        == 1
+    )
 
 
 def test_importing_normjax_leaves_flax_unloaded():

@@ -367,7 +367,11 @@ def test_without_statistics_both_modes_normalize_by_the_batch(rng):
 
 @pytest.mark.parametrize(
     ("options", "counted"),
-    [(dict(momentum=0.9), False), (dict(momentum=None), True), (dict(momentum=0.9, debias=True), True)],
+    [
+        (dict(momentum=0.9), False),
+        (dict(momentum=None), True),
+        (dict(momentum=0.9, debias=True), True),
+    ],
 )
 def test_promise_8_train_then_eval_is_one_act(rng, options, counted):
     """k steps on one batch: the evaluation that the formula predicts, right at once if debiased."""
@@ -390,7 +394,6 @@ def test_promise_6_every_derivative_mode(rng, x64, masked):
     x, scale, bias, w = draw(rng, (7, 3), (0,), np.float64)
     v, u = rng.normal(size=(2, 7, 3))
     mask = rng.random((7, 3)) < 0.7 if masked else None
-    axes = (0,)
 
     def ours(x):
         y, _ = batch_norm(x, None, scale, bias, train=True, mask=mask)

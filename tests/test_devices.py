@@ -35,7 +35,9 @@ def value_and_grad(loss):
         def of_three(*three):
             return loss(*three, mask, dy)
 
-        (_, (y, stats)), grads = jax.value_and_grad(of_three, (0, 1, 2), has_aux=True)(x, scale, bias)
+        (_, (y, stats)), grads = jax.value_and_grad(of_three, (0, 1, 2), has_aux=True)(
+            x, scale, bias
+        )
         return y, stats, grads
 
     return both
@@ -57,7 +59,9 @@ def mapped(transform, sum_local_gradients):
 
         in_axes = (0, None, None, None if mask is None else 0, 0)
         mask = None if mask is None else split(mask)
-        y, stats, (dx, dscale, dbias) = transform(body, in_axes)(split(x), scale, bias, mask, split(dy))
+        y, stats, (dx, dscale, dbias) = transform(body, in_axes)(
+            split(x), scale, bias, mask, split(dy)
+        )
         for leaf in jax.tree.leaves((stats, dscale, dbias)):
             assert (np.asarray(leaf) == np.asarray(leaf)[:1]).all(), "devices disagree"
         y, dx = (np.asarray(v).reshape(x.shape) for v in (y, dx))
@@ -68,12 +72,15 @@ def mapped(transform, sum_local_gradients):
 
 
 def by_pmap(*args):
-    return mapped(lambda f, axes: jax.pmap(f, "d", in_axes=axes), partial(lax.psum, axis_name="d"))(*args)
+    return mapped(lambda f, axes: jax.pmap(f, "d", in_axes=axes), partial(lax.psum, axis_name="d"))(
+        *args
+    )
 
 
 def by_vmap(*args):
     return mapped(
-        lambda f, axes: jax.jit(jax.vmap(f, in_axes=axes, axis_name="d")), partial(lax.psum, axis_name="d")
+        lambda f, axes: jax.jit(jax.vmap(f, in_axes=axes, axis_name="d")),
+        partial(lax.psum, axis_name="d"),
     )(*args)
 
 
@@ -132,7 +139,11 @@ def by_sharded_jit(*args, kind=AxisType.Auto):
     over_batch, everywhere = NamedSharding(mesh(kind), P("d")), NamedSharding(mesh(kind), P())
     places = (over_batch, everywhere, everywhere, over_batch, over_batch)
     args = [a if a is None else jax.device_put(a, p) for a, p in zip(args, places, strict=True)]
-    with jax.sharding.use_mesh(mesh(kind)) if not hasattr(jax, "set_mesh") else jax.set_mesh(mesh(kind)):
+    with (
+        jax.sharding.use_mesh(mesh(kind))
+        if not hasattr(jax, "set_mesh")
+        else jax.set_mesh(mesh(kind))
+    ):
         return jax.jit(value_and_grad(partial(local_loss, axis_name=None)))(*args)
 
 

@@ -78,7 +78,11 @@ def test_docstrings_have_their_sections_in_order(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstring_examples_run(name):
     module = __import__(PUBLIC[name].__module__, fromlist=["x"])
-    tests = [t for t in doctest.DocTestFinder(recurse=True).find(PUBLIC[name], name, module) if t.examples]
+    tests = [
+        t
+        for t in doctest.DocTestFinder(recurse=True).find(PUBLIC[name], name, module)
+        if t.examples
+    ]
     needs_none = ("normjax.Moments", "normjax.linen.ImmutableBatchStatsError")
     assert tests or name in needs_none
     for test in tests:

@@ -83,7 +83,7 @@ def test_promise_6_forward_mode_is_the_transpose_of_reverse_mode(case, rng):
     call, x, mask = case
     v, w = rng.normal(size=(2, *x.shape)).astype(np.float32)
     for f in (call, jax.checkpoint(call), jax.jit(call)):
-        y, pushed = jax.jvp(lambda x, f=f: f(x, mask), (x,), (v,))
+        _, pushed = jax.jvp(lambda x, f=f: f(x, mask), (x,), (v,))
         _, pullback = jax.vjp(lambda x, f=f: f(x, mask), x)
         left, right = np.vdot(w, pushed), np.vdot(pullback(w)[0], v)
         assert left == pytest.approx(right, rel=1e-4, abs=1e-3)
@@ -137,5 +137,7 @@ def test_promise_9_an_ambiguous_mask_is_refused_with_both_readings(name):
     call = NORMS[name].call
     with pytest.raises(ValueError, match=r"leading axes, pass mask.reshape\(\(4, 1, 1\)\)"):
         call(np.ones((4, 4, 3), np.float32), np.ones(4, bool))
-    with pytest.raises(ValueError, match=r"two readings.*reshape\(\(3, 3, 1\)\).*reshape\(\(1, 3, 3\)\)"):
+    with pytest.raises(
+        ValueError, match=r"two readings.*reshape\(\(3, 3, 1\)\).*reshape\(\(1, 3, 3\)\)"
+    ):
         call(np.ones((3, 3, 3), np.float32), np.ones((3, 3), bool))

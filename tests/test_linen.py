@@ -27,7 +27,9 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, use_running_average):
-        norm = partial(self.norm, use_running_average=use_running_average, momentum=0.9, dtype=self.dtype)
+        norm = partial(
+            self.norm, use_running_average=use_running_average, momentum=0.9, dtype=self.dtype
+        )
         x = nn.relu(norm()(nn.Conv(4, (3, 3), use_bias=False, dtype=self.dtype)(x)))
         x = norm(use_scale=False, axis=(1, -1), name="outer")(x)
         return nn.Dense(3)(norm(use_bias=False)(x).mean((1, 2)))
@@ -39,7 +41,9 @@ def images(rng):
 
 
 def test_fields_are_those_of_flax_in_their_order():
-    ours = [f for f in dataclasses.fields(normjax.linen.BatchNorm) if f.name not in ("parent", "name")]
+    ours = [
+        f for f in dataclasses.fields(normjax.linen.BatchNorm) if f.name not in ("parent", "name")
+    ]
     flax = [f for f in dataclasses.fields(nn.BatchNorm) if f.name not in ("parent", "name")]
     ours, added = ours[: len(flax)], ours[len(flax) :]
     assert [f.name for f in ours] == [f.name for f in flax]
@@ -59,7 +63,10 @@ def test_a_model_changes_one_import(images, dtype):
         def step(variables, model=model):
             def loss(params):
                 y, updates = model.apply(
-                    {**variables, "params": params}, images, use_running_average=False, mutable="batch_stats"
+                    {**variables, "params": params},
+                    images,
+                    use_running_average=False,
+                    mutable="batch_stats",
                 )
                 return jnp.sum(y**2), (y, updates)
 
@@ -87,7 +94,9 @@ def test_checkpoints_load_both_ways(images):
     flax, ours = Net(nn.BatchNorm), Net(normjax.linen.BatchNorm)
     for writer, reader in ((flax, ours), (ours, flax)):
         variables = writer.init(KEY, images, use_running_average=False)
-        _, updates = writer.apply(variables, images, use_running_average=False, mutable=["batch_stats"])
+        _, updates = writer.apply(
+            variables, images, use_running_average=False, mutable=["batch_stats"]
+        )
         trained = {**variables, **updates}
         file = to_bytes(trained)
         empty = reader.init(jax.random.key(1), images, use_running_average=False)
@@ -123,7 +132,9 @@ def test_dtype_rules_are_those_of_flax(rng, x_dtype, dtype, param_dtype):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         wide = np.complex64 if jnp.iscomplexobj(a) else np.float32
         atol = 4 * float(jnp.finfo(a.dtype).eps)
-        np.testing.assert_allclose(np.asarray(a).astype(wide), np.asarray(b).astype(wide), atol=4 * atol)
+        np.testing.assert_allclose(
+            np.asarray(a).astype(wide), np.asarray(b).astype(wide), atol=4 * atol
+        )
 
     jax.tree.map(close, ours, flax)
 
@@ -166,7 +177,9 @@ def test_no_mode_and_two_modes_are_errors(images):
     ):
         with pytest.raises(ValueError, match=r"which are one switch .* Give one of them"):
             normjax.linen.BatchNorm(**at_construction).apply(variables, images, **at_call)
-    with pytest.raises(TypeError, match='train is .*Tracer, expected True or False.*static_argnames="train"'):
+    with pytest.raises(
+        TypeError, match='train is .*Tracer, expected True or False.*static_argnames="train"'
+    ):
         jax.jit(lambda t: normjax.linen.BatchNorm().apply(variables, images, train=t))(True)
 
 
@@ -182,7 +195,9 @@ def test_an_unbound_axis_says_which_are_bound(images):
     module = normjax.linen.BatchNorm(axis_name="batch")
     variables = module.init(KEY, images, train=False)
     step = partial(module.apply, variables, train=True, mutable=["batch_stats"])
-    with pytest.raises(NameError, match=r"'batch' is not bound here; bound are: none.*Under plain jit"):
+    with pytest.raises(
+        NameError, match=r"'batch' is not bound here; bound are: none.*Under plain jit"
+    ):
         jax.jit(step)(images)
     with pytest.raises(NameError, match=r"bound are: 'data'"):
         jax.vmap(step, axis_name="data")(images[None])
@@ -199,7 +214,9 @@ def test_masks_reach_the_function(rng):
     module = normjax.linen.BatchNorm(momentum=0.0)
     variables = module.init(KEY, x, train=False)
     for kind in (bool, np.int32, np.float32):  # flax reads any nonzero as True
-        y, updates = module.apply(variables, x, train=True, mask=mask.astype(kind), mutable=["batch_stats"])
+        y, updates = module.apply(
+            variables, x, train=True, mask=mask.astype(kind), mutable=["batch_stats"]
+        )
         want = reference.batch_norm(x, axes=(0,), mask=mask.astype(bool))
         np.testing.assert_allclose(y, want.y, atol=1e-5)
         np.testing.assert_allclose(updates["batch_stats"]["var"], want.var, rtol=1e-5)
@@ -228,9 +245,9 @@ def test_ddof_debias_and_cumulative_average(options, mean, var):
 def test_fields_that_pick_a_less_exact_algorithm_have_no_effect(rng):
     x = rng.normal(1e3, 1, (16, 3)).astype(jnp.bfloat16)
     outputs = [
-        normjax.linen.BatchNorm(use_fast_variance=fast, force_float32_reductions=force).init_with_output(
-            KEY, x, train=True
-        )
+        normjax.linen.BatchNorm(
+            use_fast_variance=fast, force_float32_reductions=force
+        ).init_with_output(KEY, x, train=True)
         for fast in (True, False)
         for force in (True, False)
     ]

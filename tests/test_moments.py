@@ -1,5 +1,7 @@
 """Moments: measured, merged and shared; their derivatives in every mode."""
 
+from itertools import pairwise
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -39,7 +41,8 @@ def test_measure_keeps_statistics_wide():
 def test_measure_keeps_float64_and_complex128(x64):
     assert measure(jnp.ones((3, 2), jnp.float64), 0).mean.dtype == jnp.float64
     got = measure(jnp.ones((3, 2), jnp.complex128), 0)
-    assert got.mean.dtype == jnp.complex128 and got.m2.dtype == jnp.float64
+    assert got.mean.dtype == jnp.complex128
+    assert got.m2.dtype == jnp.float64
 
 
 def test_measure_guarantee_exact_variance(rng):
@@ -73,7 +76,10 @@ def test_measure_guarantee_light_backward(saved_arrays):
 
 
 def test_measure_edge_no_entry():
-    for got in (measure(jnp.ones((0, 3)), 0), measure(jnp.ones((2, 3)), 0, jnp.zeros((2, 1), bool))):
+    for got in (
+        measure(jnp.ones((0, 3)), 0),
+        measure(jnp.ones((2, 3)), 0, jnp.zeros((2, 1), bool)),
+    ):
         assert float(got.count) == 0
         np.testing.assert_array_equal(got.mean, np.zeros(3))
         np.testing.assert_array_equal(got.m2, np.zeros(3))
@@ -135,7 +141,7 @@ def test_any_cut_of_the_data_merges_to_the_same(cuts, seed, share):
     rng = np.random.default_rng(seed)
     x, mask = rng.normal(10, 1, (12, 3)).astype(np.float32), rng.random((12, 3)) < share
     edges = [0, *sorted(cuts), 12]
-    pieces = [measure(x[a:b], 0, mask[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [measure(x[a:b], 0, mask[a:b]) for a, b in pairwise(edges)]
     got = merge(*pieces)
     count, mean, m2 = moments_of(x, (0,), mask)
     np.testing.assert_array_equal(got.count, count)

@@ -100,7 +100,9 @@ def test_every_argument_has_the_derivative_of_the_formula(rng, x64):
         return (x - mean) * (var + 0.1) ** -0.5 * scale + bias
 
     _, got = jax.jvp(lambda *a: normalize(*a, epsilon=0.1), args, directions)
-    want = np.imag(formula(*(a + 1e-30j * d for a, d in zip(args, directions, strict=True)))) / 1e-30
+    want = (
+        np.imag(formula(*(a + 1e-30j * d for a, d in zip(args, directions, strict=True)))) / 1e-30
+    )
     np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
