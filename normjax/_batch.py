@@ -75,7 +75,7 @@ def batch_norm(
 
     Edge cases:
         ===================================  ==================================================
-        constant feature                     y = bias (to rounding of the mean)
+        constant feature                     y = bias
         feature with every entry masked      y = x * scale / sqrt(epsilon) + bias; its
                                              statistics stay as they are
         one valid entry                      y = bias there; with ddof=1 its statistics stay

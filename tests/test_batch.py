@@ -273,10 +273,15 @@ def test_batch_norm_guarantee_shared_exactly(rng):
     np.testing.assert_allclose(stats.var[1], want.var, rtol=1e-5)
 
 
-def test_batch_norm_edge_constant_feature():
-    x = jnp.broadcast_to(jnp.array([3.0, -7.0]), (8, 2))
-    y, _ = batch_norm(x, None, jnp.full(2, 5.0), jnp.array([1.0, 2.0]), train=True)
-    np.testing.assert_array_equal(y, np.broadcast_to([1.0, 2.0], (8, 2)))
+@pytest.mark.parametrize("n", [3, 1000, 40_000])
+def test_batch_norm_edge_constant_feature(n):
+    # A plain sum of such constants rounds, and 1 / sqrt(epsilon) makes 300 of each digit lost.
+    constants = jnp.array([0.1, -7.0, 1e3 / 3, 1e6 / 7, 1e20])
+    bias = jnp.arange(5.0)
+    x = jnp.broadcast_to(constants, (n, 5))
+    y, stats = batch_norm(x, BatchStats.make(5), jnp.full(5, 5.0), bias, train=True, momentum=0)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, (n, 5)))
+    np.testing.assert_array_equal(stats.mean, constants)
 
 
 def test_batch_norm_edge_feature_with_every_entry_masked(rng):

@@ -216,3 +216,18 @@ def test_groups_share_among_themselves(rng):
 def test_evaluation_needs_no_axis():
     y, _ = batch_norm(jnp.ones((2, 3)), BatchStats.make(3), train=False, axis_name="nowhere")
     assert y.shape == (2, 3)
+
+
+def test_a_count_that_is_known_is_not_communicated():
+    """Without a mask the devices exchange two vectors in the forward pass and no scalar."""
+    sharded = jax.shard_map(
+        lambda x: local_loss(x, None, None, None, x, "d")[1],
+        mesh=mesh(),
+        in_specs=P("d"),
+        out_specs=(P("d"), P()),
+    )
+    hlo = jax.jit(sharded).lower(jnp.ones(SHAPE)).compile().as_text()
+    sums = [line for line in hlo.splitlines() if " all-reduce(" in line]
+    assert len(sums) == 2
+    assert all("f32[3]" in line or "f32[1,1,3]" in line for line in sums)
+    assert not any("f32[]" in line.split(" all-reduce(")[0] for line in sums)
