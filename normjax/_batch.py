@@ -68,19 +68,24 @@ def batch_norm(
         stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
         float32 inside: statistics of half precision input are computed and kept in float32.
         shared exactly: equal to one call on the concatenated batch, in value and gradient.
-        masked out means out: no masked entry, NaN or infinity included, reaches another entry.
+        masked out means out: a masked entry takes no part in the statistics, and no NaN or
+            infinity at it reaches another entry, in value or derivative. Its own output depends
+            on the statistics of the others, so a loss should leave it out.
         statistics stay finite: a non-finite step is not taken, for the feature concerned.
         no gradient: none flows through the running statistics.
         light backward: `x` in its own dtype and per-feature vectors are kept, nothing else.
 
     Edge cases:
         ===================================  ==================================================
-        constant feature                     y = bias
+        constant feature                     y = bias (epsilon > 0)
         feature with every entry masked      y = x * scale / sqrt(epsilon) + bias; its
                                              statistics stay as they are
-        one valid entry                      y = bias there; with ddof=1 its statistics stay
+        one valid entry                      y = bias there (epsilon > 0); with ddof=1 its
+                                             statistics stay
         NaN or infinity that counts          y of its feature is NaN; its statistics stay
         NaN or infinity that is masked       taken as 0 in y, and has gradient 0
+        deviations beyond 1e18 in float32    their squares overflow: y = bias, the
+                                             statistics stay
         empty batch, train=False             y is empty
         momentum=1                           statistics never move
         momentum=0                           statistics of the last batch
@@ -88,8 +93,9 @@ def batch_norm(
         ===================================  ==================================================
 
     Raises:
-        TypeError: `x`, `scale`, `bias` or `stats` of integers, a mask that is not boolean, a
-            traced `train`, a real `dtype` for complex `x`.
+        TypeError: `x`, `scale`, `bias` or `stats` of integers, a complex one beside a real `x`,
+            a mask that is not boolean, `stats` that are no `BatchStats`, a traced `train`, a
+            real `dtype` for complex `x`.
         ValueError: wrong rank, axis, shape or range; a mask with two readings; with
             `train=True` fewer than two values for each feature.
         NameError: `axis_name` is not bound.
@@ -117,15 +123,26 @@ def batch_norm(
     _checks.momentum(called, momentum, debias)
     _checks.ddof(called, ddof)
 
-    def vector(name: str, value: ArrayLike | None) -> Any:
+    _checks.groups(called, axis_name, axis_index_groups)
+    is_real = not jnp.iscomplexobj(x)
+
+    def vector(name: str, value: ArrayLike | None, real: bool = is_real) -> Any:
         if value is None:
             return None
-        return _checks.feature_vector(called, name, value, features, feature_axis, x.shape)
+        return _checks.feature_vector(
+            called, name, value, features, feature_axis, x.shape, real=real
+        )
 
     if stats is not None:
-        names = ("stats.mean", "stats.var", "stats.count")
-        stats = BatchStats(*map(vector, names, stats))
-        _checks.count(called, stats.count, momentum, debias)
+        _checks.batch_stats(called, stats, BatchStats)
+        mean, var, count = stats
+        stats = BatchStats(
+            vector("stats.mean", mean),
+            vector("stats.var", var, real=True),
+            vector("stats.count", count, real=True),
+        )
+        if train:
+            _checks.count(called, count, momentum, debias)
     scale, bias = vector("scale", scale), vector("bias", bias)
     mask = _checks.mask(called, mask, x.shape)
     _checks.epsilon(called, epsilon)

@@ -5,9 +5,11 @@ Each message says what was called, what it got, what it expected and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from operator import index
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -17,13 +19,23 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 
-def inexact(called: str, name: str, value: ArrayLike) -> Array:
-    """An array that can be averaged: floating or complex."""
-    array = jnp.asarray(value)
+def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> Array:
+    """An array that can be averaged: floating or complex, floating alone if `real`."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{called}: {name} is {type(value).__name__}, expected an array of floating numbers."
+        ) from None
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"{called}: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
-            f"Convert it first, for example {name}.astype(jnp.float32)."
+            f"Convert it first: jnp.asarray({name}, jnp.float32)."
+        )
+    if real and jnp.iscomplexobj(array):
+        raise TypeError(
+            f"{called}: {name} has dtype {array.dtype}, expected a real dtype, since the result "
+            f"is real or {name} is real by its nature. Pass {name}.real, or a complex x."
         )
     return array
 
@@ -47,12 +59,12 @@ def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dty
 
 
 def axes(
-    called: str, name: str, given: int | Sequence[int], shape: tuple[int, ...]
+    called: str, name: str, given: int | Iterable[int], shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Axes as sorted, non-negative, distinct integers, at least one."""
     rank = len(shape)
     try:
-        wanted = tuple(map(index, given if isinstance(given, Sequence) else (given,)))
+        wanted = tuple(map(index, given if isinstance(given, Iterable) else (given,)))
     except TypeError:
         raise TypeError(
             f"{called}: {name}={given!r}, expected an integer or a sequence of integers."
@@ -78,7 +90,7 @@ def axes(
 
 
 def reduced_axes(
-    called: str, name: str, given: int | Sequence[int], shape: tuple[int, ...]
+    called: str, name: str, given: int | Iterable[int], shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The axes that are not features; there must be one to take a mean over."""
     features = axes(called, name, given, shape)
@@ -96,23 +108,36 @@ def feature_vector(
     name: str,
     value: ArrayLike,
     expected: tuple[int, ...],
-    feature_axis: int | Sequence[int],
+    feature_axis: int | Iterable[int],
     shape: tuple[int, ...],
+    *,
+    real: bool,
 ) -> Array:
     """A parameter or statistic with one value for each feature."""
-    array = inexact(called, name, value)
+    array = inexact(called, name, value, real=real)
     if array.shape != expected:
+        remedy = "If the features of x lie on another axis, pass feature_axis=."
+        if sorted(array.shape) == sorted(expected):
+            remedy = "Several feature axes keep the order that they have in x."
         raise ValueError(
             f"{called}: {name} has shape {array.shape}, expected {expected}, the size of "
-            f"feature_axis={feature_axis!r} of x with shape {shape}. If the features of x lie on "
-            "another axis, pass feature_axis=."
+            f"feature_axis={feature_axis!r} of x with shape {shape}. {remedy}"
         )
     return array
 
 
-def broadcast(called: str, name: str, value: ArrayLike, shape: tuple[int, ...]) -> Array:
-    """An array that broadcasts to x, its rank raised to that of x."""
-    array = inexact(called, name, value)
+def broadcast(
+    called: str,
+    name: str,
+    value: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    real: bool,
+) -> Array:
+    """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
+    value = np.asarray(value, dtype) if isinstance(value, (int, float)) else value
+    array = inexact(called, name, value, real=real)
     if not _fits(array.shape, shape):
         raise ValueError(
             f"{called}: {name} has shape {array.shape}, which does not broadcast to x with shape "
@@ -162,25 +187,35 @@ def _fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
 
+def _number(called: str, name: str, value: Any, expected: str) -> float | None:
+    """A number as a float; None for a traced one, which is taken on trust."""
+    kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
+    if not isinstance(value, kinds) or np.ndim(value) or jnp.iscomplexobj(value):
+        got = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
+        raise TypeError(f"{called}: {name} is {got}, expected {expected}.")
+    return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
 def epsilon(called: str, value: ArrayLike) -> None:
-    """Zero is allowed; a traced value is taken on trust, like every traced number here."""
-    if isinstance(value, (int, float)) and not 0 <= value < float("inf"):
-        raise ValueError(
-            f"{called}: epsilon={value}, expected a finite number of at least 0. "
-            "It is added to the variance before the square root."
-        )
+    """What is added to the variance; zero is allowed."""
+    expected = "a finite number of at least 0, which is added to the variance"
+    number = _number(called, "epsilon", value, expected)
+    if number is not None and not 0 <= number < float("inf"):
+        raise ValueError(f"{called}: epsilon={value}, expected {expected}, for example 1e-5.")
 
 
 def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
     """The weight of the old value; None asks for the plain average."""
-    if not isinstance(value, (int, float)):
+    if value is None:
         return
-    if not 0 <= value <= 1:
+    expected = "a number from 0 to 1, the weight of the OLD running value"
+    number = _number(called, "momentum", value, expected)
+    if number is not None and not 0 <= number <= 1:
         raise ValueError(
-            f"{called}: momentum={value}, expected a number from 0 to 1, the weight of the OLD "
-            "running value (PyTorch's momentum m is 1 - m here), or None for the plain average."
+            f"{called}: momentum={value}, expected {expected} (PyTorch's momentum m is 1 - m "
+            "here), or None for the plain average over all batches."
         )
-    if debias and value == 1:
+    if debias and number == 1:
         raise ValueError(
             f"{called}: momentum=1 with debias=True never takes anything in, so there is no "
             "start to correct for. Pass momentum=None for the plain average over all batches."
@@ -189,20 +224,22 @@ def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
 
 def ddof(called: str, value: float) -> None:
     """The correction of the running variance."""
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError(
-            f"{called}: ddof={value!r}, expected a number of at least 0: 0 for the biased running "
-            "variance (Flax, the paper), 1 for the unbiased one (PyTorch)."
-        )
+    expected = (
+        "a number of at least 0: 0 for the biased running variance (Flax, the paper), 1 for the "
+        "unbiased one (PyTorch)"
+    )
+    number = _number(called, "ddof", value, expected)
+    if number is not None and not 0 <= number < float("inf"):
+        raise ValueError(f"{called}: ddof={value}, expected {expected}.")
 
 
 def switch(called: str, name: str, value: object) -> bool:
     """A mode is decided while tracing, so it cannot be a traced value."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(
-            f"{called}: {name} is {type(value).__name__}, expected True or False. Under jit, mark "
-            f'it static: jax.jit(..., static_argnames="{name}").'
-        )
+        traced = isinstance(value, jax.core.Tracer)
+        got = "traced by jit" if traced else repr(value)
+        remedy = f'Mark it static: jax.jit(..., static_argnames="{name}").' if traced else ""
+        raise TypeError(f"{called}: {name} is {got}, expected True or False. {remedy}".rstrip())
     return bool(value)
 
 
@@ -235,27 +272,37 @@ def mode(
 
 def entries(called: str, shape: tuple[int, ...], reduced: tuple[int, ...], shared: int) -> None:
     """Training needs at least two values for each feature, counted over all devices."""
-    local = int(np.prod([shape[a] for a in reduced], dtype=np.int64))
-    if local * shared > 1:
+    local = prod(shape[a] for a in reduced)
+    # A symbolic size, as in an export for any batch, is not known to be too small.
+    if not isinstance(local, int) or local * shared > 1:
         return
-    what = "no value" if local == 0 else "one value"
+    where = f"over the axes {reduced}{f' of {shared} devices' if shared > 1 else ''}"
+    reason = ", since one value normalizes to 0 whatever it is" if local else ""
     raise ValueError(
-        f"{called}: x with shape {shape} has {what} for each feature over the axes {reduced}"
-        f"{f' of {shared} devices' if shared > 1 else ''}, expected at least two with train=True: "
-        "one value normalizes to zero whatever it is. Use a larger batch, share statistics over "
-        "devices with axis_name, or pass train=False."
+        f"{called}: x with shape {shape} has {'one' if local else 'no'} value for each feature "
+        f"{where}, expected at least two with train=True{reason}. Use a larger batch, share "
+        "statistics over devices with axis_name, or pass train=False."
     )
 
 
-def moments(called: str, count: ArrayLike, mean: Array, m2: Array, like: Array) -> tuple:
-    """Moments to be merged: over equal features, the count spelled out for each."""
-    if mean.shape != like.shape or m2.shape != like.shape:
-        raise ValueError(
-            f"{called}: got moments with mean of shape {mean.shape} and m2 of shape {m2.shape} "
-            f"beside a mean of shape {like.shape}, expected equal shapes. Measure all pieces over "
-            "the same features."
+def batch_stats(called: str, given: object, kind: type) -> None:
+    """Statistics are read by name, never by position."""
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"{called}: stats is {type(given).__name__}, expected BatchStats or None. Make it by "
+            'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
         )
-    return jnp.broadcast_to(count, mean.shape), mean, m2
+
+
+def features(called: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The one shape of moments to be merged; () stands for any."""
+    found = {shape for shape in shapes if shape}
+    if len(found) > 1:
+        raise ValueError(
+            f"{called}: got moments of the shapes {sorted(found)}, expected equal ones. Measure "
+            "all pieces over the same features."
+        )
+    return found.pop() if found else ()
 
 
 def count(called: str, given: Array | None, momentum: ArrayLike | None, debias: bool) -> None:
@@ -265,6 +312,16 @@ def count(called: str, given: Array | None, momentum: ArrayLike | None, debias: 
         raise ValueError(
             f"{called}: {asked} needs stats.count, the number of batches taken in, and got None. "
             "Start from BatchStats.make(features, counted=True)."
+        )
+
+
+def stored_count(called: str, held: bool) -> None:
+    """A missing count taken as 0 would throw away the statistics that were loaded."""
+    if not held:
+        raise ValueError(
+            f"{called}: momentum=None and debias=True need batch_stats/count, and the variables "
+            "have mean and var alone, as Flax writes them. Add count, of the shape of mean, with "
+            "the number of batches that they have seen; or use a momentum without debias."
         )
 
 
@@ -296,9 +353,19 @@ def axis_size(
     axis_name: str | Sequence[str],
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> int:
-    """How many devices share statistics; a number, not an operation."""
+    """How many devices share statistics at least; a number, not an operation."""
     with collectives(called, axis_name, axis_index_groups):
-        return lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+        whole = lax.psum(1, axis_name)
+    return min(map(len, axis_index_groups)) if axis_index_groups else whole
+
+
+def groups(called: str, axis_name: object, axis_index_groups: object) -> None:
+    """Groups are groups of an axis."""
+    if axis_name is None and axis_index_groups is not None:
+        raise ValueError(
+            f"{called}: axis_index_groups={axis_index_groups!r} without an axis_name, expected "
+            "both or neither. Pass the name of the axis whose devices are grouped."
+        )
 
 
 def _bound_names() -> str:

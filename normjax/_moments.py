@@ -40,10 +40,11 @@ class Moments(NamedTuple):
     def variance(self, ddof: float = 0) -> Array:
         """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
 
-        Where no degree of freedom is left (count <= ddof) the result is m2, which is then 0, and
-        not 0/0: whoever normalizes an empty feature must not poison a gradient by it.
+        Where no degree of freedom is left (count <= ddof) the result is 0, and not 0/0: whoever
+        normalizes an empty feature must not poison a gradient by it.
         """
-        return self.m2 / jnp.maximum(self.count - ddof, 1)
+        freedom = self.count - ddof
+        return self.m2 / _or_one(freedom) * (freedom > 0).astype(self.m2.dtype)
 
 
 def measure(x: ArrayLike, axis: int | Sequence[int], mask: ArrayLike | None = None) -> Moments:
@@ -108,7 +109,7 @@ def merge(first: Moments, *others: Moments) -> Moments:
         first, others: moments over equal features.
 
     Returns:
-        `Moments` of the concatenated data, its count of the shape of its mean.
+        `Moments` of the concatenated data.
 
     Guarantees:
         monoid: associative and commutative to rounding; moments with count 0 change nothing.
@@ -127,10 +128,17 @@ def merge(first: Moments, *others: Moments) -> Moments:
         Array(3., dtype=float32)
     """
     called = "normjax.merge"
-    pieces = [_checks.moments(called, *m, first.mean) for m in (first, *others)]
-    stacked = Moments(*(jnp.stack(leaves) for leaves in zip(*pieces, strict=True)))
-    pooled = _pool(stacked, partial(jnp.sum, axis=0, keepdims=True))
-    return Moments(*(jnp.squeeze(leaf, axis=0) for leaf in pooled))
+    pieces = (first, *others)
+    features = _checks.features(called, [jnp.shape(m.mean) for m in pieces])
+    # A count shared by all features stays one number if all pieces have such a count.
+    counted = _checks.features(called, [jnp.shape(m.count) for m in pieces])
+    count = _stack([m.count for m in pieces], counted or (1,) * len(features))
+    mean = _stack([m.mean for m in pieces], features)
+    m2 = _stack([m.m2 for m in pieces], features)
+    pooled = _pool(Moments(count, mean, m2), partial(jnp.sum, axis=0, keepdims=True))
+    return Moments(
+        pooled.count.reshape(counted), pooled.mean.reshape(features), pooled.m2.reshape(features)
+    )
 
 
 def synchronize(
@@ -170,6 +178,9 @@ def synchronize(
         Array([4., 4.], dtype=float32)
     """
     called = "normjax.synchronize"
+    if axis_index_groups is not None:
+        # psum multiplies a constant by the size of the first group, whatever that of the others.
+        moments = moments._replace(count=jnp.full_like(moments.m2, moments.count))
     total = partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
     with jax.named_scope(called), _checks.collectives(called, axis_name, axis_index_groups):
         return _pool(moments, total)
@@ -180,8 +191,7 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     count, mean, m2 = moments
     pooled_count = total(count)
     # An empty whole has mean 0: its weighted sum is 0 already.
-    divisor = jnp.maximum(pooled_count, 1)
-    pooled_mean = total(_scaled(mean, count)) / divisor.astype(mean.dtype)
+    pooled_mean = total(_scaled(mean, count)) / _or_one(pooled_count).astype(mean.dtype)
     between = count * _abs_square(mean - pooled_mean)
     return Moments(pooled_count, pooled_mean, total(m2 + between))
 
@@ -191,7 +201,8 @@ def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
     dtype = jnp.finfo(wide(x.dtype)).dtype
     if mask is None:
         # A NumPy constant: summing it over devices then costs no communication.
-        return np.asarray(prod(x.shape[a] for a in axes), dtype)[()]
+        entries = prod(x.shape[a] for a in axes)
+        return dtype.type(entries) if isinstance(entries, int) else jnp.asarray(entries, dtype)
     repeats = prod(x.shape[a] for a in axes if mask.shape[a] == 1)
     # Counted in integers, since a float32 running sum of ones stops growing at 2^24.
     return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
@@ -208,13 +219,13 @@ def _mean_and_m2(
     # takes two walks and this three (benchmarks/speed.py). Where sums of one operand fuse it is
     # two. The barrier keeps the two deviations apart: as one value with two users XLA's CPU
     # compiler would write it to memory, which takes longer than all three sums.
+    total = partial(jnp.sum, axis=axes, keepdims=True)
     x = x.astype(wide(x.dtype))
-    divisor = jnp.maximum(count, 1).astype(x.dtype)
-    rough = _total(x, mask, axes) / divisor
-    rest = _total(x - rough, mask, axes)
-    squares = _total(_abs_square(x - lax.optimization_barrier(rough)), mask, axes)
-    m2 = squares - _abs_square(rest) / jnp.maximum(count, 1)
-    return rough + rest / divisor, jnp.maximum(m2, 0)
+    divisor = _or_one(count).astype(x.dtype)
+    rough = total(_deviation(x, jnp.zeros((), x.dtype), mask)) / divisor
+    rest = total(_deviation(x, rough, mask)) / divisor
+    squares = total(_abs_square(_deviation(x, lax.optimization_barrier(rough), mask)))
+    return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
 
 
 @_mean_and_m2.defjvp
@@ -236,23 +247,29 @@ def _moment_tangents(axes: tuple[int, ...]) -> Callable:
     # recomputes x - mean. Barriers against common subexpressions would only forbid fusion.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangents(x, mask, count, mean, dx):
-        dx = _only(dx.astype(mean.dtype), mask)
-        deviation = _only(x.astype(mean.dtype) - mean, mask)
-        divisor = jnp.maximum(count, 1).astype(mean.dtype)
-        d_mean = jnp.sum(dx, axes, keepdims=True) / divisor
+        dx = _deviation(dx.astype(mean.dtype), jnp.zeros((), mean.dtype), mask)
+        deviation = _deviation(x.astype(mean.dtype), mean, mask)
+        d_mean = jnp.sum(dx, axes, keepdims=True) / _or_one(count).astype(mean.dtype)
         d_m2 = 2 * jnp.sum(jnp.real(jnp.conj(deviation) * dx), axes, keepdims=True)
         return d_mean, d_m2
 
     return tangents
 
 
-def _total(values: Array, mask: Array | None, axes: tuple[int, ...]) -> Array:
-    return jnp.sum(_only(values, mask), axes, keepdims=True)
+def _deviation(x: Array, center: Array, mask: Array | None) -> Array:
+    """x - center, and 0 where the mask is False: selected, since 0 * NaN would still be NaN."""
+    return (x if mask is None else jnp.where(mask, x, center)) - center
 
 
-def _only(values: Array, mask: Array | None) -> Array:
-    """Closes the door to masked entries by selection: 0 * NaN would still be NaN."""
-    return values if mask is None else jnp.where(mask, values, jnp.zeros((), values.dtype))
+def _or_one(count: Count) -> Array:
+    """What to divide by: an empty sum is 0 already and stays so."""
+    return jnp.where(count > 0, count, jnp.ones((), count.dtype))
+
+
+def _stack(leaves: Sequence[ArrayLike], shape: tuple[int, ...]) -> Array:
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    dtype = wide(*(a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)))
+    return jnp.stack([jnp.broadcast_to(a.astype(dtype), shape) for a in arrays])
 
 
 def wide(*dtypes: np.dtype) -> np.dtype:

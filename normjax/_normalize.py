@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +70,24 @@ def normalize(
     _checks.epsilon(called, epsilon)
     out = _checks.output_dtype(called, dtype, x.dtype)
     mask = _checks.mask(called, mask, x.shape)
-    vectors = {"mean": mean, "var": var, "scale": scale, "bias": bias}
-    given = {
-        k: _checks.broadcast(called, k, v, x.shape) for k, v in vectors.items() if v is not None
-    }
+    # A real result has no room for a complex vector, and a variance is real by its nature.
+    is_real = not jnp.issubdtype(out, jnp.complexfloating)
+    number = jnp.finfo(wide(x.dtype)).dtype
+
+    def vector(name: str, value: ArrayLike | None, real: bool = is_real) -> Any:
+        if value is None:
+            return None
+        return _checks.broadcast(called, name, value, x.shape, number, real=real)
+
+    vectors = vector("mean", mean), vector("scale", scale), vector("bias", bias)
+    spread = vector("var", var, real=True)
     # Everything is computed in the widest dtype that came in, and float32 at least.
-    widest = wide(x.dtype, *(v.dtype for v in given.values()))
-    given = {k: v if k == "var" else v.astype(widest) for k, v in given.items()}
+    widest = wide(x.dtype, spread.dtype, *(v.dtype for v in vectors if v is not None))
+    center, gain, shift = (v if v is None else v.astype(widest) for v in vectors)
     real = jnp.finfo(widest).dtype
-    var = given["var"].astype(real) + jnp.asarray(epsilon, real)
+    spread = spread.astype(real) + jnp.asarray(epsilon, real)
     with jax.named_scope(called):
-        return _apply(x, mask, given["mean"], var, given.get("scale"), given.get("bias"), out)
+        return _apply(x, mask, center, spread, gain, shift, out)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
@@ -92,48 +100,53 @@ def _apply(
     bias: Array | None,
     out: np.dtype,
 ) -> Array:
-    _, gain = _gain(var, scale, mean.dtype)
+    gain = lax.rsqrt(var).astype(mean.dtype)
+    if scale is not None and scale.shape == gain.shape:
+        gain, scale = gain * scale, None
     y = (_admit(x, x, mask).astype(mean.dtype) - mean) * gain
+    y = y if scale is None else y * scale
     return (y if bias is None else y + bias).astype(out)
 
 
 @partial(_apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(out, primals, tangents):
-    # With xhat = (x - mean) inv and inv = var^(-1/2), for which d inv = -inv (inv dvar inv) / 2:
-    #   dy = dx gain + xhat (dscale - scale inv dvar inv / 2) + dbias - dmean gain.
-    # All but two products are products of vectors. The powers of inv are applied one by one,
-    # because var^(-3/2) alone leaves the range of float32 for x of the size 1e15.
-    x, mask, mean, var, scale, bias = primals
-    dx, _, d_mean, d_var, d_scale, d_bias = tangents
-    inv, gain = _gain(var, scale, mean.dtype)
-    shift = -_dense(d_mean) * gain
-    slope = -0.5 * gain * (_dense(d_var).astype(mean.dtype) * inv * inv)
-    if scale is not None:
-        slope = slope + _dense(d_scale) * inv
-    if bias is not None:
-        shift = shift + _dense(d_bias)
-    dx = None if isinstance(dx, SymbolicZero) else dx
-    y = _apply(x, mask, mean, var, scale, bias, out)
-    return y, _tangent(out)(x, mask, mean, gain, dx, slope, shift)
+    # With inv = var^(-1/2), for which d inv = -inv (inv dvar inv) / 2:
+    #   dy = (dx inv + (x - mean) d_inv - d_mean inv) scale + (x - mean) inv d_scale + d_bias.
+    # The powers of inv are applied one by one, because var^(-3/2) alone leaves the range of
+    # float32 for x of the size 1e15.
+    x, mask, mean, var, scale, _ = primals
+    dx, _, d_mean, d_var, d_scale, d_bias = map(_given, tangents)
+    inv = lax.rsqrt(var).astype(mean.dtype)
+    shift = None if d_mean is None else -d_mean * inv
+    slope = None if d_var is None else -0.5 * inv * (d_var.astype(mean.dtype) * inv * inv)
+    if scale is not None and scale.shape == inv.shape:
+        # A scale for each statistic, as in batch norm, is multiplied in while all are vectors.
+        # The backward pass then needs two sums over dy and not four.
+        shift, slope = _product(shift, scale), _product(slope, scale)
+        slope = _sum(slope, _product(d_scale, inv))
+        inv, scale, d_scale = inv * scale, None, None
+    if scale is None and d_bias is not None and d_bias.shape == inv.shape:
+        shift, d_bias = _sum(shift, d_bias), None
+    y = _apply(*primals, out)
+    return y, _tangent(out)(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias)
 
 
 def _tangent(out: np.dtype):
-    """dy = dx gain + (x - mean) slope + shift, linear in (dx, slope, shift)."""
+    """The linear map above. What is None is zero and costs nothing; a scale of None is one."""
 
     # Under checkpoint the backward pass keeps x in its own dtype and vectors, not x - mean.
     @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, mask, mean, gain, dx, slope, shift):
-        dy = (_admit(x, x, mask).astype(mean.dtype) - mean) * slope + shift
-        if dx is not None:
-            dy = dy + _admit(dx, x, mask).astype(mean.dtype) * gain
-        return dy.astype(out)
+    def tangent(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias):
+        deviation = _admit(x, x, mask).astype(mean.dtype) - mean
+        dx = None if dx is None else _admit(dx, x, mask).astype(mean.dtype)
+        within = _sum(_product(dx, inv), _product(deviation, slope), shift)
+        within = within if scale is None else _product(within, scale)
+        beyond = _product(deviation * inv, d_scale)
+        dy = _sum(within, beyond, d_bias)
+        dy = jnp.zeros((), mean.dtype) if dy is None else dy
+        return jnp.broadcast_to(dy, x.shape).astype(out)
 
     return tangent
-
-
-def _gain(var: Array, scale: Array | None, dtype: np.dtype) -> tuple[Array, Array]:
-    inv = lax.rsqrt(var).astype(dtype)
-    return inv, inv if scale is None else inv * scale
 
 
 def _admit(values: Array, x: Array, mask: Array | None) -> Array:
@@ -143,7 +156,13 @@ def _admit(values: Array, x: Array, mask: Array | None) -> Array:
     return jnp.where(mask | jnp.isfinite(x), values, jnp.zeros((), values.dtype))
 
 
-def _dense(tangent):
-    if isinstance(tangent, SymbolicZero):
-        return jnp.zeros(tangent.shape, tangent.dtype)
-    return tangent
+def _given(tangent: Any) -> Any:
+    return None if isinstance(tangent, SymbolicZero) else tangent
+
+
+def _product(a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else a * b
+
+
+def _sum(*terms: Array | None) -> Array | None:
+    return reduce(lambda a, b: b if a is None else a if b is None else a + b, terms)

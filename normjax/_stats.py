@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
+from normjax import _checks
 from normjax._moments import Moments, wide
 
 
@@ -32,12 +34,15 @@ class BatchStats(NamedTuple):
     ) -> BatchStats:
         """Statistics that have seen nothing yet: mean 0, variance 1, and count 0 if `counted`.
 
+        Of `dtype`, or of float32 if that is narrower; variance and count are real.
+
         Example:
             >>> import normjax
             >>> stats = normjax.BatchStats.make(2)
             >>> stats.mean, stats.var
             (Array([0., 0.], dtype=float32), Array([1., 1.], dtype=float32))
         """
+        dtype = wide(_checks.output_dtype("normjax.BatchStats.make", dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
         count = jnp.zeros(shape, real) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
@@ -63,14 +68,15 @@ def move(
     A feature whose batch has no degree of freedom left, or for which the step would not be
     finite, stays as it is. No gradient flows.
     """
-    step = _step(stats.count, momentum, debias)
+    count = None if stats.count is None else stats.count.astype(wide(stats.count.dtype))
+    step = _step(count, momentum, debias)
     mean = _blend(stats.mean, moments.mean, step)
     var = _blend(stats.var, moments.variance(ddof), step)
     taken = (moments.count > ddof) & jnp.isfinite(mean) & jnp.isfinite(var)
     return BatchStats(
         _choose(taken, mean, stats.mean),
         _choose(taken, var, stats.var),
-        None if stats.count is None else _choose(taken, stats.count + 1, stats.count),
+        None if count is None else _choose(taken, count + 1, count),
     )
 
 
@@ -89,8 +95,14 @@ def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> Arra
 def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
     dtype = wide(old.dtype, batch.dtype)
     keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
-    return keep * old.astype(dtype) + step * batch.astype(dtype)
+    # Nothing of the old is kept where its weight is 0, not even a NaN.
+    kept = jnp.where(keep == 0, jnp.zeros((), dtype), keep * old.astype(dtype))
+    return kept + step * batch.astype(dtype)
 
 
 def _choose(taken: ArrayLike, new: Array, old: Array) -> Array:
-    return lax.stop_gradient(jnp.where(taken, new, old.astype(new.dtype)))
+    # Adding zeros gives old the layout of the batch's statistics: with explicit sharding there is
+    # no selection between arrays that lie differently on the devices.
+    alike = old.astype(new.dtype) + jnp.zeros_like(taken, new.dtype)
+    aligned = new + jnp.zeros_like(taken, new.dtype)
+    return lax.stop_gradient(jnp.where(taken, aligned, alike))

@@ -120,14 +120,22 @@ class BatchNorm(nn.Module):
         features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
         mask = None if mask is None else jnp.asarray(mask, bool)
 
-        start = BatchStats.make(features, counted=self.debias or self.momentum is None)
+        counted = self.debias or self.momentum is None
+        if counted and self.has_variable("batch_stats", "mean"):
+            has_count = self.has_variable("batch_stats", "count")
+            _checks.stored_count(called, has_count or not train)
+            counted = has_count
+
+        def vector(name: str, used: bool, init: Initializer) -> Array | None:
+            return self.param(name, init, features, self.param_dtype) if used else None
+
         running = {
             name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in start._asdict().items()
+            for name, value in BatchStats.make(features, counted=counted)._asdict().items()
             if value is not None
         }
-        scale = self._vector("scale", self.use_scale, self.scale_init, features)
-        bias = self._vector("bias", self.use_bias, self.bias_init, features)
+        scale = vector("scale", self.use_scale, self.scale_init)
+        bias = vector("bias", self.use_bias, self.bias_init)
 
         stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
         axis_name = self.axis_name
@@ -160,8 +168,3 @@ class BatchNorm(nn.Module):
             for name, variable in running.items():
                 variable.value = getattr(stats, name)
         return y
-
-    def _vector(
-        self, name: str, used: bool, init: Initializer, features: tuple[int, ...]
-    ) -> Array | None:
-        return self.param(name, init, features, self.param_dtype) if used else None

@@ -327,6 +327,14 @@ def test_batch_norm_edge_nan_or_infinity_that_is_masked():
         assert float(pullback(jnp.ones((3, 1)))[0][2, 0]) == 0
 
 
+def test_batch_norm_edge_deviations_beyond_1e18_in_float32():
+    x = jnp.array([[1e20], [-1e20], [3e20]], jnp.float32)
+    start, bias = BatchStats.make(1), jnp.array([2.0])
+    y, stats = batch_norm(x, start, None, bias, train=True)
+    np.testing.assert_array_equal(y, np.full((3, 1), 2.0))
+    assert (stats.mean, stats.var) == (start.mean, start.var)
+
+
 def test_batch_norm_edge_empty_batch_train_false():
     stats = BatchStats.make(3)
     y, same = batch_norm(jnp.ones((0, 3)), stats, train=False)
@@ -479,6 +487,20 @@ def test_promise_6_scan_carries_the_statistics(rng):
         np.testing.assert_allclose(y, want.y, atol=1e-5)
         mean = 0.5 * mean + 0.5 * want.mean
     np.testing.assert_allclose(stats.mean, mean, rtol=1e-5)
+
+
+def test_exports_for_any_batch_size(rng):
+    from jax import export
+
+    (batch,) = export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 3), jnp.float32)
+    step = jax.jit(lambda x: batch_norm(x, BatchStats.make(3), train=True, momentum=0.0))
+    exported = export.export(step)(x)
+    for n in (2, 5):
+        data = rng.normal(1, 2, (n, 3)).astype(np.float32)
+        y, stats = exported.call(data)
+        np.testing.assert_allclose(y, reference.batch_norm(data, axes=(0,)).y, atol=1e-5)
+        np.testing.assert_allclose(stats.mean, data.mean(0), atol=1e-5)
 
 
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)

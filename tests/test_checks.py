@@ -28,8 +28,13 @@ REFUSED = {
         "shape (3,)",
         "leading batch axis",
     ),
-    "integer x": (lambda: call(X.astype(int)), TypeError, "dtype int32", "astype(jnp.float32)"),
-    "boolean x": (lambda: call(X > 0), TypeError, "dtype bool", "astype(jnp.float32)"),
+    "integer x": (
+        lambda: call(X.astype(int)),
+        TypeError,
+        "dtype int32",
+        "jnp.asarray(x, jnp.float32)",
+    ),
+    "boolean x": (lambda: call(X > 0), TypeError, "dtype bool", "jnp.asarray(x, jnp.float32)"),
     "axis too large": (lambda: call(feature_axis=2), ValueError, "feature_axis=2", "from -2 to 1"),
     "axis too small": (lambda: call(feature_axis=-3), ValueError, "shape (4, 3)", "from -2 to 1"),
     "axis twice": (
@@ -144,13 +149,88 @@ REFUSED = {
         "over the axes (0, 2, 3)",
         "larger batch",
     ),
-    "train of a wrong kind": (lambda: call(train=1), TypeError, "train is int", "True or False"),
+    "train of a wrong kind": (lambda: call(train=1), TypeError, "train is 1", "True or False"),
     "dtype of integers": (lambda: call(dtype=jnp.int32), TypeError, "dtype=int32", "jnp.bfloat16"),
     "complex x, real dtype": (
         lambda: call(X.astype(np.complex64), dtype=jnp.float32),
         TypeError,
         "drop the imaginary part",
         "x.real",
+    ),
+    "stats of another kind": (
+        lambda: call(X, measure(X, 0)),
+        TypeError,
+        "stats is Moments, expected BatchStats or None",
+        "BatchStats.make(features)",
+    ),
+    "stats as Flax keeps them": (
+        lambda: call(X, stats(3)._asdict(), train=False),
+        TypeError,
+        "stats is dict",
+        'BatchStats(**variables["batch_stats"])',
+    ),
+    "stats of integers to be": (
+        lambda: BatchStats.make(3, int),
+        TypeError,
+        "normjax.BatchStats.make: dtype=int",
+        "jnp.float32",
+    ),
+    "complex scale of a real x": (
+        lambda: call(X, None, 1j * np.ones(3, np.complex64)),
+        TypeError,
+        "scale has dtype complex64",
+        "Pass scale.real",
+    ),
+    "complex variance": (
+        lambda: call(X.astype(np.complex64), stats(3, var=jnp.ones(3, jnp.complex64))),
+        TypeError,
+        "stats.var has dtype complex64",
+        "real by its nature",
+    ),
+    "complex mean to normalize by": (
+        lambda: normalize(X, np.complex64(1j), 1.0),
+        TypeError,
+        "mean has dtype complex64",
+        "or a complex x",
+    ),
+    "momentum for each feature": (
+        lambda: call(momentum=np.full((2, 1), 0.9)),
+        TypeError,
+        "momentum is an array of shape (2, 1)",
+        "a number from 0 to 1",
+    ),
+    "momentum of NumPy above 1": (
+        lambda: call(momentum=np.float32(1.5)),
+        ValueError,
+        "momentum=1.5",
+        "from 0 to 1",
+    ),
+    "momentum in words": (lambda: call(momentum="0.9"), TypeError, "'0.9'", "a number from 0 to 1"),
+    "no epsilon": (lambda: call(epsilon=None), TypeError, "epsilon is None", "at least 0"),
+    "negative epsilon of JAX": (
+        lambda: call(epsilon=jnp.float32(-5)),
+        ValueError,
+        "epsilon=-5.0",
+        "at least 0",
+    ),
+    "epsilon for each feature": (
+        lambda: call(epsilon=np.ones(3)),
+        TypeError,
+        "epsilon is an array of shape (3,)",
+        "a finite number",
+    ),
+    "x that is nothing": (lambda: call(None), TypeError, "x is NoneType", "an array"),
+    "features in another order": (
+        lambda: call(CUBE, stats((3, 5)), feature_axis=(2, 1)),
+        ValueError,
+        "stats.mean has shape (3, 5), expected (5, 3)",
+        "keep the order that they have in x",
+    ),
+    "groups of no axis": (
+        lambda: call(axis_index_groups=[[0, 1]]),
+        ValueError,
+        "axis_index_groups=[[0, 1]] without an axis_name",
+        "Pass the name",
     ),
     "measure over a wrong axis": (
         lambda: measure(X, 5),
@@ -161,7 +241,7 @@ REFUSED = {
     "merge of unequal features": (
         lambda: merge(measure(X, 0), measure(CUBE[0, :, :2], 0)),
         ValueError,
-        "normjax.merge: got moments with mean of shape (2,)",
+        "normjax.merge: got moments of the shapes [(2,), (3,)]",
         "the same features",
     ),
     "mean that does not broadcast": (
@@ -189,6 +269,15 @@ def test_a_mask_is_ambiguous_only_if_the_readings_differ():
         call(mask=mask)
     # NumPy's reading is the only one of a mask over features when N and C differ.
     call(mask=np.array([True, True, False]))
+
+
+def test_axes_may_come_in_any_collection():
+    for axis in ([1], (1,), {1}, np.array([1]), np.int64(1)):
+        assert call(CUBE, feature_axis=axis)[0].shape == CUBE.shape
+
+
+def test_numbers_may_be_those_of_numpy_and_jax():
+    call(momentum=np.float32(0.9), epsilon=jnp.float32(1e-3), ddof=np.int64(1))
 
 
 def test_epsilon_zero_and_momentum_at_both_ends_are_allowed():

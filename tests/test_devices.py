@@ -134,16 +134,17 @@ def by_nested_vmap(x, scale, bias, mask, dy):
     return y.reshape(x.shape), first(stats), (dx.reshape(x.shape), first(dscale), first(dbias))
 
 
+def entered(mesh):
+    """jax.set_mesh, which jax 0.7.0 has under another name."""
+    return jax.set_mesh(mesh) if hasattr(jax, "set_mesh") else jax.sharding.use_mesh(mesh)
+
+
 def by_sharded_jit(*args, kind=AxisType.Auto):
     """No axis name: jit reduces over the whole batch."""
     over_batch, everywhere = NamedSharding(mesh(kind), P("d")), NamedSharding(mesh(kind), P())
     places = (over_batch, everywhere, everywhere, over_batch, over_batch)
     args = [a if a is None else jax.device_put(a, p) for a, p in zip(args, places, strict=True)]
-    with (
-        jax.sharding.use_mesh(mesh(kind))
-        if not hasattr(jax, "set_mesh")
-        else jax.set_mesh(mesh(kind))
-    ):
+    with entered(mesh(kind)):
         return jax.jit(value_and_grad(partial(local_loss, axis_name=None)))(*args)
 
 
@@ -211,6 +212,34 @@ def test_groups_share_among_themselves(rng):
     for half in (slice(0, 2), slice(2, 4)):
         want = reference.batch_norm(x[half], axes=(0, 1)).y
         np.testing.assert_allclose(y[half], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [[[0], [1, 2, 3]], [[1, 2, 3], [0]]])
+def test_groups_may_be_unequal(rng, groups):
+    x = rng.normal(5, 1, (4, 6, 3)).astype(np.float32)
+    step = partial(batch_norm, train=True, axis_name="d", axis_index_groups=groups, momentum=0.0)
+    _, stats = jax.pmap(lambda x: step(x, BatchStats.make(3)), "d")(x)
+    for group in groups:
+        want = reference.batch_norm(x[group], axes=(0, 1))
+        for device in group:
+            np.testing.assert_allclose(stats.mean[device], want.mean, rtol=1e-5)
+            np.testing.assert_allclose(stats.var[device], want.var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("place", [P("a", "b"), P(None, "b"), P("a")])
+def test_features_may_be_sharded_under_jit(rng, kind, place):
+    """Statistics that lie otherwise than the batch does, as those of init do."""
+    x = rng.normal(3, 2, (8, 4)).astype(np.float32)
+    squares = mesh(kind, (2, 2), ("a", "b"))
+    placed = jax.device_put(x, NamedSharding(squares, place))
+    step = jax.jit(partial(batch_norm, train=True, momentum=None))
+    with entered(squares):
+        y, stats = step(placed, BatchStats.make(4, counted=True))
+        y, stats = step(placed, stats)
+    want = reference.batch_norm(x, axes=(0,))
+    np.testing.assert_allclose(y, want.y, atol=1e-5)
+    np.testing.assert_allclose(stats.var, want.var, rtol=1e-5)
 
 
 def test_evaluation_needs_no_axis():

@@ -114,7 +114,8 @@ def test_promise_7_only_x_and_vectors_are_kept(case, saved_arrays):
     for dtype in (jnp.bfloat16, jnp.float32):
         kept = saved_arrays(call, jnp.asarray(x, dtype))
         large = [k for k in kept if k.size >= x.size]
-        assert large == [jax.ShapeDtypeStruct(x.shape, dtype)]
+        # Where the statistics do not depend on x, not even x is needed.
+        assert large in ([], [jax.ShapeDtypeStruct(x.shape, dtype)])
 
 
 @every_norm

@@ -178,7 +178,7 @@ def test_no_mode_and_two_modes_are_errors(images):
         with pytest.raises(ValueError, match=r"which are one switch .* Give one of them"):
             normjax.linen.BatchNorm(**at_construction).apply(variables, images, **at_call)
     with pytest.raises(
-        TypeError, match='train is .*Tracer, expected True or False.*static_argnames="train"'
+        TypeError, match='train is traced by jit, expected True or False.*static_argnames="train"'
     ):
         jax.jit(lambda t: normjax.linen.BatchNorm().apply(variables, images, train=t))(True)
 
@@ -240,6 +240,29 @@ def test_ddof_debias_and_cumulative_average(options, mean, var):
     _, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["mean"], [mean], rtol=1e-6)
     np.testing.assert_allclose(updates["batch_stats"]["var"], [var], rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(debias=True), dict(momentum=None)])
+def test_a_checkpoint_without_a_count_is_not_thrown_away(images, options):
+    variables = nn.BatchNorm().init(KEY, images, use_running_average=True)
+    loaded = {**variables, "batch_stats": {"mean": jnp.full(2, 100.0), "var": jnp.full(2, 50.0)}}
+    module = normjax.linen.BatchNorm(**options)
+    with pytest.raises(ValueError, match=r"need batch_stats/count.* Add count"):
+        module.apply(loaded, images, train=True, mutable=["batch_stats"])
+    want = nn.BatchNorm().apply(loaded, images, use_running_average=True)
+    np.testing.assert_allclose(module.apply(loaded, images, train=False), want, atol=1e-5)
+
+
+def test_interceptors_see_one_call(images):
+    seen = []
+
+    def note(run, args, kwargs, context):
+        seen.append(context.method_name)
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        normjax.linen.BatchNorm().init(KEY, images, train=False)
+    assert seen == ["__call__"]
 
 
 def test_fields_that_pick_a_less_exact_algorithm_have_no_effect(rng):

@@ -1,5 +1,6 @@
 """Moments: measured, merged and shared; their derivatives in every mode."""
 
+from functools import partial
 from itertools import pairwise
 
 import hypothesis
@@ -64,6 +65,10 @@ def test_measure_guarantee_masked_out_means_out(rng):
     for derivative in (jax.grad(loss), jax.jacfwd(loss)):
         np.testing.assert_array_equal(derivative(poisoned), derivative(x))
         assert np.all(np.asarray(derivative(x))[~mask[:, 0]] == 0)
+    # No arithmetic touches what is masked: eager NaN checks stay quiet.
+    placed = jnp.asarray(poisoned)
+    with jax.debug_nans(True):
+        measure(placed, 0, mask)
     # Forward mode with a NaN tangent at a masked entry, as 0 * inf upstream produces it.
     direction = np.where(mask, 1, np.nan).astype(np.float32) * np.ones_like(x)
     assert np.isfinite(jax.jvp(loss, (x,), (direction,))[1])
@@ -97,6 +102,9 @@ def test_variance_biased_and_unbiased():
     m = Moments(jnp.float32(4), jnp.zeros(2), jnp.array([8.0, 12.0]))
     np.testing.assert_array_equal(m.variance(), [2, 3])
     np.testing.assert_allclose(m.variance(ddof=1), [8 / 3, 4], rtol=1e-6)
+    np.testing.assert_allclose(m.variance(ddof=3.5), [16, 24], rtol=1e-6)
+    for none_left in (4, 5):
+        np.testing.assert_array_equal(m.variance(ddof=none_left), [0, 0])
 
 
 def test_complex_variance_is_real_and_counts_both_parts(rng):
@@ -124,6 +132,34 @@ def test_merge_equals_measuring_the_whole(rng):
     np.testing.assert_array_equal(got.count, count)
     np.testing.assert_allclose(got.mean, mean, rtol=1e-6)
     np.testing.assert_allclose(got.m2, m2, rtol=100 * 16 * reference.EPS["float32"])
+
+
+def test_the_neutral_element_may_be_three_zeros(rng):
+    measured = measure(rng.normal(size=(6, 4)).astype(np.float32), 0)
+    for got in (merge(measured, Moments(0, 0, 0)), merge(Moments(0, 0, 0), measured)):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, measured)
+        assert [leaf.shape for leaf in got] == [np.shape(leaf) for leaf in measured]
+
+
+def test_merge_is_a_fold_that_scan_can_carry(rng):
+    xs = rng.normal(3, 2, (5, 6, 4)).astype(np.float32)
+
+    def add(total, x):
+        return merge(total, measure(x, 0)), None
+
+    start = Moments(jnp.float32(0), jnp.zeros(4), jnp.zeros(4))
+    total, _ = jax.lax.scan(add, start, xs)
+    _, mean, m2 = moments_of(xs, (0, 1))
+    assert float(total.count) == 30
+    np.testing.assert_allclose(total.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(total.m2, m2, rtol=1e-5)
+
+
+def test_weighted_moments_merge_by_their_weights():
+    got = merge(
+        *(Moments(jnp.float32(w), jnp.array([m]), jnp.zeros(1)) for w, m in ((0.25, 4), (0.5, 1)))
+    )
+    np.testing.assert_allclose(got.mean, [2.0])
 
 
 def test_merge_of_shared_and_single_counts(rng):

@@ -57,6 +57,9 @@ def test_normalize_guarantee_light_backward(saved_arrays):
     x, c = jnp.ones((8, 5, 3), jnp.bfloat16), jnp.ones(3)
     kept = saved_arrays(lambda *a: normalize(*a), x, c, c, c, c)
     assert [k for k in kept if k.size >= x.size] == [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    # Where only x is differentiated, its derivative is a vector and x is not needed at all.
+    kept = saved_arrays(lambda x: normalize(x, c, c, c, c), x)
+    assert not [k for k in kept if k.size >= x.size]
     # Where x itself is not differentiated, no array of zeros stands in for its tangent.
     kept = saved_arrays(lambda *a: normalize(x, *a), c, c, c, c)
     assert [k for k in kept if k.size >= x.size] == [jax.ShapeDtypeStruct(x.shape, x.dtype)]
@@ -104,6 +107,12 @@ def test_every_argument_has_the_derivative_of_the_formula(rng, x64):
         np.imag(formula(*(a + 1e-30j * d for a, d in zip(args, directions, strict=True)))) / 1e-30
     )
     np.testing.assert_allclose(got, want, rtol=1e-13)
+
+
+def test_numbers_take_the_dtype_of_x(x64):
+    assert "f64" not in str(
+        jax.make_jaxpr(lambda x: normalize(x, 2.0, 4))(jnp.ones(3, jnp.float32))
+    )
 
 
 def test_complex_scale_and_real_variance(rng):

@@ -104,6 +104,21 @@ def test_statistics_take_the_wider_dtype(x64):
     assert moved(half, batch([1, 2], [1, 1])).mean.dtype == jnp.float32
 
 
+def test_statistics_and_count_are_never_half_precision():
+    stats = BatchStats.make(2, jnp.bfloat16, counted=True)
+    assert {leaf.dtype for leaf in stats} == {jnp.dtype("float32")}
+    half = BatchStats(*(leaf.astype(jnp.bfloat16) for leaf in stats))
+    assert {leaf.dtype for leaf in moved(half, batch([1, 2], [1, 1]))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("options", [dict(momentum=0.0), dict(momentum=None), dict(debias=True)])
+def test_nothing_is_kept_of_an_old_value_that_has_no_weight(options):
+    poisoned = BatchStats(jnp.array([jnp.nan]), jnp.array([jnp.inf]), jnp.zeros(1))
+    stats = moved(poisoned, batch([2], [3]), **options)
+    np.testing.assert_array_equal(stats.mean, [2])
+    np.testing.assert_array_equal(stats.var, [3])
+
+
 def test_momentum_may_be_traced():
     step = jax.jit(lambda m: moved(BatchStats.make(1, counted=True), batch([1], [1]), m).mean)
     np.testing.assert_allclose(step(0.75), [0.25], rtol=1e-6)
