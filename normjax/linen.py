@@ -138,11 +138,11 @@ class BatchNorm(nn.Module):
         bias = vector("bias", self.use_bias, self.bias_init)
 
         stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
-        axis_name = self.axis_name
+        axis_name, groups = self.axis_name, self.axis_index_groups
         if train and self.is_initializing():
             # Init makes shapes from any data, a batch of one included: it normalizes by that
             # batch, keeps no statistics and needs no device axis.
-            train, stats, axis_name = False, None, None
+            train, stats, axis_name, groups = False, None, None, None
         elif train and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError("/".join(self.path))
 
@@ -161,7 +161,7 @@ class BatchNorm(nn.Module):
             debias=self.debias,
             mask=mask,
             axis_name=axis_name,
-            axis_index_groups=self.axis_index_groups,
+            axis_index_groups=groups,
             dtype=dtype,
         )
         if train:

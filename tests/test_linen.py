@@ -140,7 +140,7 @@ def test_dtype_rules_are_those_of_flax(rng, x_dtype, dtype, param_dtype):
 
 
 def test_init_needs_no_axis_and_moves_no_statistics(images):
-    module = normjax.linen.BatchNorm(axis_name="unbound")
+    module = normjax.linen.BatchNorm(axis_name="unbound", axis_index_groups=[[0], [1]])
     for train in (True, False):
         y, variables = module.init_with_output(KEY, images, train=train)
         np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(2))
