@@ -8,6 +8,7 @@ which is imported on its own so that `import normjax` needs no Flax.
 from normjax._batch import batch_norm
 from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
+from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
 from normjax._stats import BatchStats
 
 __version__ = "0.1.0"
@@ -16,8 +17,12 @@ __all__ = [
     "BatchStats",
     "Moments",
     "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
     "measure",
     "merge",
     "normalize",
+    "rms_norm",
     "synchronize",
 ]

@@ -46,7 +46,8 @@ def batch_norm(
         x: float16, bfloat16, float32, float64 or complex, any rank of at least 2.
         stats: `BatchStats` of the shape of the feature axes. None keeps no running statistics:
             then `train=False` normalizes by the batch as well.
-        scale, bias: of the shape of the feature axes, or None.
+        scale, bias: of the shape of the feature axes; with a leading batch axis before it, one
+            for each example (conditional batch norm, arXiv:1610.07629). Or None.
         train: a Python bool.
         feature_axis: the axis or axes that are kept; with several, in the order of x.
         momentum: weight of the OLD running value, from 0 to 1. None: the plain average over all
@@ -143,7 +144,9 @@ def batch_norm(
         )
         if train:
             _checks.count(called, count, momentum, debias)
-    scale, bias = vector("scale", scale), vector("bias", bias)
+    kept = tuple(a for a in range(len(x.shape)) if a not in reduced)
+    scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=is_real)
+    bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=is_real)
     mask = _checks.mask(called, mask, x.shape)
     _checks.epsilon(called, epsilon)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
@@ -164,9 +167,6 @@ def batch_norm(
         if train and stats is not None:
             stats = move(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
 
-        def over_x(v: Any) -> Any:
-            return None if v is None else jnp.expand_dims(v, reduced)
-
-        mean, var, scale, bias = map(over_x, (mean, var, scale, bias))
+        mean, var = jnp.expand_dims(mean, reduced), jnp.expand_dims(var, reduced)
         y = normalize(x, mean, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)
     return y, stats

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from math import prod
 from typing import NamedTuple, TypeAlias
@@ -47,7 +47,13 @@ class Moments(NamedTuple):
         return self.m2 / _or_one(freedom) * (freedom > 0).astype(self.m2.dtype)
 
 
-def measure(x: ArrayLike, axis: int | Sequence[int], mask: ArrayLike | None = None) -> Moments:
+def measure(
+    x: ArrayLike,
+    axis: int | Iterable[int],
+    mask: ArrayLike | None = None,
+    *,
+    centered: bool = True,
+) -> Moments:
     """Measures the moments of `x` over the axes `axis`.
 
         mean = sum(x) / count,   m2 = sum(|x - mean|^2)
@@ -56,6 +62,7 @@ def measure(x: ArrayLike, axis: int | Sequence[int], mask: ArrayLike | None = No
         x: floating or complex array of any rank.
         axis: the axis or axes to reduce; the others are kept, in their order.
         mask: boolean, True where an entry counts; broadcasts to `x` as in NumPy.
+        centered: around the mean; False measures around zero: mean = 0, m2 = sum(|x|^2).
 
     Returns:
         `Moments` in float32 or wider, of the shape of the kept axes.
@@ -90,7 +97,7 @@ def measure(x: ArrayLike, axis: int | Sequence[int], mask: ArrayLike | None = No
     mask = _checks.mask("normjax.measure", mask, x.shape)
     with jax.named_scope("normjax.measure"):
         count = _count(x, axes, mask)
-        mean, m2 = _mean_and_m2(x, mask, count, axes)
+        mean, m2 = _mean_and_m2(x, mask, count, axes, centered)
         mean, m2 = jnp.squeeze(mean, axes), jnp.squeeze(m2, axes)
         if mask is not None:
             count = jnp.squeeze(count, axes)
@@ -208,9 +215,9 @@ def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
     return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _mean_and_m2(
-    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...]
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool
 ) -> tuple[Array, Array]:
     # The corrected two-pass algorithm: sums around the mean of a first sum mend what that sum
     # lost by rounding. It makes constant features exact, and no choice of data can break it, as
@@ -221,26 +228,31 @@ def _mean_and_m2(
     # compiler would write it to memory, which takes longer than all three sums.
     total = partial(jnp.sum, axis=axes, keepdims=True)
     x = x.astype(wide(x.dtype))
+    zero = jnp.zeros((), x.dtype)
+    if not centered:
+        m2 = total(_abs_square(_deviation(x, zero, mask)))
+        return jnp.zeros_like(m2, x.dtype), m2
     divisor = _or_one(count).astype(x.dtype)
-    rough = total(_deviation(x, jnp.zeros((), x.dtype), mask)) / divisor
+    rough = total(_deviation(x, zero, mask)) / divisor
     rest = total(_deviation(x, rough, mask)) / divisor
     squares = total(_abs_square(_deviation(x, lax.optimization_barrier(rough), mask)))
     return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
 
 
 @_mean_and_m2.defjvp
-def _mean_and_m2_jvp(axes, primals, tangents):
+def _mean_and_m2_jvp(axes, centered, primals, tangents):
     # Written out because autodiff of the sums above would keep x - mean, a second array of the
     # size of x and float32 even for a half precision x, for the backward pass.
     x, mask, count = primals
-    mean, m2 = _mean_and_m2(x, mask, count, axes)
-    return (mean, m2), _moment_tangents(axes)(x, mask, count, mean, tangents[0])
+    mean, m2 = _mean_and_m2(x, mask, count, axes, centered)
+    return (mean, m2), _moment_tangents(axes, centered)(x, mask, count, mean, tangents[0])
 
 
-def _moment_tangents(axes: tuple[int, ...]) -> Callable:
+def _moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
     """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
 
-    The term with d mean is missing from d m2 because the deviations sum to zero.
+    The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the
+    mean is constant.
     """
 
     # Under checkpoint the backward pass keeps the arguments, x in its own dtype and vectors, and
@@ -249,7 +261,9 @@ def _moment_tangents(axes: tuple[int, ...]) -> Callable:
     def tangents(x, mask, count, mean, dx):
         dx = _deviation(dx.astype(mean.dtype), jnp.zeros((), mean.dtype), mask)
         deviation = _deviation(x.astype(mean.dtype), mean, mask)
-        d_mean = jnp.sum(dx, axes, keepdims=True) / _or_one(count).astype(mean.dtype)
+        d_mean = jnp.zeros_like(mean)
+        if centered:
+            d_mean = jnp.sum(dx, axes, keepdims=True) / _or_one(count).astype(mean.dtype)
         d_m2 = 2 * jnp.sum(jnp.real(jnp.conj(deviation) * dx), axes, keepdims=True)
         return d_mean, d_m2
 

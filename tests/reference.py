@@ -11,8 +11,8 @@ import numpy as np
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
-class BatchNorm(NamedTuple):
-    """Output, biased batch statistics, and gradients for one cotangent of the output."""
+class Normed(NamedTuple):
+    """Output, biased statistics, and gradients for one cotangent of the output."""
 
     y: np.ndarray
     mean: np.ndarray
@@ -23,47 +23,60 @@ class BatchNorm(NamedTuple):
     dbias: np.ndarray
 
 
-def features_last(v, axes, ndim):
-    """A per-feature vector with the reduced axes put back as size 1."""
-    return np.expand_dims(np.asarray(v), axes) if np.ndim(v) else np.reshape(v, (1,) * ndim)
+def standardized(x, scale, bias, dy, *, axes, mask=None, epsilon=1e-5, centered=True) -> Normed:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias and its gradients, rank kept everywhere.
 
-
-def batch_norm(x, scale=1.0, bias=0.0, dy=None, *, axes, mask=None, epsilon=1e-5) -> BatchNorm:
-    """Ioffe & Szegedy 2015, Algorithm 1 and the gradients below it, with a mask.
-
-    Statistics are those of the entries whose mask is True; every entry is normalized by them.
+    Ioffe & Szegedy 2015, Algorithm 1 and the gradients below it, over any axes, with a mask:
+    statistics are those of the entries whose mask is True; every entry is normalized by them.
+    Not centered, the mean is taken as 0 and var is the mean square (Zhang & Sennrich 2019).
     """
     x = np.asarray(x)
     x = x.astype(np.result_type(x.dtype, np.float64))
+    scale, bias, dy = (np.asarray(v).astype(np.float64) for v in (scale, bias, dy))
     valid = np.ones(x.shape, bool) if mask is None else np.broadcast_to(mask, x.shape)
     given = valid | np.isfinite(x)
     x = np.where(given, x, 0)
-    scale = features_last(scale, axes, x.ndim)
-    bias = features_last(bias, axes, x.ndim)
 
     n = valid.sum(axes, keepdims=True)
     safe_n = np.maximum(n, 1)
-    mean = np.where(valid, x, 0).sum(axes, keepdims=True) / safe_n
+    mean = np.where(valid, x, 0).sum(axes, keepdims=True) / safe_n * centered
     deviation = x - mean
     var = np.where(valid, deviation * deviation, 0).sum(axes, keepdims=True) / safe_n
     inv = (var + epsilon) ** -0.5
     xhat = deviation * inv
-    y = xhat * scale + bias
 
-    dy = np.ones(x.shape) if dy is None else np.asarray(dy).astype(np.float64)
     dxhat = dy * scale
     dvar = (dxhat * deviation).sum(axes, keepdims=True) * -0.5 * inv**3
-    dmean = (-dxhat * inv).sum(axes, keepdims=True)
-    dx = dxhat * inv + np.where(valid, dvar * 2 * deviation / safe_n + dmean / safe_n, 0)
-    return BatchNorm(
-        y,
-        mean.squeeze(axes),
-        var.squeeze(axes),
-        np.broadcast_to(n, mean.shape).squeeze(axes),
-        np.where(given, dx, 0),
-        (dy * xhat).sum(axes),
-        dy.sum(axes),
+    dmean = (-dxhat * inv).sum(axes, keepdims=True) * centered
+    through = np.where(valid, dvar * 2 * deviation / safe_n + dmean / safe_n, 0)
+    return Normed(
+        xhat * scale + bias,
+        mean,
+        var,
+        n,
+        np.where(given, dxhat * inv + through, 0),
+        unbroadcast(dy * xhat, scale.shape),
+        unbroadcast(dy, bias.shape),
     )
+
+
+def unbroadcast(gradient, shape):
+    """Sums over the axes along which an array of `shape` was repeated."""
+    lead = gradient.ndim - len(shape)
+    gradient = gradient.sum(tuple(range(lead)))
+    repeated = tuple(a for a, n in enumerate(shape) if n == 1 != gradient.shape[a])
+    return gradient.sum(repeated, keepdims=True)
+
+
+def batch_norm(x, scale=1.0, bias=0.0, dy=None, *, axes, mask=None, epsilon=1e-5) -> Normed:
+    """Per-feature vectors in and out, over all axes but the features."""
+    x = np.asarray(x)
+    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+    scale, bias = (np.expand_dims(np.broadcast_to(v, features), axes) for v in (scale, bias))
+    dy = np.ones(x.shape) if dy is None else dy
+    r = standardized(x, scale, bias, dy, axes=axes, mask=mask, epsilon=epsilon)
+    mean, var, count = (v.squeeze(axes) for v in (r.mean, r.var, r.count))
+    return Normed(r.y, mean, var, count, r.dx, r.dscale.squeeze(axes), r.dbias.squeeze(axes))
 
 
 def complex_step(function, x, direction):

@@ -1,4 +1,4 @@
-"""`flax.linen` modules: `params` and `batch_stats` in and out of the functions; no arithmetic."""
+"""Batch norm: `params` and `batch_stats` in and out of `normjax.batch_norm`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from flax.errors import ModifyScopeVariableError
 from flax.linen import initializers
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
@@ -18,8 +16,7 @@ from jax.typing import ArrayLike
 from normjax import _checks
 from normjax._batch import batch_norm
 from normjax._stats import BatchStats
-
-__all__ = ["BatchNorm", "ImmutableBatchStatsError"]
+from normjax.linen._params import affine, as_mask, output_dtype
 
 
 class ImmutableBatchStatsError(ModifyScopeVariableError):
@@ -96,6 +93,8 @@ class BatchNorm(nn.Module):
         *,
         train: bool | None = None,
         mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> Array:
         """Normalizes `x`; with `train=True` by the batch, moving `batch_stats`.
 
@@ -104,6 +103,7 @@ class BatchNorm(nn.Module):
             use_running_average: the mode by Flax's name, `not train`.
             train: the mode. Exactly one of both names is given, at construction or here.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: of (C,) or (N, C), in place of the parameters, which are then not made.
 
         Returns:
             An array of the shape of `x`. In `init`, as in Flax, the statistics are not moved and
@@ -118,7 +118,7 @@ class BatchNorm(nn.Module):
         x = _checks.inexact(called, "x", x)
         reduced = _checks.reduced_axes(called, "axis", self.axis, x.shape)
         features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
-        mask = None if mask is None else jnp.asarray(mask, bool)
+        mask = as_mask(mask)
 
         counted = self.debias or self.momentum is None
         if counted and self.has_variable("batch_stats", "mean"):
@@ -126,16 +126,12 @@ class BatchNorm(nn.Module):
             _checks.stored_count(called, has_count or not train)
             counted = has_count
 
-        def vector(name: str, used: bool, init: Initializer) -> Array | None:
-            return self.param(name, init, features, self.param_dtype) if used else None
-
         running = {
             name: self.variable("batch_stats", name, lambda value=value: value)
             for name, value in BatchStats.make(features, counted=counted)._asdict().items()
             if value is not None
         }
-        scale = vector("scale", self.use_scale, self.scale_init)
-        bias = vector("bias", self.use_bias, self.bias_init)
+        scale, bias = affine(self, features, scale, bias)
 
         stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
         axis_name, groups = self.axis_name, self.axis_index_groups
@@ -146,8 +142,6 @@ class BatchNorm(nn.Module):
         elif train and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError("/".join(self.path))
 
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         y, stats = batch_norm(
             x,
             stats,
@@ -162,7 +156,7 @@ class BatchNorm(nn.Module):
             mask=mask,
             axis_name=axis_name,
             axis_index_groups=groups,
-            dtype=dtype,
+            dtype=output_dtype(self, x, scale, bias),
         )
         if train:
             for name, variable in running.items():

@@ -1,0 +1,56 @@
+"""Axes made canonical; every error of shape, dtype, range and mode is worded here alone.
+
+Each message says what was called, what it got, what it expected and what to do.
+"""
+
+from normjax._checks.arrays import (
+    affine,
+    axes,
+    broadcast,
+    entries,
+    feature_vector,
+    features,
+    inexact,
+    mask,
+    number_of_groups,
+    output_dtype,
+    reduced_axes,
+    something,
+)
+from normjax._checks.devices import axis_size, collectives, groups
+from normjax._checks.options import (
+    batch_stats,
+    count,
+    ddof,
+    epsilon,
+    mode,
+    momentum,
+    stored_count,
+    switch,
+)
+
+__all__ = [
+    "affine",
+    "axes",
+    "axis_size",
+    "batch_stats",
+    "broadcast",
+    "collectives",
+    "count",
+    "ddof",
+    "entries",
+    "epsilon",
+    "feature_vector",
+    "features",
+    "groups",
+    "inexact",
+    "mask",
+    "mode",
+    "momentum",
+    "number_of_groups",
+    "output_dtype",
+    "reduced_axes",
+    "something",
+    "stored_count",
+    "switch",
+]

@@ -1,0 +1,270 @@
+"""Errors of arrays: axes made canonical, shapes, dtypes, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from operator import index
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+
+def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> Array:
+    """An array that can be averaged: floating or complex, floating alone if `real`."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{called}: {name} is {type(value).__name__}, expected an array of floating numbers."
+        ) from None
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(
+            f"{called}: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
+            f"Convert it first: jnp.asarray({name}, jnp.float32)."
+        )
+    if real and jnp.iscomplexobj(array):
+        raise TypeError(
+            f"{called}: {name} has dtype {array.dtype}, expected a real dtype, since the result "
+            f"is real or {name} is real by its nature. Pass {name}.real, or a complex x."
+        )
+    return array
+
+
+def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
+    """The dtype of the result: that of x unless one was asked for."""
+    if dtype is None:
+        return of_x
+    result = jnp.dtype(dtype)
+    if not jnp.issubdtype(result, jnp.inexact):
+        raise TypeError(
+            f"{called}: dtype={result}, expected a floating or complex dtype, "
+            "for example jnp.float32 or jnp.bfloat16."
+        )
+    if jnp.issubdtype(of_x, jnp.complexfloating) > jnp.issubdtype(result, jnp.complexfloating):
+        raise TypeError(
+            f"{called}: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
+            "Pass a complex dtype, or x.real."
+        )
+    return result
+
+
+def axes(
+    called: str, name: str, given: int | Iterable[int], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Axes as sorted, non-negative, distinct integers, at least one."""
+    rank = len(shape)
+    try:
+        wanted = tuple(map(index, given if isinstance(given, Iterable) else (given,)))
+    except TypeError:
+        raise TypeError(
+            f"{called}: {name}={given!r}, expected an integer or a sequence of integers."
+        ) from None
+    if not wanted:
+        raise ValueError(f"{called}: {name}={given!r} names no axis, expected at least one.")
+    for axis in wanted:
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"{called}: {name}={given!r} is out of range for x with shape {shape}, which has "
+                f"{rank} {'axis' if rank == 1 else 'axes'}. Choose from {-rank} to {rank - 1}."
+                if rank
+                else f"{called}: x is a scalar, expected an array with at least the axis "
+                f"{name}={given!r}. Give x that axis, for example x[None]."
+            )
+    canonical = tuple(sorted(axis % rank for axis in wanted))
+    if len(set(canonical)) < len(canonical):
+        raise ValueError(
+            f"{called}: {name}={given!r} names an axis of x with shape {shape} twice. "
+            "Name each axis once."
+        )
+    return canonical
+
+
+def reduced_axes(
+    called: str,
+    name: str,
+    given: int | Iterable[int],
+    shape: tuple[int, ...],
+    *,
+    batch: bool = False,
+) -> tuple[int, ...]:
+    """The axes that are not features, and not the first if that is a batch; at least one."""
+    features = axes(called, name, given, shape)
+    if batch and 0 in features:
+        raise ValueError(
+            f"{called}: {name}={given!r} of x with shape {shape} cannot include the leading "
+            "dimension, expected another, since axis 0 is the batch axis. Move the batch there."
+        )
+    reduced = tuple(a for a in range(int(batch), len(shape)) if a not in features)
+    if not reduced:
+        raise ValueError(
+            f"{called}: x with shape {shape} has no axis beside {name}={given!r}"
+            f"{' and the batch axis 0' if batch else ''}, expected one to take statistics over. "
+            f"Pass x with {'an axis of positions' if batch else 'a leading batch axis'}."
+        )
+    return reduced
+
+
+def feature_vector(
+    called: str,
+    name: str,
+    value: ArrayLike,
+    expected: tuple[int, ...],
+    feature_axis: int | Iterable[int],
+    shape: tuple[int, ...],
+    *,
+    real: bool,
+) -> Array:
+    """A parameter or statistic with one value for each feature."""
+    array = inexact(called, name, value, real=real)
+    if array.shape != expected:
+        remedy = "If the features of x lie on another axis, pass feature_axis=."
+        if sorted(array.shape) == sorted(expected):
+            remedy = "Several feature axes keep the order that they have in x."
+        raise ValueError(
+            f"{called}: {name} has shape {array.shape}, expected {expected}, the size of "
+            f"feature_axis={feature_axis!r} of x with shape {shape}. {remedy}"
+        )
+    return array
+
+
+def affine(
+    called: str,
+    name: str,
+    value: ArrayLike | None,
+    kept: tuple[int, ...],
+    feature_axis: int | Iterable[int],
+    shape: tuple[int, ...],
+    *,
+    real: bool,
+) -> Any:
+    """A scale or bias in the rank of x: one for each feature, or for each of each example."""
+    if value is None:
+        return None
+    array = inexact(called, name, value, real=real)
+    expected = tuple(shape[a] for a in kept)
+    if 0 not in kept and array.shape == (shape[0], *expected):
+        kept = (0, *kept)
+    else:
+        feature_vector(called, name, array, expected, feature_axis, shape, real=real)
+    return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
+
+
+def something(called: str, shape: tuple[int, ...], reduced: tuple[int, ...]) -> None:
+    """Nothing has no statistics."""
+    if any(shape[a] == 0 for a in reduced):
+        raise ValueError(
+            f"{called}: x with shape {shape} has no element over the axes {reduced}, expected at "
+            "least one to take statistics of. Leave empty inputs out."
+        )
+
+
+def number_of_groups(
+    called: str, num_groups: int | None, group_size: int | None, features: int
+) -> int:
+    """Exactly one of both is given, and divides the features."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"{called}: num_groups={num_groups} and group_size={group_size}. Either `num_groups` "
+            "or `group_size` should be specified, not both. Pass None for the other."
+        )
+    name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    divisors = [n for n in range(1, features + 1) if features % n == 0]
+    if given not in divisors:
+        kind = (
+            f"Number of groups ({given}) does not divide the number of channels ({features})"
+            if group_size is None
+            else f"Number of channels ({features}) is not multiple of the group size ({given})"
+        )
+        raise ValueError(f"{called}: {kind}, expected {name} to be one of {divisors}.")
+    return given if group_size is None else features // given
+
+
+def broadcast(
+    called: str,
+    name: str,
+    value: ArrayLike,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    *,
+    real: bool,
+) -> Array:
+    """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
+    value = np.asarray(value, dtype) if isinstance(value, (int, float)) else value
+    array = inexact(called, name, value, real=real)
+    if not _fits(array.shape, shape):
+        raise ValueError(
+            f"{called}: {name} has shape {array.shape}, which does not broadcast to x with shape "
+            f"{shape}. Give it the rank of x, with size 1 on every axis that it shares."
+        )
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def mask(called: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """A boolean mask of the rank of x, whose broadcast has one reading only."""
+    if value is None:
+        return None
+    array = jnp.asarray(value)
+    if array.dtype != bool:
+        raise TypeError(
+            f"{called}: mask has dtype {array.dtype}, expected bool, True where an entry counts. "
+            "Pass mask=mask.astype(bool) if nonzero means that it counts."
+        )
+    got = array.shape
+    numpy_reading = _fits(got, shape)
+    # What people mean by a short mask is one entry for each example, along the leading axes.
+    leading = got + (1,) * (len(shape) - len(got))
+    leading_reading = len(got) < len(shape) and _fits(leading, shape)
+    over_examples = f"mask.reshape({leading})"
+    if numpy_reading and leading_reading and any(n != 1 for n in got):
+        over_features = (1,) * (len(shape) - len(got)) + got
+        raise ValueError(
+            f"{called}: mask has shape {got}, which has two readings for x with shape {shape}: "
+            f"over the leading axes or over the trailing ones. Pass {over_examples} for the "
+            f"first or mask.reshape({over_features}) for the second."
+        )
+    if not numpy_reading:
+        remedy = (
+            f"If it has one entry for each index of the leading axes, pass {over_examples}."
+            if leading_reading
+            else "Give it the rank of x, with size 1 on every axis that it shares."
+        )
+        raise ValueError(
+            f"{called}: mask has shape {got}, which does not broadcast to x with shape {shape}. "
+            + remedy
+        )
+    return array.reshape((1,) * (len(shape) - len(got)) + got)
+
+
+def _fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
+
+
+def features(called: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The one shape of moments to be merged; () stands for any."""
+    found = {shape for shape in shapes if shape}
+    if len(found) > 1:
+        raise ValueError(
+            f"{called}: got moments of the shapes {sorted(found)}, expected equal ones. Measure "
+            "all pieces over the same features."
+        )
+    return found.pop() if found else ()
+
+
+def entries(called: str, shape: tuple[int, ...], reduced: tuple[int, ...], shared: int) -> None:
+    """Training needs at least two values for each feature, counted over all devices."""
+    local = prod(shape[a] for a in reduced)
+    # A symbolic size, as in an export for any batch, is not known to be too small.
+    if not isinstance(local, int) or local * shared > 1:
+        return
+    where = f"over the axes {reduced}{f' of {shared} devices' if shared > 1 else ''}"
+    reason = ", since one value normalizes to 0 whatever it is" if local else ""
+    raise ValueError(
+        f"{called}: x with shape {shape} has {'one' if local else 'no'} value for each feature "
+        f"{where}, expected at least two with train=True{reason}. Use a larger batch, share "
+        "statistics over devices with axis_name, or pass train=False."
+    )

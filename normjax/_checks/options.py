@@ -1,0 +1,123 @@
+"""Errors of options: numbers out of range, modes given twice or not at all, missing counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def _number(called: str, name: str, value: Any, expected: str) -> float | None:
+    """A number as a float; None for a traced one, which is taken on trust."""
+    kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
+    if not isinstance(value, kinds) or np.ndim(value) or jnp.iscomplexobj(value):
+        got = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
+        raise TypeError(f"{called}: {name} is {got}, expected {expected}.")
+    return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def epsilon(called: str, value: ArrayLike) -> None:
+    """What is added to the variance; zero is allowed."""
+    expected = "a finite number of at least 0, which is added to the variance"
+    number = _number(called, "epsilon", value, expected)
+    if number is not None and not 0 <= number < float("inf"):
+        raise ValueError(f"{called}: epsilon={value}, expected {expected}, for example 1e-5.")
+
+
+def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
+    """The weight of the old value; None asks for the plain average."""
+    if value is None:
+        return
+    expected = "a number from 0 to 1, the weight of the OLD running value"
+    number = _number(called, "momentum", value, expected)
+    if number is not None and not 0 <= number <= 1:
+        raise ValueError(
+            f"{called}: momentum={value}, expected {expected} (PyTorch's momentum m is 1 - m "
+            "here), or None for the plain average over all batches."
+        )
+    if debias and number == 1:
+        raise ValueError(
+            f"{called}: momentum=1 with debias=True never takes anything in, so there is no "
+            "start to correct for. Pass momentum=None for the plain average over all batches."
+        )
+
+
+def ddof(called: str, value: float) -> None:
+    """The correction of the running variance."""
+    expected = (
+        "a number of at least 0: 0 for the biased running variance (Flax, the paper), 1 for the "
+        "unbiased one (PyTorch)"
+    )
+    number = _number(called, "ddof", value, expected)
+    if number is not None and not 0 <= number < float("inf"):
+        raise ValueError(f"{called}: ddof={value}, expected {expected}.")
+
+
+def switch(called: str, name: str, value: object) -> bool:
+    """A mode is decided while tracing, so it cannot be a traced value."""
+    if not isinstance(value, (bool, np.bool_)):
+        traced = isinstance(value, jax.core.Tracer)
+        got = "traced by jit" if traced else repr(value)
+        remedy = f'Mark it static: jax.jit(..., static_argnames="{name}").' if traced else ""
+        raise TypeError(f"{called}: {name} is {got}, expected True or False. {remedy}".rstrip())
+    return bool(value)
+
+
+def mode(
+    called: str, train: bool | None, built_with: bool | None, use_running_average: bool | None
+) -> bool:
+    """The switch has two names and two places; exactly one is given. Returns `train`."""
+    given = {
+        "train (at call)": train,
+        "use_running_average (at construction)": built_with,
+        "use_running_average (at call)": use_running_average,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        both = " and ".join(f"{name} = {value}" for name, value in given.items())
+        raise ValueError(
+            f"{called}: got {both}, which are one switch (train = not use_running_average), "
+            "expected it once. Give one of them."
+        )
+    if not given:
+        raise ValueError(
+            f"{called}: no mode was given, neither at construction nor at call time. Pass "
+            "train=True to normalize by the batch and move the running statistics, or train=False "
+            "to normalize by the running statistics."
+        )
+    ((name, value),) = given.items()
+    decided = switch(called, name.split()[0], value)
+    return decided if train is not None else not decided
+
+
+def batch_stats(called: str, given: object, kind: type) -> None:
+    """Statistics are read by name, never by position."""
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"{called}: stats is {type(given).__name__}, expected BatchStats or None. Make it by "
+            'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
+        )
+
+
+def count(called: str, given: Array | None, momentum: ArrayLike | None, debias: bool) -> None:
+    """Averages over all batches need to know how many there were."""
+    if given is None and (momentum is None or debias):
+        asked = "momentum=None" if momentum is None else "debias=True"
+        raise ValueError(
+            f"{called}: {asked} needs stats.count, the number of batches taken in, and got None. "
+            "Start from BatchStats.make(features, counted=True)."
+        )
+
+
+def stored_count(called: str, held: bool) -> None:
+    """A missing count taken as 0 would throw away the statistics that were loaded."""
+    if not held:
+        raise ValueError(
+            f"{called}: momentum=None and debias=True need batch_stats/count, and the variables "
+            "have mean and var alone, as Flax writes them. Add count, of the shape of mean, with "
+            "the number of batches that they have seen; or use a momentum without debias."
+        )

@@ -1,0 +1,16 @@
+"""`flax.linen` modules over the functions of normjax, drop-ins for those of Flax.
+
+They carry `params` and `batch_stats` in and out, and hold no arithmetic.
+"""
+
+from normjax.linen._batch import BatchNorm, ImmutableBatchStatsError
+from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "ImmutableBatchStatsError",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+]

@@ -1,0 +1,262 @@
+"""Norms within an example: `params` in and out of the functions of `normjax._sample`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jax.typing import ArrayLike
+
+from normjax import _checks
+from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
+from normjax.linen._params import affine, as_mask, device_axis, output_dtype
+
+
+class LayerNorm(nn.Module):
+    """`normjax.layer_norm` as a module; a drop-in for `flax.linen.LayerNorm`.
+
+    Attributes are those of Flax. `use_fast_variance` and `force_float32_reductions` have no effect:
+    the exact variance, in float32 or wider, is always used. `init` needs no bound `axis_name`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.LayerNorm()
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 5, 4)))
+        >>> layer.apply(variables, jnp.ones((2, 5, 4))).shape
+        (2, 5, 4)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    reduction_axes: int | Iterable[int] = -1
+    feature_axes: int | Iterable[int] = -1
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating or complex array.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: in place of the parameters, which are then not made.
+        """
+        x = _checks.inexact("normjax.linen.LayerNorm", "x", x)
+        features = _features("normjax.linen.LayerNorm", self.feature_axes, x.shape)
+        scale, bias = affine(self, features, scale, bias)
+        return layer_norm(
+            x,
+            scale,
+            bias,
+            axis=self.reduction_axes,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale, bias),
+            **device_axis(self),
+        )
+
+
+class RMSNorm(nn.Module):
+    """`normjax.rms_norm` as a module; a drop-in for `flax.linen.RMSNorm`.
+
+    Attributes are those of Flax. `use_fast_variance` and `force_float32_reductions` have no effect:
+    the exact variance, in float32 or wider, is always used. `init` needs no bound `axis_name`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.RMSNorm()
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 5, 4)))
+        >>> layer.apply(variables, jnp.ones((2, 5, 4))).shape
+        (2, 5, 4)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+    reduction_axes: int | Iterable[int] = -1
+    feature_axes: int | Iterable[int] = -1
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating or complex array.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale: in place of the parameter, which is then not made.
+        """
+        x = _checks.inexact("normjax.linen.RMSNorm", "x", x)
+        features = _features("normjax.linen.RMSNorm", self.feature_axes, x.shape)
+        scale, _ = affine(self, features, scale, None)
+        return rms_norm(
+            x,
+            scale,
+            axis=self.reduction_axes,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale),
+            **device_axis(self),
+        )
+
+
+class GroupNorm(nn.Module):
+    """`normjax.group_norm` as a module; a drop-in for `flax.linen.GroupNorm`.
+
+    Attributes are those of Flax. `use_fast_variance` and `force_float32_reductions` have no effect:
+    the exact variance, in float32 or wider, is always used. `init` needs no bound `axis_name`.
+    `num_groups` is 32 unless `num_groups=None` leaves it to `group_size`. `feature_axis` is added.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.GroupNorm(num_groups=2)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 5, 4)))
+        >>> layer.apply(variables, jnp.ones((2, 5, 4))).shape
+        (2, 5, 4)
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    reduction_axes: int | Iterable[int] | None = None
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    feature_axis: int = -1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating or complex array.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: in place of the parameters, which are then not made.
+        """
+        x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
+        features = _features("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
+        scale, bias = affine(self, features, scale, bias)
+        return group_norm(
+            x,
+            scale,
+            bias,
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            feature_axis=self.feature_axis,
+            axis=self.reduction_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale, bias),
+            **device_axis(self),
+        )
+
+
+class InstanceNorm(nn.Module):
+    """`normjax.instance_norm` as a module; a drop-in for `flax.linen.InstanceNorm`.
+
+    Attributes are those of Flax. `use_fast_variance` and `force_float32_reductions` have no effect:
+    the exact variance, in float32 or wider, is always used. `init` needs no bound `axis_name`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.InstanceNorm()
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 5, 4)))
+        >>> layer.apply(variables, jnp.ones((2, 5, 4))).shape
+        (2, 5, 4)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    feature_axes: int | Iterable[int] = -1
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+            x: floating or complex array.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: in place of the parameters, which are then not made.
+        """
+        x = _checks.inexact("normjax.linen.InstanceNorm", "x", x)
+        features = _features("normjax.linen.InstanceNorm", self.feature_axes, x.shape)
+        scale, bias = affine(self, features, scale, bias)
+        return instance_norm(
+            x,
+            scale,
+            bias,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale, bias),
+            **device_axis(self),
+        )
+
+
+def _features(
+    called: str, feature_axes: int | Iterable[int], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    return tuple(shape[a] for a in _checks.axes(called, "feature_axes", feature_axes, shape))
