@@ -32,13 +32,20 @@ def function_call(train: bool):
     return call
 
 
-def module_call(module):
+def module_call(module, **mode):
     def call(x, mask=None):
         # Asked for by name, since Flax promotes half precision input to the parameters' dtype.
         dtype = jnp.asarray(x).dtype
         sized = module.clone(dtype=dtype if jnp.issubdtype(dtype, jnp.inexact) else None)
-        variables = sized.init(jax.random.key(0), jnp.ones(Norm.shape), train=False)
-        return sized.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])[0]
+        variables = sized.init(jax.random.key(0), jnp.ones(Norm.shape), **mode)
+        return sized.apply(variables, x, mask=mask, mutable=["batch_stats"], **mode)[0]
+
+    return call
+
+
+def affine_call(function, *vectors, **options):
+    def call(x, mask=None):
+        return function(x, *vectors, mask=mask, **options)
 
     return call
 
@@ -47,12 +54,32 @@ def plain_normalize(x, mask=None):
     return normjax.normalize(x, 0.5, 2.0, jnp.array([1.0, 2, 0.5]), mask=mask)
 
 
+SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
+
 NORMS = {
     "batch_norm, train": Norm(normjax.batch_norm, function_call(True)),
     "batch_norm, eval": Norm(normjax.batch_norm, function_call(False)),
     "normalize": Norm(normjax.normalize, plain_normalize),
-    "linen.BatchNorm": Norm(normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm())),
+    "layer_norm": Norm(normjax.layer_norm, affine_call(normjax.layer_norm, SCALE, BIAS)),
+    "rms_norm": Norm(normjax.rms_norm, affine_call(normjax.rms_norm, SCALE)),
+    "group_norm": Norm(
+        normjax.group_norm, affine_call(normjax.group_norm, SCALE, BIAS, num_groups=1)
+    ),
+    "instance_norm": Norm(normjax.instance_norm, affine_call(normjax.instance_norm, SCALE, BIAS)),
+    "linen.BatchNorm": Norm(
+        normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm(), train=True)
+    ),
     "linen.BatchNorm, exact average": Norm(
-        normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm(momentum=None, ddof=1))
+        normjax.linen.BatchNorm,
+        module_call(normjax.linen.BatchNorm(momentum=None, ddof=1), train=True),
+    ),
+    "linen.LayerNorm": Norm(normjax.linen.LayerNorm, module_call(normjax.linen.LayerNorm())),
+    "linen.RMSNorm": Norm(normjax.linen.RMSNorm, module_call(normjax.linen.RMSNorm())),
+    "linen.GroupNorm": Norm(
+        normjax.linen.GroupNorm,
+        module_call(normjax.linen.GroupNorm(num_groups=None, group_size=1)),
+    ),
+    "linen.InstanceNorm": Norm(
+        normjax.linen.InstanceNorm, module_call(normjax.linen.InstanceNorm())
     ),
 }

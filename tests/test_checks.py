@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 import normjax
-from normjax import BatchStats, batch_norm, measure, merge, normalize
+from normjax import (
+    BatchStats,
+    batch_norm,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    measure,
+    merge,
+    normalize,
+    rms_norm,
+)
 
 X = np.ones((4, 3), np.float32)
 CUBE = np.ones((4, 5, 3), np.float32)
@@ -243,6 +253,62 @@ REFUSED = {
         ValueError,
         "normjax.merge: got moments of the shapes [(2,), (3,)]",
         "the same features",
+    ),
+    "groups that do not divide": (
+        lambda: group_norm(CUBE[..., :1].repeat(6, -1), num_groups=4),
+        ValueError,
+        "Number of groups (4) does not divide the number of channels (6)",
+        "one of [1, 2, 3, 6]",
+    ),
+    "group size that does not divide": (
+        lambda: group_norm(CUBE, group_size=2),
+        ValueError,
+        "Number of channels (3) is not multiple of the group size (2)",
+        "one of [1, 3]",
+    ),
+    "both kinds of groups": (
+        lambda: group_norm(CUBE, num_groups=1, group_size=3),
+        ValueError,
+        "num_groups=1 and group_size=3",
+        "Pass None for the other",
+    ),
+    "no kind of groups": (
+        lambda: group_norm(CUBE),
+        ValueError,
+        "Either `num_groups` or `group_size` should be specified",
+        "Pass None for the other",
+    ),
+    "zero groups": (lambda: group_norm(CUBE, num_groups=0), ValueError, "(0)", "one of [1, 3]"),
+    "layer norm over a wrong axis": (
+        lambda: layer_norm(CUBE, axis=3),
+        ValueError,
+        "normjax.layer_norm: axis=3 is out of range for x with shape (4, 5, 3)",
+        "from -3 to 2",
+    ),
+    "layer norm over nothing": (
+        lambda: layer_norm(CUBE[..., :0]),
+        ValueError,
+        "has no element over the axes (2,)",
+        "Leave empty inputs out",
+    ),
+    "RMS norm with a scale of another axis": (
+        lambda: rms_norm(CUBE, np.ones(5, np.float32)),
+        ValueError,
+        "scale has shape (5,), expected (3,)",
+        "pass feature_axis=",
+    ),
+    "RMS norm of integers": (lambda: rms_norm(CUBE.astype(int)), TypeError, "int32", "Convert"),
+    "instance norm of a batch of features": (
+        lambda: instance_norm(CUBE, feature_axis=0),
+        ValueError,
+        "cannot include the leading dimension",
+        "Move the batch there",
+    ),
+    "instance norm without positions": (
+        lambda: instance_norm(X),
+        ValueError,
+        "has no axis beside feature_axis=-1 and the batch axis 0",
+        "an axis of positions",
     ),
     "mean that does not broadcast": (
         lambda: normalize(X, np.ones(4, np.float32), 1.0),
