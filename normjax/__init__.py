@@ -5,7 +5,7 @@ the moments, normalize by them. The Flax modules over these functions live in `n
 which is imported on its own so that `import normjax` needs no Flax.
 """
 
-from normjax._batch import batch_norm
+from normjax._batch import batch_norm, batch_renorm
 from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
 from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
@@ -17,6 +17,7 @@ __all__ = [
     "BatchStats",
     "Moments",
     "batch_norm",
+    "batch_renorm",
     "group_norm",
     "instance_norm",
     "layer_norm",

@@ -1,9 +1,9 @@
-"""Statistics shared between examples, hence state: batch norm."""
+"""Statistics shared between examples, hence state: batch norm and batch renormalization."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measure, synchronize
+from normjax._moments import Moments, collapse, measure, synchronize
 from normjax._normalize import normalize
 from normjax._stats import BatchStats, move
 
@@ -23,12 +23,13 @@ def batch_norm(
     bias: ArrayLike | None = None,
     *,
     train: bool,
-    feature_axis: int | Sequence[int] = -1,
+    feature_axis: int | Iterable[int] = -1,
     momentum: ArrayLike | None = 0.99,
     epsilon: ArrayLike = 1e-5,
     ddof: float = 0,
     debias: bool = False,
     mask: ArrayLike | None = None,
+    virtual_batch_size: int | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
@@ -56,6 +57,10 @@ def batch_norm(
         ddof: correction of the running variance, 0 (Flax, the paper) or 1 (PyTorch).
         debias: correct the exponential average for its start; needs `stats.count`.
         mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        virtual_batch_size: normalize neighbors of this many examples along axis 0 by themselves
+            ("ghost" batch norm, Hoffer et al. 2017, arXiv:1705.08741). The running statistics
+            take in the moments of all, over `axis_name` too. Under jit over sharded arrays, the
+            share of a device keeps statistics local to it.
         axis_name: name or names of the mapped axes (pmap, shard_map, vmap) to share statistics
             over. Not needed under jit over sharded arrays.
         axis_index_groups: groups along `axis_name` that share among themselves only.
@@ -117,56 +122,206 @@ def batch_norm(
         Array([0.1, 2. ], dtype=float32)
     """
     called = "normjax.batch_norm"
+    given = _check(
+        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype,
+    )  # fmt: skip
+    if stats is not None and not train:
+        return _evaluate(called, given, epsilon), stats
+    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
+    with jax.named_scope(called):
+        if ghosts is None:
+            batch = moments = _measure(called, given, axis_name, axis_index_groups)
+        else:
+            given = _split(given, ghosts)
+            moments = _measure(called, given, None, None)
+            batch = collapse(moments)
+            if axis_name is not None:
+                batch = synchronize(batch, axis_name, axis_index_groups)
+        y = _normalize(given, moments, given.scale, given.bias, epsilon)
+        if train and given.stats is not None:
+            stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
+    return y.reshape(jnp.shape(x)), stats
+
+
+def batch_renorm(
+    x: ArrayLike,
+    stats: BatchStats,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    train: bool,
+    r_max: ArrayLike | Callable[[Array], ArrayLike] = 3.0,
+    d_max: ArrayLike | Callable[[Array], ArrayLike] = 5.0,
+    feature_axis: int | Iterable[int] = -1,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    ddof: float = 0,
+    debias: bool = False,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, BatchStats]:
+    """Batch renormalization: batch norm corrected towards what evaluation will do.
+
+        y = ((x - mean) / s * r + d) * scale + bias,   s = sqrt(var + epsilon)
+        r = clip(s / running s, 1/r_max, r_max),   d = clip((mean - running mean) / running s,
+        -d_max, d_max)
+
+    with mean and var of the batch for `train=True`. For r and d within their bounds y is what the
+    running statistics give; for r_max = 1, d_max = 0 it is batch norm. `train=False` is batch
+    norm by the running statistics.
+
+    Args:
+        x, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask, axis_name,
+            axis_index_groups, dtype: as in `batch_norm`.
+        stats: `BatchStats` of the shape of the feature axes; r and d need them.
+        r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
+            feature) to a number.
+        d_max: at least 0; likewise.
+
+    Returns:
+        `(y, stats)`, as in `batch_norm`.
+
+    Guarantees:
+        no gradient: none flows through r and d, nor through the running statistics.
+        shared exactly: equal to one call on the concatenated batch, for any masks.
+
+    Edge cases:
+        ===================================  ==================================================
+        r_max=1, d_max=0                     batch norm
+        bounds never reached                 y by the running statistics, gradients by the batch
+        ===================================  ==================================================
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`.
+        ValueError: r_max below 1, d_max below 0; a schedule and no `stats.count`.
+
+    References:
+        Ioffe (2017), Batch Renormalization, arXiv:1702.03275.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> x = jnp.array([[0.0], [4.0]])
+        >>> y, stats = normjax.batch_renorm(x, normjax.BatchStats.make(1), train=True)
+        >>> y.round(2).ravel()
+        Array([0., 4.], dtype=float32)
+    """
+    called = "normjax.batch_renorm"
+    _checks.batch_stats(called, stats, BatchStats)
+    given = _check(
+        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype,
+    )  # fmt: skip
+    if not train:
+        return _evaluate(called, given, epsilon), stats
+    r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
+    d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
+    with jax.named_scope(called):
+        moments = _measure(called, given, axis_name, axis_index_groups)
+        r, d = _correction(moments, given.stats, epsilon, r_max, d_max)
+        r, d = (jnp.expand_dims(v, given.reduced) for v in (r, d))
+        # xhat r + d, before scale and bias.
+        scale = r if given.scale is None else r * given.scale
+        bias = d if given.scale is None else d * given.scale
+        bias = bias if given.bias is None else bias + given.bias
+        y = _normalize(given, moments, scale, bias, epsilon)
+        return y, move(given.stats, moments, momentum=momentum, debias=debias, ddof=ddof)
+
+
+class _Given(NamedTuple):
+    """Checked arguments; scale and bias in the rank of x."""
+
+    x: Array
+    stats: Any
+    scale: Any
+    bias: Any
+    mask: Any
+    train: bool
+    reduced: tuple[int, ...]
+    dtype: Any
+
+
+def _check(
+    called: str, x: Any, stats: Any, scale: Any, bias: Any, train: Any, feature_axis: Any,
+    momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any, axis_name: Any,
+    axis_index_groups: Any, dtype: Any,
+) -> _Given:  # fmt: skip
+    """Everything that can be wrong is found before anything is computed."""
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
     train = _checks.switch(called, "train", train)
     _checks.momentum(called, momentum, debias)
+    _checks.epsilon(called, epsilon)
     _checks.ddof(called, ddof)
-
     _checks.groups(called, axis_name, axis_index_groups)
-    is_real = not jnp.iscomplexobj(x)
-
-    def vector(name: str, value: ArrayLike | None, real: bool = is_real) -> Any:
-        if value is None:
-            return None
-        return _checks.feature_vector(
-            called, name, value, features, feature_axis, x.shape, real=real
-        )
-
+    kept = tuple(a for a in range(len(x.shape)) if a not in reduced)
+    features = tuple(x.shape[a] for a in kept)
+    real = not jnp.iscomplexobj(x)
     if stats is not None:
         _checks.batch_stats(called, stats, BatchStats)
-        mean, var, count = stats
+        leaves = zip(("mean", "var", "count"), stats, (real, True, True), strict=True)
         stats = BatchStats(
-            vector("stats.mean", mean),
-            vector("stats.var", var, real=True),
-            vector("stats.count", count, real=True),
+            *(
+                _checks.feature_vector(
+                    called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
+                )
+                for name, leaf, is_real in leaves
+                if leaf is not None
+            )
         )
         if train:
-            _checks.count(called, count, momentum, debias)
-    kept = tuple(a for a in range(len(x.shape)) if a not in reduced)
-    scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=is_real)
-    bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=is_real)
+            _checks.count(called, stats.count, momentum, debias)
+    scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)
+    bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
-    _checks.epsilon(called, epsilon)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
+    return _Given(x, stats, scale, bias, mask, train, reduced, dtype)
 
+
+def _measure(called: str, given: _Given, axis_name: Any, axis_index_groups: Any) -> Moments:
+    """The moments of the batch, of all devices if the axis has a name."""
+    shared = 1
+    if axis_name is not None:
+        shared = _checks.axis_size(called, axis_name, axis_index_groups)
+    if given.train:
+        _checks.entries(called, given.x.shape, given.reduced, shared)
+    moments = measure(given.x, given.reduced, given.mask)
+    if axis_name is not None:
+        moments = synchronize(moments, axis_name, axis_index_groups)
+    return moments
+
+
+def _normalize(given: _Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:
+    mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
+    options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
+    return normalize(given.x, mean, var, scale, bias, **options)
+
+
+def _evaluate(called: str, given: _Given, epsilon: Any) -> Array:
+    """By the running statistics, which no gradient reaches."""
     with jax.named_scope(called):
-        if train or stats is None:
-            shared = (
-                1 if axis_name is None else _checks.axis_size(called, axis_name, axis_index_groups)
-            )
-            if train:
-                _checks.entries(called, x.shape, reduced, shared)
-            moments = measure(x, reduced, mask)
-            if axis_name is not None:
-                moments = synchronize(moments, axis_name, axis_index_groups)
-            mean, var = moments.mean, moments.variance()
-        else:
-            mean, var = lax.stop_gradient((stats.mean, stats.var))
-        if train and stats is not None:
-            stats = move(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
+        mean, var = (jnp.expand_dims(lax.stop_gradient(v), given.reduced) for v in given.stats[:2])
+        options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
+        return normalize(given.x, mean, var, given.scale, given.bias, **options)
 
-        mean, var = jnp.expand_dims(mean, reduced), jnp.expand_dims(var, reduced)
-        y = normalize(x, mean, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)
-    return y, stats
+
+def _split(given: _Given, ghosts: int) -> _Given:
+    """Gives the virtual batches an axis of their own, before that of their examples."""
+
+    def split(v: Any) -> Any:
+        if v is None:
+            return None
+        return v.reshape(*((1, 1) if v.shape[0] == 1 else (ghosts, -1)), *v.shape[1:])
+
+    parts = {name: split(getattr(given, name)) for name in ("x", "scale", "bias", "mask")}
+    return given._replace(**parts, reduced=tuple(a + 1 for a in given.reduced))
+
+
+def _correction(moments: Moments, stats: BatchStats, epsilon: Any, r_max: Any, d_max: Any) -> Any:
+    """r and d of Ioffe (2017), constants to every derivative."""
+    running = jnp.sqrt(stats.var + epsilon)
+    r = jnp.clip(jnp.sqrt(moments.variance() + epsilon) / running, 1 / r_max, r_max)
+    d = jnp.clip((moments.mean - stats.mean) / running, -d_max, d_max)
+    return lax.stop_gradient((r, d))

@@ -142,10 +142,20 @@ def merge(first: Moments, *others: Moments) -> Moments:
     count = _stack([m.count for m in pieces], counted or (1,) * len(features))
     mean = _stack([m.mean for m in pieces], features)
     m2 = _stack([m.m2 for m in pieces], features)
-    pooled = _pool(Moments(count, mean, m2), partial(jnp.sum, axis=0, keepdims=True))
-    return Moments(
-        pooled.count.reshape(counted), pooled.mean.reshape(features), pooled.m2.reshape(features)
-    )
+    pooled = collapse(Moments(count, mean, m2))
+    return pooled._replace(count=pooled.count.reshape(counted))
+
+
+def collapse(stacked: Moments) -> Moments:
+    """Merges moments that are stacked along their first axis; a single count is that of each."""
+    pieces, *features = stacked.mean.shape
+    single = np.ndim(stacked.count) == 0
+    count = stacked.count
+    if single:
+        count = jnp.full((pieces, *(1 for _ in features)), count)
+    pooled = _pool(stacked._replace(count=count), partial(jnp.sum, axis=0, keepdims=True))
+    count, mean, m2 = (jnp.squeeze(leaf, axis=0) for leaf in pooled)
+    return Moments(count.reshape(()) if single else count, mean, m2)
 
 
 def synchronize(

@@ -54,11 +54,31 @@ def plain_normalize(x, mask=None):
     return normjax.normalize(x, 0.5, 2.0, jnp.array([1.0, 2, 0.5]), mask=mask)
 
 
+def stateful(function):
+    """A function of running statistics as one of x alone."""
+
+    def call(x, scale, bias, **options):
+        stats = normjax.BatchStats(jnp.array([1.0, 0, -1]), jnp.array([1.0, 2, 3]))
+        return function(x, stats, scale, bias, **options)[0]
+
+    return call
+
+
 SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
 
 NORMS = {
     "batch_norm, train": Norm(normjax.batch_norm, function_call(True)),
     "batch_norm, eval": Norm(normjax.batch_norm, function_call(False)),
+    "batch_norm, virtual": Norm(
+        normjax.batch_norm,
+        affine_call(stateful(normjax.batch_norm), SCALE, BIAS, train=True, virtual_batch_size=2),
+    ),
+    "batch_renorm": Norm(
+        normjax.batch_renorm, affine_call(stateful(normjax.batch_renorm), SCALE, BIAS, train=True)
+    ),
+    "linen.BatchRenorm": Norm(
+        normjax.linen.BatchRenorm, module_call(normjax.linen.BatchRenorm(), train=True)
+    ),
     "normalize": Norm(normjax.normalize, plain_normalize),
     "layer_norm": Norm(normjax.layer_norm, affine_call(normjax.layer_norm, SCALE, BIAS)),
     "rms_norm": Norm(normjax.rms_norm, affine_call(normjax.rms_norm, SCALE)),

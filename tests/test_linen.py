@@ -48,7 +48,7 @@ def test_fields_are_those_of_flax_in_their_order():
     ours, added = ours[: len(flax)], ours[len(flax) :]
     assert [f.name for f in ours] == [f.name for f in flax]
     assert [f.default for f in ours] == [f.default for f in flax]
-    assert [f.name for f in added] == ["ddof", "debias"]
+    assert [f.name for f in added] == ["ddof", "debias", "virtual_batch_size"]
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])

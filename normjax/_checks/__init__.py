@@ -20,6 +20,7 @@ from normjax._checks.arrays import (
 from normjax._checks.devices import axis_size, collectives, groups
 from normjax._checks.options import (
     batch_stats,
+    bound,
     count,
     ddof,
     epsilon,
@@ -27,6 +28,7 @@ from normjax._checks.options import (
     momentum,
     stored_count,
     switch,
+    virtual_batches,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "axes",
     "axis_size",
     "batch_stats",
+    "bound",
     "broadcast",
     "collectives",
     "count",
@@ -53,4 +56,5 @@ __all__ = [
     "something",
     "stored_count",
     "switch",
+    "virtual_batches",
 ]

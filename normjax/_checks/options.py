@@ -121,3 +121,33 @@ def stored_count(called: str, held: bool) -> None:
             "have mean and var alone, as Flax writes them. Add count, of the shape of mean, with "
             "the number of batches that they have seen; or use a momentum without debias."
         )
+
+
+def bound(called: str, name: str, given: Any, smallest: float, count: Array | None) -> ArrayLike:
+    """A bound of batch renormalization, or what its schedule says for the steps taken."""
+    if callable(given):
+        if count is None:
+            raise ValueError(
+                f"{called}: {name} is a schedule, which needs stats.count, the steps taken, and "
+                "got None. Start from BatchStats.make(features, counted=True)."
+            )
+        return given(count)
+    expected = f"a number of at least {smallest} or a schedule"
+    number = _number(called, name, given, expected)
+    if number is not None and not smallest <= number:
+        raise ValueError(f"{called}: {name}={given}, expected {expected}. Ioffe has 3 and 5.")
+    return given
+
+
+def virtual_batches(
+    called: str, size: int | None, shape: tuple[int, ...], reduced: tuple[int, ...]
+) -> int | None:
+    """How many virtual batches the examples along axis 0 are cut into."""
+    if size is None:
+        return None
+    if 0 not in reduced or not isinstance(size, int) or size < 1 or shape[0] % size:
+        raise ValueError(
+            f"{called}: virtual_batch_size={size} for x with shape {shape}, expected a divisor of "
+            "the number of examples, which lie along axis 0. Cut or pad the batch to a multiple."
+        )
+    return shape[0] // size

@@ -3,11 +3,12 @@
 They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 """
 
-from normjax.linen._batch import BatchNorm, ImmutableBatchStatsError
+from normjax.linen._batch import BatchNorm, BatchRenorm, ImmutableBatchStatsError
 from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "BatchNorm",
+    "BatchRenorm",
     "GroupNorm",
     "ImmutableBatchStatsError",
     "InstanceNorm",

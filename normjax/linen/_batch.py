@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._batch import batch_norm
+from normjax._batch import batch_norm, batch_renorm
 from normjax._stats import BatchStats
 from normjax.linen._params import affine, as_mask, output_dtype
 
@@ -22,11 +23,11 @@ from normjax.linen._params import affine, as_mask, output_dtype
 class ImmutableBatchStatsError(ModifyScopeVariableError):
     """Training needs somewhere to put the new statistics; the class that Flax raises there."""
 
-    def __init__(self, path: str):
+    def __init__(self, called: str, path: str):
         # Flax would append a link to its own documentation of the class.
         Exception.__init__(
             self,
-            f"normjax.linen.BatchNorm at '/{path}': train=True moves the running statistics, but "
+            f"{called} at '/{path}': train=True moves the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "
             "mutable=['batch_stats']), which returns (output, updates), and keep "
             "updates['batch_stats'] for the next step; or pass train=False.",
@@ -57,6 +58,7 @@ class BatchNorm(nn.Module):
         ddof: correction of the running variance, 0 as in Flax, 1 as in PyTorch.
         debias: correct the running average for its start, so that evaluation is right after the
             first step; this adds `batch_stats/count`.
+        virtual_batch_size: normalize so many neighbors along axis 0 by themselves.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -84,6 +86,7 @@ class BatchNorm(nn.Module):
     force_float32_reductions: bool = True
     ddof: float = 0
     debias: bool = False
+    virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -113,52 +116,121 @@ class BatchNorm(nn.Module):
             ImmutableBatchStatsError: `train=True` and `batch_stats` is not mutable.
             ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
         """
-        called = "normjax.linen.BatchNorm"
-        train = _checks.mode(called, train, self.use_running_average, use_running_average)
-        x = _checks.inexact(called, "x", x)
-        reduced = _checks.reduced_axes(called, "axis", self.axis, x.shape)
-        features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
-        mask = as_mask(mask)
+        function = partial(batch_norm, virtual_batch_size=self.virtual_batch_size)
+        return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
-        counted = self.debias or self.momentum is None
-        if counted and self.has_variable("batch_stats", "mean"):
-            has_count = self.has_variable("batch_stats", "count")
-            _checks.stored_count(called, has_count or not train)
-            counted = has_count
 
-        running = {
-            name: self.variable("batch_stats", name, lambda value=value: value)
-            for name, value in BatchStats.make(features, counted=counted)._asdict().items()
-            if value is not None
-        }
-        scale, bias = affine(self, features, scale, bias)
+class BatchRenorm(nn.Module):
+    """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
-        stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
-        axis_name, groups = self.axis_name, self.axis_index_groups
-        if train and self.is_initializing():
-            # Init makes shapes from any data, a batch of one included: it normalizes by that
-            # batch, keeps no statistics and needs no device axis.
-            train, stats, axis_name, groups = False, None, None, None
-        elif train and not self.is_mutable_collection("batch_stats"):
-            raise ImmutableBatchStatsError("/".join(self.path))
+    Attributes are those of `BatchNorm`, the variables too, so a checkpoint of one loads in the
+    other. `r_max` and `d_max` are numbers, or schedules from the steps taken to a number, which
+    add `batch_stats/count`.
 
-        y, stats = batch_norm(
-            x,
-            stats,
-            scale,
-            bias,
-            train=train,
-            feature_axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            ddof=self.ddof,
-            debias=self.debias,
-            mask=mask,
-            axis_name=axis_name,
-            axis_index_groups=groups,
-            dtype=output_dtype(self, x, scale, bias),
-        )
-        if train:
-            for name, variable in running.items():
-                variable.value = getattr(stats, name)
-        return y
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> model = normjax.linen.BatchRenorm(r_max=2.0, d_max=1.0)
+        >>> x = jnp.array([[0.0], [4.0]])
+        >>> variables = model.init(jax.random.key(0), x, train=False)
+        >>> y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> y.round(2).ravel()
+        Array([-1.,  3.], dtype=float32)
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    ddof: float = 0
+    debias: bool = False
+    r_max: float | Callable[[Array], ArrayLike] = 3.0
+    d_max: float | Callable[[Array], ArrayLike] = 5.0
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        train: bool | None = None,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`; arguments, result and errors as in `BatchNorm`."""
+        # In init there are no statistics to correct towards, as there are none to keep.
+        function = batch_norm
+        if not self.is_initializing():
+            function = partial(batch_renorm, r_max=self.r_max, d_max=self.d_max)
+        return _run(self, function, x, use_running_average, train, mask, scale, bias)
+
+
+def _run(
+    module: Any,
+    function: Callable,
+    x: ArrayLike,
+    use_running_average: bool | None,
+    train: bool | None,
+    mask: ArrayLike | None,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+) -> Array:
+    """Carries the variables of a module into a function of running statistics, and out."""
+    called = f"normjax.linen.{type(module).__name__}"
+    train = _checks.mode(called, train, module.use_running_average, use_running_average)
+    x = _checks.inexact(called, "x", x)
+    reduced = _checks.reduced_axes(called, "axis", module.axis, x.shape)
+    features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
+    mask = as_mask(mask)
+
+    scheduled = any(callable(getattr(module, name, None)) for name in ("r_max", "d_max"))
+    counted = module.debias or module.momentum is None or scheduled
+    if counted and module.has_variable("batch_stats", "mean"):
+        has_count = module.has_variable("batch_stats", "count")
+        _checks.stored_count(called, has_count or not train)
+        counted = has_count
+
+    running = {
+        name: module.variable("batch_stats", name, lambda value=value: value)
+        for name, value in BatchStats.make(features, counted=counted)._asdict().items()
+        if value is not None
+    }
+    scale, bias = affine(module, features, scale, bias)
+
+    stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
+    axis_name, groups = module.axis_name, module.axis_index_groups
+    if train and module.is_initializing():
+        # Init makes shapes from any data, a batch of one included: it normalizes by that
+        # batch, keeps no statistics and needs no device axis.
+        train, stats, axis_name, groups = False, None, None, None
+    elif train and not module.is_mutable_collection("batch_stats"):
+        raise ImmutableBatchStatsError(called, "/".join(module.path))
+
+    y, stats = function(
+        x,
+        stats,
+        scale,
+        bias,
+        train=train,
+        feature_axis=module.axis,
+        momentum=module.momentum,
+        epsilon=module.epsilon,
+        ddof=module.ddof,
+        debias=module.debias,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=groups,
+        dtype=output_dtype(module, x, scale, bias),
+    )
+    if train:
+        for name, variable in running.items():
+            variable.value = getattr(stats, name)
+    return y
