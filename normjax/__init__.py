@@ -10,12 +10,14 @@ from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
 from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
 from normjax._stats import BatchStats
+from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchStats",
     "Moments",
+    "SpectralStats",
     "batch_norm",
     "batch_renorm",
     "group_norm",
@@ -25,5 +27,8 @@ __all__ = [
     "merge",
     "normalize",
     "rms_norm",
+    "spectral_norm",
+    "standardize_weight",
     "synchronize",
+    "weight_norm",
 ]

@@ -66,6 +66,15 @@ def stateful(function):
 
 SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
 
+# Norms of a weight have no mask and no batch: tests/test_weight.py holds them.
+WEIGHTS = {
+    normjax.weight_norm,
+    normjax.spectral_norm,
+    normjax.linen.WeightNorm,
+    normjax.linen.SpectralNorm,
+    normjax.linen.WeightStandardized,
+}
+
 NORMS = {
     "batch_norm, train": Norm(normjax.batch_norm, function_call(True)),
     "batch_norm, eval": Norm(normjax.batch_norm, function_call(False)),

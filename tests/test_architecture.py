@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "normjax"
 
 # The rooms in the order in which data walks through them; each imports earlier ones only.
-ROOMS = ["_checks", "_moments", "_stats", "_normalize", "_batch", "_sample", "__init__", "linen"]
+ROOMS = [
+    "_checks",
+    "_moments",
+    "_stats",
+    "_normalize",
+    "_batch",
+    "_sample",
+    "_weight",
+    "__init__",
+    "linen",
+]
 SHELLS = ["linen"]
 
 

@@ -268,3 +268,21 @@ def entries(called: str, shape: tuple[int, ...], reduced: tuple[int, ...], share
         f"{where}, expected at least two with train=True{reason}. Use a larger batch, share "
         "statistics over devices with axis_name, or pass train=False."
     )
+
+
+def matrix(called: str, shape: tuple[int, ...], u: tuple[int, ...], n_steps: int) -> None:
+    """A weight that has singular values, and a vector to start from."""
+    if len(shape) < 2:
+        raise ValueError(
+            f"{called}: w has shape {shape}, expected a rank of at least 2, since a vector has no "
+            "singular values. Leave biases and scales as they are."
+        )
+    if u != (1, shape[-1]):
+        raise ValueError(
+            f"{called}: stats.u has shape {u}, expected {(1, shape[-1])} for w with shape {shape}. "
+            "Start from jax.random.normal(key, (1, w.shape[-1]))."
+        )
+    if not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(
+            f"{called}: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
+        )

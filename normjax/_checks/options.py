@@ -151,3 +151,24 @@ def virtual_batches(
             "the number of examples, which lie along axis 0. Cut or pad the batch to a multiple."
         )
     return shape[0] // size
+
+
+def moves(called: str, train: bool | None, update_stats: bool | None) -> bool:
+    """Exactly one of the two names of the same switch."""
+    if (train is None) == (update_stats is None):
+        given = "neither" if train is None else "both"
+        raise ValueError(
+            f"{called}: {given} of train and update_stats were given, which are one switch, "
+            "expected one. Pass train=True to move the power iteration, or train=False."
+        )
+    name, value = ("train", train) if update_stats is None else ("update_stats", update_stats)
+    return switch(called, name, value)
+
+
+def only_matrix(called: str, path: str, shape: tuple[int, ...]) -> None:
+    """Asked for by error_on_non_matrix."""
+    if len(shape) > 2:
+        raise ValueError(
+            f"{called}: Input is {len(shape)}D but error_on_non_matrix is True: {path} has shape "
+            f"{shape}. Pass error_on_non_matrix=False to take its last axis as the features."
+        )

@@ -5,6 +5,7 @@ They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 
 from normjax.linen._batch import BatchNorm, BatchRenorm, ImmutableBatchStatsError
 from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normjax.linen._weight import SpectralNorm, WeightNorm, WeightStandardized
 
 __all__ = [
     "BatchNorm",
@@ -14,4 +15,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "RMSNorm",
+    "SpectralNorm",
+    "WeightNorm",
+    "WeightStandardized",
 ]

@@ -1,0 +1,221 @@
+"""Statistics of a weight: weight norm, spectral norm, standardized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normjax import _checks
+from normjax._moments import measure, wide
+from normjax._normalize import normalize
+
+
+class SpectralStats(NamedTuple):
+    """State of the power iteration.
+
+    Attributes:
+        u: the estimate of the right singular vector, shape (1, features).
+        sigma: the largest singular value that it gave last, shape ().
+    """
+
+    u: Array
+    sigma: Array
+
+
+def weight_norm(
+    w: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    feature_axis: int | Iterable[int] | None = -1,
+    epsilon: ArrayLike = 1e-12,
+) -> Array:
+    """Weight normalization: the direction of a weight, apart from its length.
+
+        w / sqrt(sum(|w|^2) + epsilon) * scale
+
+    Args:
+        w: floating weight, for example the kernel of a Dense or Conv layer.
+        scale: the length for each feature, of the shape of `feature_axis`, or None.
+        feature_axis: the axes that are kept, by default the last; None keeps none.
+        epsilon: added to the sum of squares.
+
+    Returns:
+        An array of the shape and dtype of `w`.
+
+    Guarantees:
+        float32 inside: the sum of squares of a half precision weight is taken in float32.
+
+    Edge cases:
+        ===================================  ==================================================
+        zeros                                0 (epsilon > 0)
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `w` or `scale` of integers.
+        ValueError: a wrong axis or shape.
+
+    References:
+        Salimans, Kingma (2016), Weight Normalization, arXiv:1602.07868.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.weight_norm(jnp.array([[3.0], [4.0]]), jnp.array([10.0])).ravel()
+        Array([6., 8.], dtype=float32)
+    """
+    called = "normjax.weight_norm"
+    w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
+    with jax.named_scope(called):
+        m2 = jnp.expand_dims(measure(w, reduced, centered=False).m2, reduced)
+        return normalize(w, 0.0, m2, scale, epsilon=epsilon)
+
+
+def standardize_weight(
+    w: ArrayLike,
+    gain: ArrayLike | None = None,
+    *,
+    feature_axis: int | Iterable[int] = -1,
+    epsilon: ArrayLike = 1e-5,
+    scaled: bool = False,
+) -> Array:
+    """Weight standardization: each feature's weights by their own mean and variance.
+
+        (w - mean) / sqrt(var + epsilon) * gain
+        scaled: (w - mean) / sqrt(n var + epsilon) * gain, n the number of weights of a feature
+
+    Args:
+        w: floating weight, for example the kernel of a Dense or Conv layer.
+        gain: of the shape of `feature_axis`, or None.
+        feature_axis: the axes that are kept, by default the last.
+        epsilon: added to the variance, or to n times the variance.
+        scaled: keep the variance of the layer's output instead (normalizer-free networks).
+
+    Returns:
+        An array of the shape and dtype of `w`.
+
+    Guarantees:
+        float32 inside: the statistics of a half precision weight are taken in float32.
+
+    Edge cases:
+        ===================================  ==================================================
+        one weight for each feature          0
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `w` or `gain` of integers.
+        ValueError: a wrong axis or shape.
+
+    References:
+        Qiao et al. (2019), Micro-Batch Training with Batch-Channel Normalization and Weight
+        Standardization, arXiv:1903.10520; scaled: Brock et al. (2021), arXiv:2101.08692.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.standardize_weight(jnp.array([[1.0], [3.0]])).round(3).ravel()
+        Array([-1.,  1.], dtype=float32)
+    """
+    called = "normjax.standardize_weight"
+    w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
+    with jax.named_scope(called):
+        moments = measure(w, reduced)
+        # n times the biased variance is m2 itself.
+        spread = moments.m2 if scaled else moments.variance()
+        mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
+        return normalize(w, mean, spread, gain, epsilon=epsilon)
+
+
+def spectral_norm(
+    w: ArrayLike,
+    stats: SpectralStats,
+    *,
+    train: bool,
+    n_steps: int = 1,
+    epsilon: float = 1e-12,
+) -> tuple[Array, SpectralStats]:
+    """Spectral normalization: a weight by its largest singular value, from power iteration.
+
+        v = u W^T / |u W^T|,   u = v W / |v W|   (n_steps times),   sigma = v W u^T,   w / sigma
+
+    with W the weight as a matrix of (all other axes, features).
+
+    Args:
+        w: floating weight of rank 2 or more, features along the last axis.
+        stats: `SpectralStats`; start from a random u of shape (1, features).
+        train: whether the returned state moves.
+        n_steps: steps of the power iteration, at least 1.
+        epsilon: added to the squared lengths.
+
+    Returns:
+        `(w / sigma, stats)`: the weight with its shape and dtype; with `train=False` the state
+        as it was given, and the weight still by the sigma of the steps from it, as in Flax.
+
+    Guarantees:
+        converges: sigma tends to the largest singular value as steps add up.
+        no gradient: none flows through u and v, but through sigma.
+
+    Edge cases:
+        ===================================  ==================================================
+        zeros                                w as it is
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `w` of integers, a traced `train`.
+        ValueError: rank below 2, u of a wrong shape, n_steps below 1.
+
+    References:
+        Miyato et al. (2018), Spectral Normalization for GANs, arXiv:1802.05957, Algorithm 1.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> w = jnp.diag(jnp.array([4.0, 1.0]))
+        >>> stats = normjax.SpectralStats(jnp.array([[1.0, 0.1]]), jnp.ones(()))
+        >>> w, stats = normjax.spectral_norm(w, stats, train=True, n_steps=5)
+        >>> stats.sigma.round(3)
+        Array(4., dtype=float32)
+    """
+    called = "normjax.spectral_norm"
+    w = _checks.inexact(called, "w", w)
+    train = _checks.switch(called, "train", train)
+    _checks.matrix(called, w.shape, stats.u.shape, n_steps)
+    with jax.named_scope(called):
+        matrix = w.astype(wide(w.dtype)).reshape(-1, w.shape[-1])
+        # A singular value to full precision, also where matrix products are rounded by default.
+        product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+        fixed = lax.stop_gradient(matrix)
+        u = stats.u.astype(matrix.dtype)
+        for _ in range(n_steps):
+            v = weight_norm(product(u, fixed.T), feature_axis=None, epsilon=epsilon)
+            u = weight_norm(product(v, fixed), feature_axis=None, epsilon=epsilon)
+        u, v = lax.stop_gradient((u, v))
+        sigma = product(product(v, matrix), u.T)[0, 0]
+        divisor = jnp.where(sigma != 0, sigma, jnp.ones((), sigma.dtype))
+        normed = (matrix / divisor).reshape(w.shape).astype(w.dtype)
+        return normed, SpectralStats(u, lax.stop_gradient(sigma)) if train else stats
+
+
+def _weight(
+    called: str,
+    w: ArrayLike,
+    name: str,
+    scale: ArrayLike | None,
+    feature_axis: int | Iterable[int] | None,
+) -> tuple[Array, tuple[int, ...], Array | None]:
+    """The weight, its reduced axes, and the scale in its rank."""
+    w = _checks.inexact(called, "w", w)
+    kept: tuple[int, ...] = ()
+    if feature_axis is not None:
+        kept = _checks.axes(called, "feature_axis", feature_axis, w.shape)
+    reduced = tuple(a for a in range(w.ndim) if a not in kept)
+    _checks.something(called, w.shape, reduced)
+    if scale is None:
+        return w, reduced, None
+    features = tuple(w.shape[a] for a in kept)
+    real = not jnp.iscomplexobj(w)
+    axis = () if feature_axis is None else feature_axis
+    scale = _checks.feature_vector(called, name, scale, features, axis, w.shape, real=real)
+    return w, reduced, jnp.expand_dims(scale, reduced)

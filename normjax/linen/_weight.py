@@ -1,0 +1,191 @@
+"""Wrappers that normalize the weights of a layer, whose own parameters stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
+from jax import Array
+
+from normjax import _checks
+from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
+from normjax.linen._params import output_dtype
+
+
+class WeightNorm(nn.Module):
+    """`normjax.weight_norm` around a layer; a drop-in for `flax.linen.WeightNorm`.
+
+    Attributes are those of Flax. `variable_filter` names the variables that are normalized, all
+    if None; the parameter `<layer>/<path>/scale` is their length.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.WeightNorm(nn.Dense(3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 4)))
+        >>> sorted(variables["params"])
+        ['layer_instance', 'layer_instance/kernel/scale']
+    """
+
+    layer_instance: nn.Module
+    epsilon: float = 1e-12
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+    feature_axes: int | Iterable[int] | None = -1
+    variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer with normalized weights."""
+
+        def transform(path: str, w: Array) -> Array:
+            if not _chosen(path, self.variable_filter):
+                return w
+            scale = None
+            if self.use_scale:
+                shape = _features(w, self.feature_axes)
+                scale = self.param(f"{path}/scale", self.scale_init, shape, self.param_dtype)
+            normed = weight_norm(w, scale, feature_axis=self.feature_axes, epsilon=self.epsilon)
+            return normed.astype(output_dtype(self, w, scale))
+
+        return _call(self, transform, args, kwargs)
+
+
+class SpectralNorm(nn.Module):
+    """`normjax.spectral_norm` around a layer; a drop-in for `flax.linen.SpectralNorm`.
+
+    Attributes are those of Flax. Called with `update_stats`, or with `train` as everywhere here.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.SpectralNorm(nn.Dense(3))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 4)), train=False)
+        >>> sorted(variables["batch_stats"])
+        ['layer_instance/kernel/sigma', 'layer_instance/kernel/u']
+    """
+
+    layer_instance: nn.Module
+    n_steps: int = 1
+    epsilon: float = 1e-12
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    error_on_non_matrix: bool = False
+    collection_name: str = "batch_stats"
+
+    @nn.compact
+    def __call__(
+        self,
+        *args: Any,
+        update_stats: bool | None = None,
+        train: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls the layer with normalized weights; `train=True` moves the power iteration."""
+        moves = _checks.moves("normjax.linen.SpectralNorm", train, update_stats)
+
+        def transform(path: str, w: Array) -> Array:
+            if w.ndim < 2 or self.n_steps < 1:
+                return w
+            if self.error_on_non_matrix:
+                _checks.only_matrix("normjax.linen.SpectralNorm", path, w.shape)
+            name, dtype = self.collection_name, self.param_dtype
+            known = self.has_variable(name, f"{path}/u")
+            key = None if known else self.make_rng("params")
+            shape = (1, w.shape[-1])
+            u = self.variable(name, f"{path}/u", jax.random.normal, key, shape, dtype)
+            sigma = self.variable(name, f"{path}/sigma", jnp.ones, (), dtype)
+            stats = SpectralStats(u.value, sigma.value)
+            options: dict[str, Any] = dict(n_steps=self.n_steps, epsilon=self.epsilon)
+            normed, stats = spectral_norm(w, stats, train=moves, **options)
+            if moves:
+                u.value, sigma.value = stats
+            return normed.astype(output_dtype(self, w, *stats))
+
+        return _call(self, transform, args, kwargs, mutable=True)
+
+
+class WeightStandardized(nn.Module):
+    """`normjax.standardize_weight` around a layer, for example Conv or Dense.
+
+    The layer keeps its own parameters; they are standardized on the way in.
+
+    Attributes:
+        layer_instance: the layer.
+        epsilon: added to the variance.
+        scaled: the form of normalizer-free networks, which keeps the variance of the output.
+        use_gain: whether each feature has a learned gain, `<layer>/<path>/gain`.
+        gain_init: its initializer.
+        feature_axes: the axes that are kept, by default the last.
+        variable_filter: names of the variables that are standardized, all if None.
+        dtype: of the weights that the layer sees; by default that of its parameters.
+        param_dtype: of the gain.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.WeightStandardized(nn.Conv(4, (3, 3)))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+        >>> layer.apply(variables, jnp.ones((1, 8, 8, 2))).shape
+        (1, 8, 8, 4)
+    """
+
+    layer_instance: nn.Module
+    epsilon: float = 1e-5
+    scaled: bool = False
+    use_gain: bool = False
+    gain_init: Initializer = initializers.ones
+    feature_axes: int | Iterable[int] = -1
+    variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer with standardized weights."""
+
+        def transform(path: str, w: Array) -> Array:
+            if not _chosen(path, self.variable_filter):
+                return w
+            gain = None
+            if self.use_gain:
+                shape = _features(w, self.feature_axes)
+                gain = self.param(f"{path}/gain", self.gain_init, shape, self.param_dtype)
+            options: dict[str, Any] = dict(epsilon=self.epsilon, scaled=self.scaled)
+            normed = standardize_weight(w, gain, feature_axis=self.feature_axes, **options)
+            return normed.astype(output_dtype(self, w, gain))
+
+        return _call(self, transform, args, kwargs)
+
+
+def _call(
+    module: Any, transform: Callable, args: tuple, kwargs: dict[str, Any], **options: Any
+) -> Any:
+    """Calls the wrapped layer with each of its parameters transformed, by path."""
+
+    def by_path(path: tuple, w: Array) -> Array:
+        inner = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+        return transform(f"{module.layer_instance.name}/{inner}", jnp.asarray(w))
+
+    return nn.map_variables(
+        lambda layer: layer(*args, **kwargs),
+        trans_in_fn=lambda variables: jax.tree_util.tree_map_with_path(by_path, variables),
+        init=module.is_initializing(),
+        **options,
+    )(module.layer_instance)
+
+
+def _chosen(path: str, names: Iterable[str] | None) -> bool:
+    return not names or any(name in path for name in names)
+
+
+def _features(w: Array, feature_axes: int | Iterable[int] | None) -> tuple[int, ...]:
+    if feature_axes is None:
+        return ()
+    kept = _checks.axes("normjax.linen", "feature_axes", feature_axes, w.shape)
+    return tuple(w.shape[a] for a in kept)
