@@ -8,7 +8,18 @@ which is imported on its own so that `import normjax` needs no Flax.
 from normjax._batch import batch_norm, batch_renorm
 from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
-from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
+from normjax._sample import (
+    add_layer_norm,
+    add_rms_norm,
+    dynamic_tanh,
+    filter_response_norm,
+    group_norm,
+    instance_norm,
+    l2_normalize,
+    layer_norm,
+    local_response_norm,
+    rms_norm,
+)
 from normjax._stats import BatchStats
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
 
@@ -18,11 +29,17 @@ __all__ = [
     "BatchStats",
     "Moments",
     "SpectralStats",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm",
     "batch_renorm",
+    "dynamic_tanh",
+    "filter_response_norm",
     "group_norm",
     "instance_norm",
+    "l2_normalize",
     "layer_norm",
+    "local_response_norm",
     "measure",
     "merge",
     "normalize",

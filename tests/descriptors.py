@@ -64,12 +64,35 @@ def stateful(function):
     return call
 
 
+def added(function, *vectors):
+    """The norm of a sum as one of x alone; another term would be rounded into the sum."""
+
+    def call(x, mask=None):
+        return function(x, jnp.zeros_like(x), *vectors, mask=mask)[0]
+
+    return call
+
+
+def added_module(module):
+    def call(x, mask=None):
+        dtype = jnp.asarray(x).dtype
+        sized = module.clone(dtype=dtype if jnp.issubdtype(dtype, jnp.inexact) else None)
+        one = jnp.ones(Norm.shape)
+        variables = sized.init(jax.random.key(0), one, one)
+        return sized.apply(variables, x, jnp.zeros_like(x), mask=mask)[0]
+
+    return call
+
+
 SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
 
-# Norms of a weight have no mask and no batch: tests/test_weight.py holds them.
-WEIGHTS = {
+# Without a mask or a batch: tests/test_weight.py and tests/test_kin.py hold them.
+UNMASKED = {
     normjax.weight_norm,
     normjax.spectral_norm,
+    normjax.l2_normalize,
+    normjax.local_response_norm,
+    normjax.linen.DynamicTanh,
     normjax.linen.WeightNorm,
     normjax.linen.SpectralNorm,
     normjax.linen.WeightStandardized,
@@ -95,6 +118,20 @@ NORMS = {
         normjax.group_norm, affine_call(normjax.group_norm, SCALE, BIAS, num_groups=1)
     ),
     "instance_norm": Norm(normjax.instance_norm, affine_call(normjax.instance_norm, SCALE, BIAS)),
+    "add_layer_norm": Norm(normjax.add_layer_norm, added(normjax.add_layer_norm, SCALE, BIAS)),
+    "add_rms_norm": Norm(normjax.add_rms_norm, added(normjax.add_rms_norm, SCALE)),
+    "linen.AddLayerNorm": Norm(
+        normjax.linen.AddLayerNorm, added_module(normjax.linen.AddLayerNorm())
+    ),
+    "linen.AddRMSNorm": Norm(normjax.linen.AddRMSNorm, added_module(normjax.linen.AddRMSNorm())),
+    "filter_response_norm": Norm(
+        normjax.filter_response_norm,
+        affine_call(normjax.filter_response_norm, SCALE, BIAS),
+    ),
+    "linen.FilterResponseNorm": Norm(
+        normjax.linen.FilterResponseNorm,
+        module_call(normjax.linen.FilterResponseNorm(use_threshold=False)),
+    ),
     "linen.BatchNorm": Norm(
         normjax.linen.BatchNorm, module_call(normjax.linen.BatchNorm(), train=True)
     ),

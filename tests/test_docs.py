@@ -83,7 +83,11 @@ def test_docstring_examples_run(name):
         for t in doctest.DocTestFinder(recurse=True).find(PUBLIC[name], name, module)
         if t.examples
     ]
-    needs_none = ("normjax.Moments", "normjax.linen.ImmutableBatchStatsError")
+    needs_none = (
+        "normjax.Moments",
+        "normjax.SpectralStats",
+        "normjax.linen.ImmutableBatchStatsError",
+    )
     assert tests or name in needs_none
     for test in tests:
         runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)

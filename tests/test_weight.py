@@ -32,7 +32,7 @@ def reduced(w):
 def test_weight_norm_equals_the_formula_and_pytorch(rng, x64, name):
     w, dy = rng.normal(size=(2, *SHAPES[name]))
     scale = rng.normal(size=w.shape[-1])
-    y, dw, dscale = vjp(weight_norm, w, scale, dy=dy)
+    y, dw, dscale = vjp(partial(weight_norm, epsilon=0.0), w, scale, dy=dy)
     length = np.sqrt((w**2).sum(reduced(w)))
     direction = w / length
     dd = dy * scale
@@ -141,19 +141,19 @@ def test_spectral_norm_moves_in_training_alone(rng):
     [
         (
             lambda s: spectral_norm(jnp.ones(4), s, train=True),
-            r"w has shape \(4,\).*rank of at least 2",
+            r"\(4,\).*rank of at least 2",
         ),
         (
             lambda s: spectral_norm(jnp.ones((2, 3)), s, train=True),
-            r"stats.u has shape \(1, 4\), expected",
+            r"stats.u has shape",
         ),
         (
             lambda s: spectral_norm(jnp.ones((2, 4)), s, train=True, n_steps=0),
-            r"n_steps=0, expected",
+            r"n_steps=0",
         ),
         (
             lambda s: weight_norm(jnp.ones((2, 4)), jnp.ones(2)),
-            r"scale has shape \(2,\), expected \(4,\)",
+            r"\(2,\), expected \(4,\)",
         ),
         (lambda s: standardize_weight(jnp.ones((2, 4)), jnp.ones(2)), r"gain has shape \(2,\)"),
         (lambda s: weight_norm(jnp.ones((0, 4))), r"has no element over the axes \(0,\)"),
@@ -227,9 +227,7 @@ def test_spectral_norm_module_is_told_once(rng):
     variables = layer.init(KEY, x, train=False)
     layer.apply(variables, x, train=False)
     for mode in ({}, {"train": True, "update_stats": True}):
-        with pytest.raises(
-            ValueError, match="of train and update_stats were given, .* expected one"
-        ):
+        with pytest.raises(ValueError, match="of train and update_stats .* expected one"):
             layer.apply(variables, x, **mode)
     conv = normjax.linen.SpectralNorm(nn.Conv(3, (2,)), error_on_non_matrix=True)
     with pytest.raises(ValueError, match="Input is 3D but error_on_non_matrix is True"):

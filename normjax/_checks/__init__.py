@@ -5,6 +5,7 @@ Each message says what was called, what it got, what it expected and what to do.
 
 from normjax._checks.arrays import (
     affine,
+    alike,
     axes,
     broadcast,
     entries,
@@ -17,6 +18,7 @@ from normjax._checks.arrays import (
     output_dtype,
     reduced_axes,
     something,
+    window,
 )
 from normjax._checks.devices import axis_size, collectives, groups
 from normjax._checks.options import (
@@ -36,6 +38,7 @@ from normjax._checks.options import (
 
 __all__ = [
     "affine",
+    "alike",
     "axes",
     "axis_size",
     "batch_stats",
@@ -63,4 +66,5 @@ __all__ = [
     "stored_count",
     "switch",
     "virtual_batches",
+    "window",
 ]

@@ -286,3 +286,25 @@ def matrix(called: str, shape: tuple[int, ...], u: tuple[int, ...], n_steps: int
         raise ValueError(
             f"{called}: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
         )
+
+
+def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]:
+    """Two terms of one shape and dtype: a broadcast here would hide a mistake."""
+    x, residual = inexact(called, "x", x), inexact(called, "residual", residual)
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"{called}: residual has shape {residual.shape}, expected {x.shape}, that of x. "
+            "Broadcast it first if that is meant."
+        )
+    if x.dtype != residual.dtype:
+        raise TypeError(
+            f"{called}: residual has dtype {residual.dtype}, expected {x.dtype}, that of x. "
+            "Convert one of them first."
+        )
+    return x, residual
+
+
+def window(called: str, size: int) -> None:
+    """A window holds a feature at least."""
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{called}: size={size!r}, expected a whole number of at least 1.")

@@ -4,12 +4,17 @@ They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 """
 
 from normjax.linen._batch import BatchNorm, BatchRenorm, ImmutableBatchStatsError
+from normjax.linen._kin import AddLayerNorm, AddRMSNorm, DynamicTanh, FilterResponseNorm
 from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.linen._weight import SpectralNorm, WeightNorm, WeightStandardized
 
 __all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
     "BatchNorm",
     "BatchRenorm",
+    "DynamicTanh",
+    "FilterResponseNorm",
     "GroupNorm",
     "ImmutableBatchStatsError",
     "InstanceNorm",

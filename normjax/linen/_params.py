@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
 
 
 def affine(
@@ -24,6 +27,15 @@ def affine(
 
     # In the order of Flax, which decides what the initializers draw.
     return vector("scale", scale), vector("bias", bias)
+
+
+def feature_shape(
+    called: str, feature_axes: int | Iterable[int] | None, shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of a parameter over these axes; None names none."""
+    if feature_axes is None:
+        return ()
+    return tuple(shape[a] for a in _checks.axes(called, "feature_axes", feature_axes, shape))
 
 
 def as_mask(mask: ArrayLike | None) -> Array | None:

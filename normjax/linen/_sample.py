@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from normjax import _checks
 from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
-from normjax.linen._params import affine, as_mask, device_axis, output_dtype
+from normjax.linen._params import affine, as_mask, device_axis, feature_shape, output_dtype
 
 
 class LayerNorm(nn.Module):
@@ -62,7 +62,7 @@ class LayerNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.LayerNorm", "x", x)
-        features = _features("normjax.linen.LayerNorm", self.feature_axes, x.shape)
+        features = feature_shape("normjax.linen.LayerNorm", self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         return layer_norm(
             x,
@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
             scale: in place of the parameter, which is then not made.
         """
         x = _checks.inexact("normjax.linen.RMSNorm", "x", x)
-        features = _features("normjax.linen.RMSNorm", self.feature_axes, x.shape)
+        features = feature_shape("normjax.linen.RMSNorm", self.feature_axes, x.shape)
         scale, _ = affine(self, features, scale, None)
         return rms_norm(
             x,
@@ -181,7 +181,7 @@ class GroupNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
-        features = _features("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
+        features = feature_shape("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
         scale, bias = affine(self, features, scale, bias)
         return group_norm(
             x,
@@ -242,7 +242,7 @@ class InstanceNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.InstanceNorm", "x", x)
-        features = _features("normjax.linen.InstanceNorm", self.feature_axes, x.shape)
+        features = feature_shape("normjax.linen.InstanceNorm", self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         return instance_norm(
             x,
@@ -254,9 +254,3 @@ class InstanceNorm(nn.Module):
             dtype=output_dtype(self, x, scale, bias),
             **device_axis(self),
         )
-
-
-def _features(
-    called: str, feature_axes: int | Iterable[int], shape: tuple[int, ...]
-) -> tuple[int, ...]:
-    return tuple(shape[a] for a in _checks.axes(called, "feature_axes", feature_axes, shape))

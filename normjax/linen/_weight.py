@@ -15,7 +15,7 @@ from jax import Array
 
 from normjax import _checks
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
-from normjax.linen._params import output_dtype
+from normjax.linen._params import feature_shape, output_dtype
 
 
 class WeightNorm(nn.Module):
@@ -50,7 +50,7 @@ class WeightNorm(nn.Module):
                 return w
             scale = None
             if self.use_scale:
-                shape = _features(w, self.feature_axes)
+                shape = feature_shape(type(self).__name__, self.feature_axes, w.shape)
                 scale = self.param(f"{path}/scale", self.scale_init, shape, self.param_dtype)
             normed = weight_norm(w, scale, feature_axis=self.feature_axes, epsilon=self.epsilon)
             return normed.astype(output_dtype(self, w, scale))
@@ -154,7 +154,7 @@ class WeightStandardized(nn.Module):
                 return w
             gain = None
             if self.use_gain:
-                shape = _features(w, self.feature_axes)
+                shape = feature_shape(type(self).__name__, self.feature_axes, w.shape)
                 gain = self.param(f"{path}/gain", self.gain_init, shape, self.param_dtype)
             options: dict[str, Any] = dict(epsilon=self.epsilon, scaled=self.scaled)
             normed = standardize_weight(w, gain, feature_axis=self.feature_axes, **options)
@@ -182,10 +182,3 @@ def _call(
 
 def _chosen(path: str, names: Iterable[str] | None) -> bool:
     return not names or any(name in path for name in names)
-
-
-def _features(w: Array, feature_axes: int | Iterable[int] | None) -> tuple[int, ...]:
-    if feature_axes is None:
-        return ()
-    kept = _checks.axes("normjax.linen", "feature_axes", feature_axes, w.shape)
-    return tuple(w.shape[a] for a in kept)

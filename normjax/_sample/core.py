@@ -1,4 +1,4 @@
-"""Statistics within an example, hence no state: layer, RMS, group and instance norm."""
+"""Layer, RMS, group and instance norm: measure and normalize over other axes."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def layer_norm(
     x = _checks.inexact(called, "x", x)
     axes = _checks.axes(called, "axis", axis, x.shape)
     feature_axis = axes if feature_axis is None else feature_axis
-    scale, bias = _affine(called, x, scale, bias, feature_axis)
+    scale, bias = affine(called, x, scale, bias, feature_axis)
     options: dict[str, Any] = dict(
         epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
-    return _within(called, x, scale, bias, axes, mask=mask, dtype=dtype, **options)
+    return within(called, x, scale, bias, axes, mask=mask, dtype=dtype, **options)
 
 
 def rms_norm(
@@ -144,11 +144,11 @@ def rms_norm(
     x = _checks.inexact(called, "x", x)
     axes = _checks.axes(called, "axis", axis, x.shape)
     feature_axis = axes if feature_axis is None else feature_axis
-    scale, _ = _affine(called, x, scale, None, feature_axis)
+    scale, _ = affine(called, x, scale, None, feature_axis)
     options: dict[str, Any] = dict(
         epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
-    return _within(called, x, scale, None, axes, centered=False, mask=mask, dtype=dtype, **options)
+    return within(called, x, scale, None, axes, centered=False, mask=mask, dtype=dtype, **options)
 
 
 def group_norm(
@@ -218,7 +218,7 @@ def group_norm(
     rest = [a for a in range(1, len(x.shape)) if a != feature] if axis is None else axis
     reduced = _checks.axes(called, "axis", rest, x.shape) if rest != [] else ()
     groups = _checks.number_of_groups(called, num_groups, group_size, x.shape[feature])
-    scale, bias = _affine(called, x, scale, bias, feature)
+    scale, bias = affine(called, x, scale, bias, feature)
     mask = _checks.mask(called, mask, x.shape)
 
     def split(v: Any) -> Any:
@@ -233,7 +233,7 @@ def group_norm(
     options: dict[str, Any] = dict(
         epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
-    y = _within(called, split(x), scale, bias, axes, mask=mask, dtype=dtype, **options)
+    y = within(called, split(x), scale, bias, axes, mask=mask, dtype=dtype, **options)
     return y.reshape(x.shape)
 
 
@@ -294,14 +294,14 @@ def instance_norm(
     called = "normjax.instance_norm"
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape, batch=True)
-    scale, bias = _affine(called, x, scale, bias, feature_axis)
+    scale, bias = affine(called, x, scale, bias, feature_axis)
     options: dict[str, Any] = dict(
         epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups
     )
-    return _within(called, x, scale, bias, reduced, mask=mask, dtype=dtype, **options)
+    return within(called, x, scale, bias, reduced, mask=mask, dtype=dtype, **options)
 
 
-def _affine(
+def affine(
     called: str,
     x: Array,
     scale: ArrayLike | None,
@@ -317,7 +317,7 @@ def _affine(
     )
 
 
-def _within(
+def within(
     called: str,
     x: Array,
     scale: ArrayLike | None,

@@ -1,0 +1,296 @@
+"""Kin of the norms within an example, each a few lines over the same core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
+from normjax._moments import measure, wide
+from normjax._normalize import normalize
+from normjax._sample.core import affine, layer_norm, rms_norm, within
+
+
+def add_layer_norm(
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
+
+        s = x + residual,   y = layer_norm(s, scale, bias)
+
+    Args:
+        x, residual: floating or complex arrays of one shape and dtype.
+        scale, bias, options: as in `layer_norm`.
+
+    Returns:
+        `(y, s)`: the normalized sum, and the sum, which the next block adds to.
+
+    Guarantees:
+        light backward: the sum and one vector for each axis are kept, nothing else.
+
+    Raises:
+        TypeError: unequal dtypes; and as in `layer_norm`.
+        ValueError: unequal shapes; and as in `layer_norm`.
+
+    References:
+        Ba, Kiros, Hinton (2016), arXiv:1607.06450; Xiong et al. (2020), arXiv:2002.04745.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> y, s = normjax.add_layer_norm(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
+        >>> s
+        Array([1., 3.], dtype=float32)
+    """
+    x, residual = _checks.alike("normjax.add_layer_norm", x, residual)
+    total = x + residual
+    return layer_norm(total, scale, bias, **options), total
+
+
+def add_rms_norm(
+    x: ArrayLike, residual: ArrayLike, scale: ArrayLike | None = None, **options: Any
+) -> tuple[Array, Array]:
+    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
+
+        s = x + residual,   y = rms_norm(s, scale)
+
+    Args:
+        x, residual: floating or complex arrays of one shape and dtype.
+        scale, options: as in `rms_norm`.
+
+    Returns:
+        `(y, s)`: the normalized sum, and the sum, which the next block adds to.
+
+    Guarantees:
+        light backward: the sum and one vector for each axis are kept, nothing else.
+
+    Raises:
+        TypeError: unequal dtypes; and as in `rms_norm`.
+        ValueError: unequal shapes; and as in `rms_norm`.
+
+    References:
+        Zhang, Sennrich (2019), arXiv:1910.07467.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> y, s = normjax.add_rms_norm(jnp.array([1.0, 2.0]), jnp.array([2.0, 2.0]))
+        >>> s
+        Array([3., 4.], dtype=float32)
+    """
+    x, residual = _checks.alike("normjax.add_rms_norm", x, residual)
+    total = x + residual
+    return rms_norm(total, scale, **options), total
+
+
+def filter_response_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    threshold: ArrayLike | None = None,
+    *,
+    feature_axis: int | Iterable[int] = -1,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Filter response normalization with its thresholded linear unit.
+
+        y = max(x / sqrt(mean(x^2) + epsilon) * scale + bias, threshold)
+
+    with the mean over the positions of each feature of each example.
+
+    Args:
+        x: floating array, examples along axis 0.
+        scale, bias: of the shape of `feature_axis`, or with a leading batch axis, or None.
+        threshold: likewise; None leaves the linear unit out.
+        feature_axis: the axis or axes that are kept beside the first.
+        epsilon: added to the mean square.
+        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        dtype: of y, by default that of `x`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Guarantees:
+        masked out means out: a masked entry takes no part in the mean square, and no NaN or
+            infinity at it reaches another entry, in value or derivative.
+
+    Edge cases:
+        ===================================  ==================================================
+        one position                         y = max(sign(x) * scale + bias, threshold)
+        ===================================  ==================================================
+
+    Raises:
+        TypeError, ValueError: as in `instance_norm`.
+
+    References:
+        Singh, Krishnan (2020), Filter Response Normalization Layer, arXiv:1911.09737.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> x = jnp.array([[[3.0], [-3.0]]])
+        >>> normjax.filter_response_norm(x, threshold=jnp.zeros(1)).round(3).ravel()
+        Array([1., 0.], dtype=float32)
+    """
+    called = "normjax.filter_response_norm"
+    x = _checks.inexact(called, "x", x, real=True)
+    reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape, batch=True)
+    scale, bias = affine(called, x, scale, bias, feature_axis)
+    kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
+    floor = _checks.affine(called, "threshold", threshold, kept, feature_axis, x.shape, real=True)
+    options: dict[str, Any] = dict(epsilon=epsilon, axis_name=None, axis_index_groups=None)
+    y = within(called, x, scale, bias, reduced, centered=False, mask=mask, dtype=dtype, **options)
+    return y if floor is None else jnp.maximum(y, floor.astype(y.dtype))
+
+
+def dynamic_tanh(
+    x: ArrayLike,
+    alpha: ArrayLike = 0.5,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axis: int | Iterable[int] = -1,
+) -> Array:
+    """Dynamic tanh: a norm's squashing without its statistics.
+
+        y = tanh(alpha x) * scale + bias
+
+    Args:
+        x: floating array.
+        alpha: a scalar, learned in practice, 0.5 at the start.
+        scale, bias: of the shape of `feature_axis`, or with a leading batch axis, or None.
+        feature_axis: the axis or axes of scale and bias.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Guarantees:
+        no statistics: an entry depends on no other.
+
+    Raises:
+        TypeError, ValueError: as in `layer_norm`; an alpha that is not a scalar.
+
+    References:
+        Zhu et al. (2025), Transformers without Normalization, arXiv:2503.10622.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.dynamic_tanh(jnp.array([0.0, 100.0]))
+        Array([0., 1.], dtype=float32)
+    """
+    called = "normjax.dynamic_tanh"
+    x = _checks.inexact(called, "x", x, real=True)
+    dtype = wide(x.dtype)
+    slope = _checks.broadcast(called, "alpha", alpha, (), dtype, real=True).astype(dtype)
+    scale, bias = affine(called, x, scale, bias, feature_axis)
+    with jax.named_scope(called):
+        y = jnp.tanh(slope * x.astype(dtype))
+        y = y if scale is None else y * scale.astype(dtype)
+        return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
+
+
+def local_response_norm(
+    x: ArrayLike,
+    *,
+    size: int = 5,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+    k: float = 1.0,
+    feature_axis: int = -1,
+) -> Array:
+    """Local response normalization: each feature by its neighbors at the same position.
+
+        y = x / (k + alpha mean(x^2 over `size` neighboring features))^beta
+
+    The window reaches size // 2 features back and (size - 1) // 2 ahead, beyond the ends over
+    zeros, as in PyTorch.
+
+    Args:
+        x: floating array.
+        size: features in the window, at least 1.
+        alpha, beta, k: as in the formula.
+        feature_axis: the axis of the features.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Guarantees:
+        float32 inside: half precision input is squared and summed in float32.
+
+    Raises:
+        TypeError: `x` of integers or complex.
+        ValueError: a wrong axis, size below 1.
+
+    References:
+        Krizhevsky, Sutskever, Hinton (2012), ImageNet Classification with Deep Convolutional
+        Neural Networks, section 3.3, with the mean in place of the sum.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.local_response_norm(jnp.array([2.0, 0.0]), size=2, alpha=0.5, beta=1.0)
+        Array([1., 0.], dtype=float32)
+    """
+    called = "normjax.local_response_norm"
+    x = _checks.inexact(called, "x", x, real=True)
+    (axis,) = _checks.axes(called, "feature_axis", (feature_axis,), x.shape)
+    _checks.window(called, size)
+    with jax.named_scope(called):
+        values = x.astype(wide(x.dtype))
+        shape, padding = [1] * x.ndim, [(0, 0)] * x.ndim
+        shape[axis], padding[axis] = size, (size // 2, (size - 1) // 2)
+        zero = np.zeros((), values.dtype)
+        total = lax.reduce_window(values**2, zero, lax.add, shape, [1] * x.ndim, padding)
+        return (values * (k + alpha / size * total) ** -beta).astype(x.dtype)
+
+
+def l2_normalize(
+    x: ArrayLike, *, axis: int | Iterable[int] = -1, epsilon: ArrayLike = 1e-12
+) -> Array:
+    """Unit norm: a vector by its Euclidean length.
+
+        y = x / sqrt(sum(|x|^2) + epsilon)
+
+    Args:
+        x: floating or complex array.
+        axis: the axis or axes of a vector.
+        epsilon: added to the sum of squares.
+
+    Returns:
+        An array of the shape and dtype of `x`.
+
+    Guarantees:
+        float32 inside: the sum of squares of half precision input is taken in float32.
+
+    Edge cases:
+        ===================================  ==================================================
+        zeros                                0, with a finite gradient (epsilon > 0)
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x` of integers.
+        ValueError: a wrong axis, negative epsilon.
+
+    References:
+        The unit vector of linear algebra; as a layer, Wang et al. (2017), NormFace,
+        arXiv:1704.06369.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.l2_normalize(jnp.array([3.0, 4.0]))
+        Array([0.6, 0.8], dtype=float32)
+    """
+    called = "normjax.l2_normalize"
+    x = _checks.inexact(called, "x", x)
+    axes = _checks.axes(called, "axis", axis, x.shape)
+    with jax.named_scope(called):
+        m2 = jnp.expand_dims(measure(x, axes, centered=False).m2, axes)
+        return normalize(x, 0.0, m2, epsilon=epsilon)

@@ -1,0 +1,195 @@
+"""Modules of the kin of sample norms: residual sums, filter response norm, dynamic tanh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
+from jax import Array
+from jax.typing import ArrayLike
+
+from normjax import _checks
+from normjax._sample import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
+from normjax.linen._params import affine, as_mask, feature_shape, output_dtype
+
+
+class AddLayerNorm(nn.Module):
+    """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
+
+    Attributes are those of `LayerNorm`, the variables too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer, x = normjax.linen.AddLayerNorm(), jnp.ones((2, 4))
+        >>> (y, total), variables = layer.init_with_output(jax.random.key(0), x, x)
+        >>> total[0, 0]
+        Array(2., dtype=float32)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    reduction_axes: int | Iterable[int] = -1
+    feature_axes: int | Iterable[int] = -1
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
+    ) -> tuple[Array, Array]:
+        """Returns `(y, x + residual)`."""
+        x = _checks.inexact("normjax.linen.AddLayerNorm", "x", x)
+        features = feature_shape("normjax.linen.AddLayerNorm", self.feature_axes, x.shape)
+        scale, bias = affine(self, features, None, None)
+        return add_layer_norm(
+            x,
+            residual,
+            scale,
+            bias,
+            axis=self.reduction_axes,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale, bias),
+        )
+
+
+class AddRMSNorm(nn.Module):
+    """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
+
+    Attributes are those of `RMSNorm`, the variables too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer, x = normjax.linen.AddRMSNorm(), jnp.ones((2, 4))
+        >>> (y, total), variables = layer.init_with_output(jax.random.key(0), x, x)
+        >>> total[0, 0]
+        Array(2., dtype=float32)
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_scale: bool = True
+    scale_init: Initializer = initializers.ones
+    reduction_axes: int | Iterable[int] = -1
+    feature_axes: int | Iterable[int] = -1
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
+    ) -> tuple[Array, Array]:
+        """Returns `(y, x + residual)`."""
+        x = _checks.inexact("normjax.linen.AddRMSNorm", "x", x)
+        features = feature_shape("normjax.linen.AddRMSNorm", self.feature_axes, x.shape)
+        scale, _ = affine(self, features, None, None)
+        return add_rms_norm(
+            x,
+            residual,
+            scale,
+            axis=self.reduction_axes,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale),
+        )
+
+
+class FilterResponseNorm(nn.Module):
+    """`normjax.filter_response_norm` as a module, with its learned threshold.
+
+    Attributes:
+        epsilon: added to the mean square.
+        dtype: of the result; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        use_bias, use_scale, use_threshold: which of the parameters there are.
+        bias_init, scale_init, threshold_init: their initializers.
+        feature_axes: the axes that are kept beside the first.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer, x = normjax.linen.FilterResponseNorm(), jnp.ones((2, 5, 4))
+        >>> sorted(layer.init(jax.random.key(0), x)["params"])
+        ['bias', 'scale', 'threshold']
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    use_threshold: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    threshold_init: Initializer = initializers.zeros
+    feature_axes: int | Iterable[int] = -1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes and thresholds `x`; `scale` and `bias` stand in for the parameters."""
+        x = _checks.inexact("normjax.linen.FilterResponseNorm", "x", x)
+        features = feature_shape("normjax.linen.FilterResponseNorm", self.feature_axes, x.shape)
+        scale, bias = affine(self, features, scale, bias)
+        threshold = None
+        if self.use_threshold:
+            init, dtype = self.threshold_init, self.param_dtype
+            threshold = self.param("threshold", init, features, dtype)
+        return filter_response_norm(
+            x,
+            scale,
+            bias,
+            threshold,
+            feature_axis=self.feature_axes,
+            epsilon=self.epsilon,
+            mask=as_mask(mask),
+            dtype=output_dtype(self, x, scale, bias),
+        )
+
+
+class DynamicTanh(nn.Module):
+    """`normjax.dynamic_tanh` as a module, with its learned slope `alpha`.
+
+    Attributes:
+        param_dtype: of the parameters.
+        use_bias, use_scale: whether there is a bias, a scale.
+        bias_init, scale_init, alpha_init: initializers.
+        feature_axes: the axes of scale and bias.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer, x = normjax.linen.DynamicTanh(), jnp.ones((2, 4))
+        >>> layer.init(jax.random.key(0), x)["params"]["alpha"]
+        Array(0.5, dtype=float32)
+    """
+
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    alpha_init: Initializer = initializers.constant(0.5)
+    feature_axes: int | Iterable[int] = -1
+
+    @nn.compact
+    def __call__(
+        self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
+    ) -> Array:
+        """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
+        x = _checks.inexact("normjax.linen.DynamicTanh", "x", x)
+        features = feature_shape("normjax.linen.DynamicTanh", self.feature_axes, x.shape)
+        alpha = self.param("alpha", self.alpha_init, (), self.param_dtype)
+        scale, bias = affine(self, features, scale, bias)
+        return dynamic_tanh(x, alpha, scale, bias, feature_axis=self.feature_axes)

@@ -1,0 +1,217 @@
+"""Residual sums, filter response norm, dynamic tanh, local response norm, unit vectors."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normjax.linen
+from normjax import (
+    add_layer_norm,
+    add_rms_norm,
+    dynamic_tanh,
+    filter_response_norm,
+    l2_normalize,
+    layer_norm,
+    local_response_norm,
+    rms_norm,
+)
+from tests import reference
+from tests.reference import EPS
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain"), [(add_layer_norm, layer_norm), (add_rms_norm, rms_norm)]
+)
+def test_the_sum_and_its_norm(rng, fused, plain):
+    x, residual = rng.normal(size=(2, 3, 8)).astype(np.float32)
+    scale = rng.normal(size=8).astype(np.float32)
+    y, total = fused(x, residual, scale, epsilon=0.1)
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_array_equal(y, plain(x + residual, scale, epsilon=0.1))
+
+
+def kept_of_sum(fused, saved_arrays):
+    x = jnp.ones((4, 16, 8), jnp.bfloat16)
+    kept = saved_arrays(lambda x, r, s: fused(x, r, s), x, x, jnp.ones(8))
+    return [(k.size, k.dtype) for k in kept if k.size >= x.size] == [(x.size, x.dtype)]
+
+
+def test_add_layer_norm_guarantee_light_backward(saved_arrays):
+    assert kept_of_sum(add_layer_norm, saved_arrays)
+
+
+def test_add_rms_norm_guarantee_light_backward(saved_arrays):
+    assert kept_of_sum(add_rms_norm, saved_arrays)
+
+
+def test_terms_of_unequal_kind_are_refused():
+    x = jnp.ones((3, 4))
+    with pytest.raises(ValueError, match=r"residual has shape \(4,\), expected \(3, 4\)"):
+        add_layer_norm(x, jnp.ones(4))
+    with pytest.raises(TypeError, match=r"residual has dtype bfloat16, expected float32"):
+        add_rms_norm(x, x.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
+def test_modules_of_sums_carry_the_variables_of_the_plain_ones(rng, kind):
+    x, residual = rng.normal(size=(2, 3, 8)).astype(np.float32)
+    fused, plain = getattr(normjax.linen, f"Add{kind}")(), getattr(normjax.linen, kind)()
+    variables = plain.init(KEY, x)
+    (y, total), own = fused.init_with_output(KEY, x, residual)
+    jax.tree.map(np.testing.assert_array_equal, own, variables)
+    np.testing.assert_array_equal(y, plain.apply(variables, total))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_filter_response_norm_equals_the_formula(rng, x64, masked):
+    x, dy = rng.normal(1, 2, (2, 3, 4, 5, 6))
+    scale, bias, threshold = rng.normal(size=(3, 6))
+    mask = rng.random((3, 4, 5, 1)) < 0.7 if masked else None
+    y, pullback = jax.vjp(
+        lambda *a: filter_response_norm(*a, mask=mask, epsilon=0.1), x, scale, bias, threshold
+    )
+    options = dict(axes=(1, 2), mask=mask, epsilon=0.1, centered=False)
+    before = reference.standardized(x, scale, bias, dy, **options).y
+    passed = before > threshold
+    want = reference.standardized(x, scale, bias, dy * passed, **options)
+    np.testing.assert_allclose(y, np.maximum(before, threshold), rtol=1e-9)
+    expected = (want.dx, want.dscale, want.dbias, (dy * ~passed).sum((0, 1, 2)))
+    for got, expect in zip(pullback(dy), expected, strict=True):
+        np.testing.assert_allclose(got, expect, rtol=1e-8, atol=1e-9)
+
+
+def test_filter_response_norm_guarantee_masked_out_means_out(rng):
+    x = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    mask = rng.random((2, 6, 1)) < 0.7
+    padded = np.where(mask, x, np.float32(np.nan))
+    f = partial(filter_response_norm, threshold=jnp.full(3, -0.5), mask=mask)
+    y, pullback = jax.vjp(f, padded)
+    want, pullback_zero = jax.vjp(f, np.where(mask, x, np.float32(0)))
+    np.testing.assert_array_equal(y, want)
+    here = np.broadcast_to(mask, x.shape)
+    g, g0 = (np.asarray(p(jnp.ones_like(y))[0]) for p in (pullback, pullback_zero))
+    np.testing.assert_array_equal(g[here], g0[here])
+    assert np.isfinite(g).all()
+
+
+def test_filter_response_norm_edge_one_position():
+    y = filter_response_norm(jnp.array([[[4.0, -4.0]]]), threshold=jnp.array([0.0, -0.5]))
+    np.testing.assert_allclose(y, [[[1, -0.5]]], rtol=1e-6)
+
+
+def test_filter_response_module_has_three_parameters(rng):
+    x = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    y, variables = normjax.linen.FilterResponseNorm().init_with_output(KEY, x)
+    params = variables["params"]
+    np.testing.assert_array_equal(y, filter_response_norm(x, **params))
+
+
+def test_dynamic_tanh_equals_the_formula(rng, x64):
+    x, dy = rng.normal(size=(2, 3, 4))
+    scale, bias = rng.normal(size=(2, 4))
+    y, pullback = jax.vjp(dynamic_tanh, x, 0.7, scale, bias)
+    t = np.tanh(0.7 * x)
+    np.testing.assert_allclose(y, t * scale + bias, rtol=1e-12)
+    inner = dy * scale * (1 - t**2)
+    expected = (inner * 0.7, (inner * x).sum(), (dy * t).sum(0), dy.sum(0))
+    for got, want in zip(pullback(dy), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+def test_dynamic_tanh_guarantee_no_statistics(rng):
+    x = rng.normal(size=(6, 4)).astype(np.float32)
+    np.testing.assert_array_equal(dynamic_tanh(x)[2:3], dynamic_tanh(x[2:3]))
+    assert dynamic_tanh(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"alpha has shape \(4,\), which does not broadcast"):
+        dynamic_tanh(x, np.ones(4, np.float32))
+
+
+def test_dynamic_tanh_module(rng):
+    x = rng.normal(size=(6, 4)).astype(np.float32)
+    y, variables = normjax.linen.DynamicTanh().init_with_output(KEY, x)
+    assert {k: v.shape for k, v in variables["params"].items()} == {
+        "alpha": (),
+        "scale": (4,),
+        "bias": (4,),
+    }
+    np.testing.assert_allclose(y, np.tanh(0.5 * x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_local_response_norm_equals_the_formula_and_pytorch(rng, x64, torch, size, axis):
+    x, dy = rng.normal(size=(2, 2, 7, 3, 7))
+    options = dict(size=size, alpha=0.3, beta=0.6, k=1.5)
+    y, pullback = jax.vjp(partial(local_response_norm, feature_axis=axis, **options), x)
+    tx = torch.tensor(np.moveaxis(x, axis, 1).copy(), requires_grad=True)
+    ty = torch.nn.functional.local_response_norm(tx, size, 0.3, 0.6, 1.5)
+    ty.backward(torch.tensor(np.moveaxis(dy, axis, 1).copy()))
+    np.testing.assert_allclose(y, np.moveaxis(ty.detach().numpy(), 1, axis), rtol=1e-9)
+    want = np.moveaxis(tx.grad.numpy(), 1, axis)
+    np.testing.assert_allclose(pullback(dy)[0], want, rtol=1e-9, atol=1e-12)
+
+
+def test_local_response_norm_by_hand():
+    x = jnp.array([1.0, 2.0, 3.0])
+    got = local_response_norm(x, size=3, alpha=3.0, beta=1.0, k=1.0)
+    np.testing.assert_allclose(got, [1 / 6, 2 / 15, 3 / 14], rtol=1e-6)
+
+
+def test_local_response_norm_guarantee_float32_inside(rng):
+    x = jnp.asarray(rng.normal(300, 1, (4, 8)), jnp.float16)  # squares beyond float16
+    got = local_response_norm(x, alpha=1.0)
+    want = local_response_norm(np.asarray(x, np.float32), alpha=1.0)
+    assert got.dtype == jnp.float16
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=EPS["float16"])
+
+
+def test_a_window_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="size=0, expected a whole number"):
+        local_response_norm(jnp.ones(3), size=0)
+
+
+def test_l2_normalize_equals_the_formula(rng, x64):
+    x, dy = rng.normal(size=(2, 3, 4))
+    y, pullback = jax.vjp(partial(l2_normalize, epsilon=0.0), x)
+    length = np.linalg.norm(x, axis=-1, keepdims=True)
+    unit = x / length
+    np.testing.assert_allclose(y, unit, rtol=1e-12)
+    want = (dy - unit * (dy * unit).sum(-1, keepdims=True)) / length
+    np.testing.assert_allclose(pullback(dy)[0], want, rtol=1e-9)
+
+
+def test_l2_normalize_guarantee_float32_inside(rng):
+    x = jnp.asarray(rng.normal(300, 1, (4, 512)), jnp.float16)
+    got = np.asarray(l2_normalize(x), np.float64)
+    exact = np.asarray(x, np.float64)
+    want = exact / np.linalg.norm(exact, axis=-1, keepdims=True)
+    np.testing.assert_allclose(got, want, rtol=EPS["float16"])
+
+
+def test_l2_normalize_edge_zeros():
+    y, pullback = jax.vjp(l2_normalize, jnp.zeros((2, 3)))
+    np.testing.assert_array_equal(y, np.zeros((2, 3)))
+    assert np.isfinite(pullback(jnp.ones((2, 3)))[0]).all()
+
+
+def test_a_stored_gamma_is_reached_by_the_initializer(rng):
+    """scale = 1 + gamma: the parameter drawn around zero, one added where it is drawn."""
+    x = rng.normal(size=(3, 8)).astype(np.float32)
+
+    def one_plus(key, shape, dtype):
+        return 1 + nn.initializers.normal(0.1)(key, shape, dtype)
+
+    layer = normjax.linen.RMSNorm(scale_init=one_plus)
+    scale = layer.init(KEY, x)["params"]["scale"]
+    assert abs(float(scale.mean()) - 1) < 0.2
