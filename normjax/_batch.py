@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measure, synchronize
+from normjax._moments import Moments, collapse, measure, synchronize, wide
 from normjax._normalize import normalize
 from normjax._stats import BatchStats, move
 
@@ -209,6 +209,8 @@ def batch_renorm(
         Array([0., 4.], dtype=float32)
     """
     called = "normjax.batch_renorm"
+    # Bounds need an order, which complex numbers have not.
+    x = _checks.inexact(called, "x", x, real=True)
     _checks.batch_stats(called, stats, BatchStats)
     given = _check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
@@ -221,11 +223,13 @@ def batch_renorm(
     with jax.named_scope(called):
         moments = _measure(called, given, axis_name, axis_index_groups)
         r, d = _correction(moments, given.stats, epsilon, r_max, d_max)
-        r, d = (jnp.expand_dims(v, given.reduced) for v in (r, d))
-        # xhat r + d, before scale and bias.
-        scale = r if given.scale is None else r * given.scale
-        bias = d if given.scale is None else d * given.scale
-        bias = bias if given.bias is None else bias + given.bias
+        # xhat r + d comes before scale and bias, in the widest dtype of the four.
+        vectors = [v for v in (r, d, given.scale, given.bias) if v is not None]
+        dtype = wide(*(v.dtype for v in vectors))
+        r, d = (jnp.expand_dims(v, given.reduced).astype(dtype) for v in (r, d))
+        gain = jnp.ones((), dtype) if given.scale is None else given.scale.astype(dtype)
+        bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
+        scale, bias = r * gain, d * gain + bias
         y = _normalize(given, moments, scale, bias, epsilon)
         return y, move(given.stats, moments, momentum=momentum, debias=debias, ddof=ddof)
 
@@ -321,7 +325,13 @@ def _split(given: _Given, ghosts: int) -> _Given:
 
 def _correction(moments: Moments, stats: BatchStats, epsilon: Any, r_max: Any, d_max: Any) -> Any:
     """r and d of Ioffe (2017), constants to every derivative."""
-    running = jnp.sqrt(stats.var + epsilon)
-    r = jnp.clip(jnp.sqrt(moments.variance() + epsilon) / running, 1 / r_max, r_max)
-    d = jnp.clip((moments.mean - stats.mean) / running, -d_max, d_max)
+    dtype = wide(moments.mean.dtype, stats.mean.dtype)
+    real = jnp.finfo(dtype).dtype
+    batch, running = (
+        jnp.sqrt(v.astype(real) + jnp.asarray(epsilon, real))
+        for v in (moments.variance(), stats.var)
+    )
+    r = jnp.clip(batch / running, 1 / r_max, r_max)
+    apart = moments.mean.astype(dtype) - stats.mean.astype(dtype)
+    d = jnp.clip(apart / running.astype(dtype), -d_max, d_max)
     return lax.stop_gradient((r, d))

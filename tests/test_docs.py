@@ -94,16 +94,21 @@ def test_docstring_examples_run(name):
         assert runner.run(test).failed == 0
 
 
+PAGES = ["README.md", "docs/which-norm.md"]
+
+
 @pytest.mark.usefixtures("lenient")
-def test_the_code_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) >= 3
     namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, page, "exec"), namespace)
 
 
-def test_files_that_the_readme_links_to_exist():
-    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_to_exist(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]

@@ -88,7 +88,7 @@ def test_filter_response_norm_equals_the_formula(rng, x64, masked):
     np.testing.assert_allclose(y, np.maximum(before, threshold), rtol=1e-9)
     expected = (want.dx, want.dscale, want.dbias, (dy * ~passed).sum((0, 1, 2)))
     for got, expect in zip(pullback(dy), expected, strict=True):
-        np.testing.assert_allclose(got, expect, rtol=1e-8, atol=1e-9)
+        np.testing.assert_allclose(got, expect, rtol=1e-9, atol=1e-9)
 
 
 def test_filter_response_norm_guarantee_masked_out_means_out(rng):

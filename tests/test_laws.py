@@ -73,6 +73,24 @@ def test_promise_4_nothing_at_a_masked_entry_reaches_another(case, rng):
 
 
 @every_norm
+@pytest.mark.parametrize("offset", [0, 1e2, 1e4, 1e6])
+def test_promise_1_a_large_offset_costs_its_own_rounding(name, rng, x64, offset):
+    """float32 against float64, which the tests of each norm hold to the oracle.
+
+    The mean of entries around m rounds by eps m, that is by eps m / s in units of the deviation,
+    and scale and slope of the table are at most 2.
+    """
+    norm = NORMS[name]
+    # Neighbors on every axis differ by one at least, and so does any statistic deviate.
+    i, j, k = np.indices(norm.shape)
+    x = (offset + (i + 2 * j + 3 * k) % 5 + rng.random(norm.shape) / 4).astype(np.float32)
+    exact = np.asarray(norm.call(x.astype(np.float64)))
+    got = np.asarray(norm.call(x), np.float64)
+    unit = EPS["float32"] * (1 + offset) * 2
+    assert np.max(abs(got - exact) / np.maximum(1, abs(exact))) <= 16 * unit
+
+
+@every_norm
 def test_a_full_mask_is_no_mask(case):
     call, x, mask = case
     np.testing.assert_allclose(call(x, np.ones_like(mask)), call(x), atol=64 * EPS["float32"])

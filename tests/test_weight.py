@@ -38,7 +38,7 @@ def test_weight_norm_equals_the_formula_and_pytorch(rng, x64, name):
     dd = dy * scale
     np.testing.assert_allclose(y, direction * scale, rtol=1e-10)
     along = (dd * direction).sum(reduced(w))
-    np.testing.assert_allclose(dw, (dd - direction * along) / length, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(dw, (dd - direction * along) / length, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(dscale, (dy * direction).sum(reduced(w)), rtol=1e-9, atol=1e-12)
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     want = torch._weight_norm(torch.tensor(w), torch.tensor(scale), w.ndim - 1)
@@ -115,7 +115,7 @@ def test_spectral_norm_guarantee_no_gradient(rng, x64):
     outer = np.outer(u[:, 0], vt[0])
     np.testing.assert_allclose(normed, w / s[0], rtol=1e-9)
     want = dy / s[0] - (dy * w).sum() / s[0] ** 2 * outer
-    np.testing.assert_allclose(dw, want, rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(dw, want, rtol=1e-9, atol=1e-9)
     start = jax.grad(lambda u: spectral_norm(w, SpectralStats(u, s[0]), train=True)[0].sum())
     np.testing.assert_array_equal(start(stats.u), np.zeros((1, 4)))
 
