@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ def batch_norm(
     bias: ArrayLike | None = None,
     *,
     train: bool,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
     momentum: ArrayLike | None = 0.99,
     epsilon: ArrayLike = 1e-5,
     ddof: float = 0,
@@ -153,7 +153,7 @@ def batch_renorm(
     train: bool,
     r_max: ArrayLike | Callable[[Array], ArrayLike] = 3.0,
     d_max: ArrayLike | Callable[[Array], ArrayLike] = 5.0,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
     momentum: ArrayLike | None = 0.99,
     epsilon: ArrayLike = 1e-5,
     ddof: float = 0,

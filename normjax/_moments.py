@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from math import prod
 from typing import NamedTuple, TypeAlias
@@ -49,7 +49,7 @@ class Moments(NamedTuple):
 
 def measure(
     x: ArrayLike,
-    axis: int | Iterable[int],
+    axis: int | Collection[int],
     mask: ArrayLike | None = None,
     *,
     centered: bool = True,

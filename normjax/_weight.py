@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import measure, wide
+from normjax._moments import Moments, measure, wide
 from normjax._normalize import normalize
 
 
@@ -32,7 +32,7 @@ def weight_norm(
     w: ArrayLike,
     scale: ArrayLike | None = None,
     *,
-    feature_axis: int | Iterable[int] | None = -1,
+    feature_axis: int | Collection[int] | None = -1,
     epsilon: ArrayLike = 1e-12,
 ) -> Array:
     """Weight normalization: the direction of a weight, apart from its length.
@@ -71,7 +71,7 @@ def weight_norm(
     called = "normjax.weight_norm"
     w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(measure(w, reduced, centered=False).m2, reduced)
+        m2 = jnp.expand_dims(_measure(w, reduced, centered=False).m2, reduced)
         return normalize(w, 0.0, m2, scale, epsilon=epsilon)
 
 
@@ -79,7 +79,7 @@ def standardize_weight(
     w: ArrayLike,
     gain: ArrayLike | None = None,
     *,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
     epsilon: ArrayLike = 1e-5,
     scaled: bool = False,
 ) -> Array:
@@ -122,7 +122,7 @@ def standardize_weight(
     called = "normjax.standardize_weight"
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
     with jax.named_scope(called):
-        moments = measure(w, reduced)
+        moments = _measure(w, reduced)
         # n times the biased variance is m2 itself.
         spread = moments.m2 if scaled else moments.variance()
         mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
@@ -151,8 +151,9 @@ def spectral_norm(
         epsilon: added to the squared lengths.
 
     Returns:
-        `(w / sigma, stats)`: the weight with its shape and dtype; with `train=False` the state
-        as it was given, and the weight still by the sigma of the steps from it, as in Flax.
+        `(w / sigma, stats)`: the weight with its shape and dtype, the state with its dtypes; with
+        `train=False` the state as it was given, and the weight still by the sigma of the steps
+        from it, as in Flax.
 
     Guarantees:
         converges: sigma tends to the largest singular value as steps add up.
@@ -160,7 +161,7 @@ def spectral_norm(
 
     Edge cases:
         ===================================  ==================================================
-        zeros                                w as it is
+        zeros                                w and u as they are
         ===================================  ==================================================
 
     Raises:
@@ -179,7 +180,7 @@ def spectral_norm(
         Array(4., dtype=float32)
     """
     called = "normjax.spectral_norm"
-    w = _checks.inexact(called, "w", w)
+    w = _checks.inexact(called, "w", w, real=True)
     train = _checks.switch(called, "train", train)
     _checks.matrix(called, w.shape, stats.u.shape, n_steps)
     with jax.named_scope(called):
@@ -189,13 +190,30 @@ def spectral_norm(
         fixed = lax.stop_gradient(matrix)
         u = stats.u.astype(matrix.dtype)
         for _ in range(n_steps):
-            v = weight_norm(product(u, fixed.T), feature_axis=None, epsilon=epsilon)
-            u = weight_norm(product(v, fixed), feature_axis=None, epsilon=epsilon)
+            along = product(u, fixed.T)
+            v = _unit(along, along, epsilon)
+            u = _unit(product(v, fixed), u, epsilon)
         u, v = lax.stop_gradient((u, v))
         sigma = product(product(v, matrix), u.T)[0, 0]
         divisor = jnp.where(sigma != 0, sigma, jnp.ones((), sigma.dtype))
         normed = (matrix / divisor).reshape(w.shape).astype(w.dtype)
-        return normed, SpectralStats(u, lax.stop_gradient(sigma)) if train else stats
+        if not train:
+            return normed, stats
+        sigma = lax.stop_gradient(sigma).astype(stats.sigma.dtype)
+        return normed, SpectralStats(u.astype(stats.u.dtype), sigma)
+
+
+def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
+    """A vector by its length, whatever its size; a zero would end the iteration for ever."""
+    largest = jnp.max(jnp.abs(vector))
+    found = largest > 0
+    scaled = vector / jnp.where(found, largest, jnp.ones((), vector.dtype))
+    return jnp.where(found, weight_norm(scaled, feature_axis=None, epsilon=epsilon), otherwise)
+
+
+def _measure(w: Array, reduced: tuple[int, ...], *, centered: bool = True) -> Moments:
+    """Over an axis more, so that a weight of features alone has something to reduce."""
+    return measure(w[None], (0, *(a + 1 for a in reduced)), centered=centered)
 
 
 def _weight(
@@ -203,7 +221,7 @@ def _weight(
     w: ArrayLike,
     name: str,
     scale: ArrayLike | None,
-    feature_axis: int | Iterable[int] | None,
+    feature_axis: int | Collection[int] | None,
 ) -> tuple[Array, tuple[int, ...], Array | None]:
     """The weight, its reduced axes, and the scale in its rank."""
     w = _checks.inexact(called, "w", w)

@@ -71,6 +71,10 @@ def test_modules_of_sums_carry_the_variables_of_the_plain_ones(rng, kind):
     (y, total), own = fused.init_with_output(KEY, x, residual)
     jax.tree.map(np.testing.assert_array_equal, own, variables)
     np.testing.assert_array_equal(y, plain.apply(variables, total))
+    per_example = rng.normal(size=(3, 8)).astype(np.float32)
+    (y, total), own = fused.init_with_output(KEY, x, residual, scale=per_example)
+    assert "scale" not in own.get("params", {})
+    np.testing.assert_allclose(y, plain.apply(variables, total) * per_example, rtol=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -179,6 +183,8 @@ def test_local_response_norm_guarantee_float32_inside(rng):
 def test_a_window_of_nothing_is_refused():
     with pytest.raises(ValueError, match="size=0, expected a whole number"):
         local_response_norm(jnp.ones(3), size=0)
+    with pytest.raises(ValueError, match="k=0.0, expected a number above 0"):
+        local_response_norm(jnp.ones(3), k=0.0)
 
 
 def test_l2_normalize_equals_the_formula(rng, x64):

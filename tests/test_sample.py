@@ -277,6 +277,20 @@ def test_layer_norm_edge_example_with_every_entry_masked():
     np.testing.assert_allclose(y[0], [1 / 0.5 + 1, 2 / 0.5 + 1])
 
 
+def test_layer_norm_edge_deviations_beyond_1e18_in_float32():
+    y = layer_norm(jnp.array([1e20, -1e20, 3e20]), bias=jnp.ones(3))
+    np.testing.assert_array_equal(y, np.ones(3))
+
+
+def test_rms_norm_edge_x_beyond_1e18_in_float32():
+    np.testing.assert_array_equal(rms_norm(jnp.array([1e20, -1e20])), np.zeros(2))
+
+
+def test_an_empty_batch_stays_empty():
+    for norm in FAMILY.values():
+        assert norm(jnp.zeros((0, 3, 4))).shape == (0, 3, 4)
+
+
 def test_rms_norm_edge_one_element():
     y = rms_norm(jnp.array([[3.0], [-7.0]]), jnp.array([5.0]))
     np.testing.assert_allclose(y, [[5], [-5]], rtol=1e-6)

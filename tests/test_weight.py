@@ -126,6 +126,34 @@ def test_spectral_norm_edge_zeros():
     np.testing.assert_array_equal(normed, np.zeros((2, 3)))
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-7, 1e7])
+def test_spectral_norm_is_right_for_any_unit_of_the_weight(rng, size):
+    w = (rng.normal(size=(6, 4)) * size).astype(np.float32)
+    stats = SpectralStats(jnp.ones((1, 4)), jnp.ones(()))
+    for zeros_first in (False, True):
+        if zeros_first:
+            _, stats = spectral_norm(jnp.zeros((6, 4)), stats, train=True)
+        normed, stats = spectral_norm(w, stats, train=True, n_steps=200)
+        largest = np.linalg.svd(w.astype(np.float64), compute_uv=False)[0]
+        assert float(stats.sigma) == pytest.approx(largest, rel=1e-4)
+        np.testing.assert_allclose(normed, w / largest, rtol=1e-3, atol=1e-5)
+
+
+def test_spectral_norm_keeps_the_dtypes_of_its_state(rng):
+    w = jnp.asarray(rng.normal(size=(6, 4)), jnp.bfloat16)
+    stats = SpectralStats(jnp.ones((1, 4), jnp.bfloat16), jnp.ones((), jnp.bfloat16))
+    normed, new = spectral_norm(w, stats, train=True)
+    assert {leaf.dtype for leaf in (normed, *new)} == {jnp.dtype(jnp.bfloat16)}
+    with pytest.raises(TypeError, match="w has dtype complex64"):
+        spectral_norm(w.astype(jnp.complex64), stats, train=True)
+
+
+def test_a_weight_of_features_alone_has_their_signs(rng):
+    w = rng.normal(size=4).astype(np.float32)
+    np.testing.assert_allclose(weight_norm(w), np.sign(w), rtol=1e-5)
+    np.testing.assert_array_equal(standardize_weight(w), np.zeros(4))
+
+
 def test_spectral_norm_moves_in_training_alone(rng):
     w = rng.normal(size=(5, 4)).astype(np.float32)
     stats = SpectralStats(jnp.ones((1, 4)), jnp.ones(()))
@@ -179,7 +207,27 @@ class Net(nn.Module):
         return wrap(nn.Dense(3), **dict(self.options))(x, **mode)
 
 
+class Switched(nn.Module):
+    """A layer with a mode of its own."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(3)(x) * (2 if train else 1)
+
+
+def test_the_wrapped_layer_may_have_a_mode_of_its_own(rng):
+    x = rng.normal(size=(2, 4)).astype(np.float32)
+    for train in (True, False):
+        results = []
+        for house in (nn, normjax.linen):
+            layer = house.SpectralNorm(Switched())
+            y, _ = layer.init_with_output(KEY, x, update_stats=True, train=train)
+            results.append(y)
+        np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+
+
 CASES = [
+    ("WeightNorm", (("variable_filter", None),)),
     ("WeightNorm", ()),
     ("WeightNorm", (("use_scale", False),)),
     ("WeightNorm", (("feature_axes", None), ("variable_filter", ("kernel",)))),
@@ -226,9 +274,8 @@ def test_spectral_norm_module_is_told_once(rng):
     layer = normjax.linen.SpectralNorm(nn.Dense(3))
     variables = layer.init(KEY, x, train=False)
     layer.apply(variables, x, train=False)
-    for mode in ({}, {"train": True, "update_stats": True}):
-        with pytest.raises(ValueError, match="of train and update_stats .* expected one"):
-            layer.apply(variables, x, **mode)
+    with pytest.raises(ValueError, match="neither train nor update_stats was given"):
+        layer.apply(variables, x)
     conv = normjax.linen.SpectralNorm(nn.Conv(3, (2,)), error_on_non_matrix=True)
     with pytest.raises(ValueError, match="Input is 3D but error_on_non_matrix is True"):
         conv.init(KEY, x[None], train=False)

@@ -304,7 +304,9 @@ def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]
     return x, residual
 
 
-def window(called: str, size: int) -> None:
+def window(called: str, size: int, k: float) -> None:
     """A window holds a feature at least."""
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{called}: size={size!r}, expected a whole number of at least 1.")
+    if not k > 0:
+        raise ValueError(f"{called}: k={k!r}, expected a number above 0, or zeros divide by zero.")

@@ -145,7 +145,8 @@ def virtual_batches(
     """How many virtual batches the examples along axis 0 are cut into."""
     if size is None:
         return None
-    if 0 not in reduced or not isinstance(size, int) or size < 1 or shape[0] % size:
+    whole = isinstance(size, int) and size > 0 and shape[0] > 0
+    if 0 not in reduced or not whole or shape[0] % size:
         raise ValueError(
             f"{called}: virtual_batch_size={size} for x with shape {shape}, expected a divisor of "
             "the number of examples, which lie along axis 0. Cut or pad the batch to a multiple."
@@ -154,15 +155,15 @@ def virtual_batches(
 
 
 def moves(called: str, train: bool | None, update_stats: bool | None) -> bool:
-    """Exactly one of the two names of the same switch."""
-    if (train is None) == (update_stats is None):
-        given = "neither" if train is None else "both"
+    """update_stats is the switch if it is given, train if it is alone."""
+    if train is None and update_stats is None:
         raise ValueError(
-            f"{called}: {given} of train and update_stats were given, which are one switch, "
-            "expected one. Pass train=True to move the power iteration, or train=False."
+            f"{called}: neither train nor update_stats was given, expected one. Pass train=True "
+            "to move the power iteration, or train=False."
         )
-    name, value = ("train", train) if update_stats is None else ("update_stats", update_stats)
-    return switch(called, name, value)
+    if update_stats is not None:
+        return switch(called, "update_stats", update_stats)
+    return switch(called, "train", train)
 
 
 def only_matrix(called: str, path: str, shape: tuple[int, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,8 @@ def layer_norm(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    axis: int | Iterable[int] = -1,
-    feature_axis: int | Iterable[int] | None = None,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
     epsilon: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -58,6 +58,7 @@ def layer_norm(
         one element                          y = bias (epsilon > 0)
         constant example                     y = bias (epsilon > 0)
         example with every entry masked      y = x * scale / sqrt(epsilon) + bias
+        deviations beyond 1e18 in float32    their squares overflow: y = bias
         ===================================  ==================================================
 
     Raises:
@@ -89,8 +90,8 @@ def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
     *,
-    axis: int | Iterable[int] = -1,
-    feature_axis: int | Iterable[int] | None = None,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
     epsilon: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -125,6 +126,7 @@ def rms_norm(
         ===================================  ==================================================
         one element                          y = sign(x) * scale (|x| >> sqrt(epsilon))
         zeros                                y = 0 (epsilon > 0)
+        x beyond 1e18 in float32             its square overflows: y = 0
         ===================================  ==================================================
 
     Raises:
@@ -159,7 +161,7 @@ def group_norm(
     num_groups: int | None = None,
     group_size: int | None = None,
     feature_axis: int = -1,
-    axis: int | Iterable[int] | None = None,
+    axis: int | Collection[int] | None = None,
     epsilon: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -225,7 +227,8 @@ def group_norm(
         """Gives the groups an axis of their own, before that of the features of a group."""
         if v is None:
             return None
-        two = (1, 1) if v.shape[feature] == 1 != x.shape[feature] else (groups, -1)
+        size = v.shape[feature] // groups
+        two = (1, 1) if v.shape[feature] == 1 != x.shape[feature] else (groups, size)
         return v.reshape((*v.shape[:feature], *two, *v.shape[feature + 1 :]))
 
     axes = (*(a + (a > feature) for a in reduced if a != feature), feature + 1)
@@ -242,7 +245,7 @@ def instance_norm(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
     epsilon: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -306,7 +309,7 @@ def affine(
     x: Array,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
-    feature_axis: int | Iterable[int],
+    feature_axis: int | Collection[int],
 ) -> tuple[Array | None, Array | None]:
     """scale and bias in the rank of x, for each feature or for each feature of each example."""
     kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)

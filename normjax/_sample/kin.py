@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -97,7 +97,7 @@ def filter_response_norm(
     bias: ArrayLike | None = None,
     threshold: ArrayLike | None = None,
     *,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
     epsilon: ArrayLike = 1e-6,
     mask: ArrayLike | None = None,
     dtype: DTypeLike | None = None,
@@ -158,7 +158,7 @@ def dynamic_tanh(
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
-    feature_axis: int | Iterable[int] = -1,
+    feature_axis: int | Collection[int] = -1,
 ) -> Array:
     """Dynamic tanh: a norm's squashing without its statistics.
 
@@ -228,7 +228,7 @@ def local_response_norm(
 
     Raises:
         TypeError: `x` of integers or complex.
-        ValueError: a wrong axis, size below 1.
+        ValueError: a wrong axis, size below 1, k not above 0.
 
     References:
         Krizhevsky, Sutskever, Hinton (2012), ImageNet Classification with Deep Convolutional
@@ -242,7 +242,7 @@ def local_response_norm(
     called = "normjax.local_response_norm"
     x = _checks.inexact(called, "x", x, real=True)
     (axis,) = _checks.axes(called, "feature_axis", (feature_axis,), x.shape)
-    _checks.window(called, size)
+    _checks.window(called, size, k)
     with jax.named_scope(called):
         values = x.astype(wide(x.dtype))
         shape, padding = [1] * x.ndim, [(0, 0)] * x.ndim
@@ -253,7 +253,7 @@ def local_response_norm(
 
 
 def l2_normalize(
-    x: ArrayLike, *, axis: int | Iterable[int] = -1, epsilon: ArrayLike = 1e-12
+    x: ArrayLike, *, axis: int | Collection[int] = -1, epsilon: ArrayLike = 1e-12
 ) -> Array:
     """Unit norm: a vector by its Euclidean length.
 

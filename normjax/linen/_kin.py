@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -36,17 +36,23 @@ class AddLayerNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    reduction_axes: int | Iterable[int] = -1
-    feature_axes: int | Iterable[int] = -1
+    reduction_axes: int | Collection[int] = -1
+    feature_axes: int | Collection[int] = -1
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        residual: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`."""
+        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
         x = _checks.inexact("normjax.linen.AddLayerNorm", "x", x)
         features = feature_shape("normjax.linen.AddLayerNorm", self.feature_axes, x.shape)
-        scale, bias = affine(self, features, None, None)
+        scale, bias = affine(self, features, scale, bias)
         return add_layer_norm(
             x,
             residual,
@@ -78,17 +84,22 @@ class AddRMSNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
     use_scale: bool = True
     scale_init: Initializer = initializers.ones
-    reduction_axes: int | Iterable[int] = -1
-    feature_axes: int | Iterable[int] = -1
+    reduction_axes: int | Collection[int] = -1
+    feature_axes: int | Collection[int] = -1
 
     @nn.compact
     def __call__(
-        self, x: ArrayLike, residual: ArrayLike, *, mask: ArrayLike | None = None
+        self,
+        x: ArrayLike,
+        residual: ArrayLike,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`."""
+        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
         x = _checks.inexact("normjax.linen.AddRMSNorm", "x", x)
         features = feature_shape("normjax.linen.AddRMSNorm", self.feature_axes, x.shape)
-        scale, _ = affine(self, features, None, None)
+        scale, _ = affine(self, features, scale, None)
         return add_rms_norm(
             x,
             residual,
@@ -128,7 +139,7 @@ class FilterResponseNorm(nn.Module):
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
     threshold_init: Initializer = initializers.zeros
-    feature_axes: int | Iterable[int] = -1
+    feature_axes: int | Collection[int] = -1
 
     @nn.compact
     def __call__(
@@ -181,7 +192,7 @@ class DynamicTanh(nn.Module):
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
     alpha_init: Initializer = initializers.constant(0.5)
-    feature_axes: int | Iterable[int] = -1
+    feature_axes: int | Collection[int] = -1
 
     @nn.compact
     def __call__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -38,8 +38,8 @@ class LayerNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    reduction_axes: int | Iterable[int] = -1
-    feature_axes: int | Iterable[int] = -1
+    reduction_axes: int | Collection[int] = -1
+    feature_axes: int | Collection[int] = -1
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
@@ -96,8 +96,8 @@ class RMSNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
     use_scale: bool = True
     scale_init: Initializer = initializers.ones
-    reduction_axes: int | Iterable[int] = -1
-    feature_axes: int | Iterable[int] = -1
+    reduction_axes: int | Collection[int] = -1
+    feature_axes: int | Collection[int] = -1
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
@@ -157,7 +157,7 @@ class GroupNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    reduction_axes: int | Iterable[int] | None = None
+    reduction_axes: int | Collection[int] | None = None
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True
@@ -219,7 +219,7 @@ class InstanceNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
-    feature_axes: int | Iterable[int] = -1
+    feature_axes: int | Collection[int] = -1
     axis_name: str | Sequence[str] | None = None
     axis_index_groups: Any = None
     use_fast_variance: bool = True

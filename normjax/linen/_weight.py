@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import field
 from typing import Any
 
@@ -38,7 +38,7 @@ class WeightNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
     use_scale: bool = True
     scale_init: Initializer = initializers.ones
-    feature_axes: int | Iterable[int] | None = -1
+    feature_axes: int | Collection[int] | None = -1
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
 
     @nn.compact
@@ -87,8 +87,13 @@ class SpectralNorm(nn.Module):
         train: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Calls the layer with normalized weights; `train=True` moves the power iteration."""
+        """Calls the layer with normalized weights; `train=True` moves the power iteration.
+
+        Beside `update_stats`, `train` is an argument of the layer.
+        """
         moves = _checks.moves("normjax.linen.SpectralNorm", train, update_stats)
+        if train is not None and update_stats is not None:
+            kwargs["train"] = train
 
         def transform(path: str, w: Array) -> Array:
             if w.ndim < 2 or self.n_steps < 1:
@@ -103,9 +108,9 @@ class SpectralNorm(nn.Module):
             sigma = self.variable(name, f"{path}/sigma", jnp.ones, (), dtype)
             stats = SpectralStats(u.value, sigma.value)
             options: dict[str, Any] = dict(n_steps=self.n_steps, epsilon=self.epsilon)
-            normed, stats = spectral_norm(w, stats, train=moves, **options)
+            normed, new = spectral_norm(w, stats, train=moves, **options)
             if moves:
-                u.value, sigma.value = stats
+                u.value, sigma.value = new
             return normed.astype(output_dtype(self, w, *stats))
 
         return _call(self, transform, args, kwargs, mutable=True)
@@ -140,7 +145,7 @@ class WeightStandardized(nn.Module):
     scaled: bool = False
     use_gain: bool = False
     gain_init: Initializer = initializers.ones
-    feature_axes: int | Iterable[int] = -1
+    feature_axes: int | Collection[int] = -1
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
