@@ -211,7 +211,7 @@ def batch_renorm(
     called = "normjax.batch_renorm"
     # Bounds need an order, which complex numbers have not.
     x = _checks.inexact(called, "x", x, real=True)
-    _checks.batch_stats(called, stats, BatchStats)
+    _checks.batch_stats(called, stats, BatchStats, "BatchStats")
     given = _check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
@@ -264,7 +264,7 @@ def _check(
     features = tuple(x.shape[a] for a in kept)
     real = not jnp.iscomplexobj(x)
     if stats is not None:
-        _checks.batch_stats(called, stats, BatchStats)
+        _checks.batch_stats(called, stats, BatchStats, "BatchStats or None")
         leaves = zip(("mean", "var", "count"), stats, (real, True, True), strict=True)
         stats = BatchStats(
             *(

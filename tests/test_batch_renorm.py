@@ -131,7 +131,7 @@ def test_bounds_out_of_range_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             batch_renorm(x, stats, train=True, **options)
-    with pytest.raises(TypeError, match="stats is NoneType, expected BatchStats"):
+    with pytest.raises(TypeError, match=r"stats is NoneType, expected BatchStats\. Make it"):
         batch_renorm(x, None, train=True)
 
 

@@ -94,11 +94,11 @@ def mode(
     return decided if train is not None else not decided
 
 
-def batch_stats(called: str, given: object, kind: type) -> None:
+def batch_stats(called: str, given: object, kind: type, expected: str) -> None:
     """Statistics are read by name, never by position."""
     if not isinstance(given, kind):
         raise TypeError(
-            f"{called}: stats is {type(given).__name__}, expected BatchStats or None. Make it by "
+            f"{called}: stats is {type(given).__name__}, expected {expected}. Make it by "
             'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
         )
 
