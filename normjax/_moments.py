@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
+from normjax._walks import apart
 
 Count: TypeAlias = Array | np.ndarray | np.floating
 
@@ -232,20 +233,18 @@ def _mean_and_m2(
     # The corrected two-pass algorithm: sums around the mean of a first sum mend what that sum
     # lost by rounding. It makes constant features exact, and no choice of data can break it, as
     # one can break a pivot that is taken from a part of x.
-    # On a CPU XLA walks through x once for each sum, so the unstable sum of squares about zero
-    # takes two walks and this three (benchmarks/speed.py). Where sums of one operand fuse it is
-    # two. The barrier keeps the two deviations apart: as one value with two users XLA's CPU
-    # compiler would write it to memory, which takes longer than all three sums.
+    dtype = wide(x.dtype)
     total = partial(jnp.sum, axis=axes, keepdims=True)
-    x = x.astype(wide(x.dtype))
-    zero = jnp.zeros((), x.dtype)
+    (once,) = apart(x)
+    once = once.astype(dtype)
     if not centered:
-        m2 = total(_abs_square(_deviation(x, zero, mask)))
-        return jnp.zeros_like(m2, x.dtype), m2
-    divisor = _or_one(count).astype(x.dtype)
-    rough = total(_deviation(x, zero, mask)) / divisor
-    rest = total(_deviation(x, rough, mask)) / divisor
-    squares = total(_abs_square(_deviation(x, lax.optimization_barrier(rough), mask)))
+        m2 = total(_abs_square(_admitted(once, mask)))
+        return jnp.zeros_like(m2, dtype), m2
+    divisor = _or_one(count).astype(dtype)
+    rough = total(_admitted(once, mask)) / divisor
+    first, center, second, middle = apart(x, rough, x, rough)
+    rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
+    squares = total(_abs_square(_deviation(second.astype(dtype), middle, mask)))
     return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
 
 
@@ -269,7 +268,8 @@ def _moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
     # recomputes x - mean. Barriers against common subexpressions would only forbid fusion.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangents(x, mask, count, mean, dx):
-        dx = _deviation(dx.astype(mean.dtype), jnp.zeros((), mean.dtype), mask)
+        dx = _admitted(dx.astype(mean.dtype), mask)
+        x, mean, count = apart(x, mean, count)
         deviation = _deviation(x.astype(mean.dtype), mean, mask)
         d_mean = jnp.zeros_like(mean)
         if centered:
@@ -280,8 +280,13 @@ def _moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
     return tangents
 
 
+def _admitted(x: Array, mask: Array | None) -> Array:
+    """x, and 0 where the mask is False: selected, since 0 * NaN would still be NaN."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
 def _deviation(x: Array, center: Array, mask: Array | None) -> Array:
-    """x - center, and 0 where the mask is False: selected, since 0 * NaN would still be NaN."""
+    """x - center, and 0 where the mask is False."""
     return (x if mask is None else jnp.where(mask, x, center)) - center
 
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import wide
+from normjax._walks import apart, rounded_sum
 
 
 def normalize(
@@ -101,10 +102,8 @@ def _apply(
     out: np.dtype,
 ) -> Array:
     gain = lax.rsqrt(var).astype(mean.dtype)
-    if scale is not None and scale.shape == gain.shape:
-        gain, scale = gain * scale, None
+    gain = gain if scale is None else gain * scale
     y = (_admit(x, x, mask).astype(mean.dtype) - mean) * gain
-    y = y if scale is None else y * scale
     return (y if bias is None else y + bias).astype(out)
 
 
@@ -119,13 +118,13 @@ def _apply_jvp(out, primals, tangents):
     inv = lax.rsqrt(var).astype(mean.dtype)
     shift = None if d_mean is None else -d_mean * inv
     slope = None if d_var is None else -0.5 * inv * (d_var.astype(mean.dtype) * inv * inv)
-    if scale is not None and scale.shape == inv.shape:
-        # A scale for each statistic, as in batch norm, is multiplied in while all are vectors.
-        # The backward pass then needs two sums over dy and not four.
+    if _folds(scale, inv):
+        # A scale that is one number for each statistic, as in batch norm, is multiplied in while
+        # all are vectors. The backward pass then needs two sums over dy and not four.
         shift, slope = _product(shift, scale), _product(slope, scale)
         slope = _sum(slope, _product(d_scale, inv))
         inv, scale, d_scale = inv * scale, None, None
-    if scale is None and d_bias is not None and d_bias.shape == inv.shape:
+    if scale is None and _folds(d_bias, inv):
         shift, d_bias = _sum(shift, d_bias), None
     y = _apply(*primals, out)
     return y, _tangent(out)(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias)
@@ -137,16 +136,31 @@ def _tangent(out: np.dtype):
     # Under checkpoint the backward pass keeps x in its own dtype and vectors, not x - mean.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias):
-        deviation = _admit(x, x, mask).astype(mean.dtype) - mean
+        def deviation(*residuals):
+            values, center, *factors = apart(x, mean, *residuals)
+            return reduce(
+                jnp.multiply, factors, _admit(values, x, mask).astype(center.dtype) - center
+            )
+
         dx = None if dx is None else _admit(dx, x, mask).astype(mean.dtype)
-        within = _sum(_product(dx, inv), _product(deviation, slope), shift)
-        within = within if scale is None else _product(within, scale)
-        beyond = _product(deviation * inv, d_scale)
-        dy = _sum(within, beyond, d_bias)
-        dy = jnp.zeros((), mean.dtype) if dy is None else dy
-        return jnp.broadcast_to(dy, x.shape).astype(out)
+        within = [_product(dx, apart(inv)[0]), _product(deviation(), slope), shift]
+        if scale is not None:
+            scales = apart(scale, scale, scale)
+            within = [_product(term, own) for term, own in zip(within, scales, strict=True)]
+        beyond = _product(deviation(inv), d_scale)
+        terms = [term for term in (*within, beyond, d_bias) if term is not None]
+        if not terms:
+            return jnp.zeros(x.shape, out)
+        return rounded_sum(out, *(jnp.broadcast_to(term, x.shape) for term in terms))
 
     return tangent
+
+
+def _folds(vector: Array | None, statistic: Array) -> bool:
+    """Whether `vector` is constant over what the statistic was taken over."""
+    if vector is None:
+        return False
+    return np.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
 
 
 def _admit(values: Array, x: Array, mask: Array | None) -> Array:

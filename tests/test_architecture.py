@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "normjax"
 # The rooms in the order in which data walks through them; each imports earlier ones only.
 ROOMS = [
     "_checks",
+    "_walks",
     "_moments",
     "_stats",
     "_normalize",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measure, synchronize
+from normjax._moments import Moments, collapse, measure, synchronize
 from normjax._normalize import normalize
 
 
@@ -222,22 +224,40 @@ def group_norm(
     groups = _checks.number_of_groups(called, num_groups, group_size, x.shape[feature])
     scale, bias = affine(called, x, scale, bias, feature)
     mask = _checks.mask(called, mask, x.shape)
-
-    def split(v: Any) -> Any:
-        """Gives the groups an axis of their own, before that of the features of a group."""
-        if v is None:
-            return None
-        size = v.shape[feature] // groups
-        two = (1, 1) if v.shape[feature] == 1 != x.shape[feature] else (groups, size)
-        return v.reshape((*v.shape[:feature], *two, *v.shape[feature + 1 :]))
-
-    axes = (*(a + (a > feature) for a in reduced if a != feature), feature + 1)
-    scale, bias, mask = split(scale), split(bias), split(mask)
     options: dict[str, Any] = dict(
-        epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups
+        epsilon=epsilon, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype
     )
-    y = within(called, split(x), scale, bias, axes, mask=mask, dtype=dtype, **options)
-    return y.reshape(x.shape)
+    spatial = tuple(a for a in reduced if a != feature)
+    if not spatial:
+        split = partial(_split, axis=feature, groups=groups)
+        vectors = split(scale), split(bias), (feature + 1,)
+        return within(called, split(x), *vectors, mask=split(mask), **options).reshape(x.shape)
+    # Merging what was measured for each feature is faster than measuring groups: x need not be
+    # seen in another shape, and sums over a few neighbors at a time are slow.
+    pooled = partial(_of_groups, axis=feature - sum(a < feature for a in spatial), groups=groups)
+    return within(called, x, scale, bias, spatial, mask=mask, pooled=pooled, **options)
+
+
+def _split(v: Any, axis: int, groups: int) -> Any:
+    """Gives the groups an axis of their own, before that of the features of a group."""
+    if v is None:
+        return None
+    two = (1, 1) if v.shape[axis] == 1 else (groups, v.shape[axis] // groups)
+    return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
+
+
+def _of_groups(moments: Moments, axis: int, groups: int) -> Moments:
+    """For each feature the moments of its group."""
+
+    def stacked(v: Any) -> Any:
+        return jnp.moveaxis(_split(v, axis, groups), axis + 1, 0)
+
+    count, mean, m2 = moments
+    spread = partial(jnp.repeat, repeats=mean.shape[axis] // groups, axis=axis)
+    single = np.ndim(count) == 0
+    merged = collapse(Moments(count if single else stacked(count), stacked(mean), stacked(m2)))
+    count = merged.count if single else spread(merged.count)
+    return Moments(count, spread(merged.mean), spread(merged.m2))
 
 
 def instance_norm(
@@ -333,6 +353,7 @@ def within(
     axis_name: Any,
     axis_index_groups: Any,
     dtype: DTypeLike | None,
+    pooled: Callable[[Moments], Moments] = lambda moments: moments,
 ) -> Array:
     """Measure, share where the reduced axes are split over devices, normalize."""
     _checks.epsilon(called, epsilon)
@@ -341,7 +362,7 @@ def within(
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
     with jax.named_scope(called):
-        moments = measure(x, axes, mask, centered=centered)
+        moments = pooled(measure(x, axes, mask, centered=centered))
         if axis_name is not None:
             _checks.axis_size(called, axis_name, axis_index_groups)
             moments = synchronize(moments, axis_name, axis_index_groups)
