@@ -20,7 +20,7 @@ from normjax._sample import (
     local_response_norm,
     rms_norm,
 )
-from normjax._stats import BatchStats
+from normjax._stats import BatchStats, move
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "local_response_norm",
     "measure",
     "merge",
+    "move",
     "normalize",
     "rms_norm",
     "spectral_norm",

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measure, synchronize, wide
+from normjax._moments import Moments, collapse, measure, merge, synchronize, wide
 from normjax._normalize import normalize
 from normjax._stats import BatchStats, move
 
@@ -121,27 +121,13 @@ def batch_norm(
         >>> stats.mean
         Array([0.1, 2. ], dtype=float32)
     """
-    called = "normjax.batch_norm"
-    given = _check(
-        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
-        axis_name, axis_index_groups, dtype,
+    y, stats, _ = keeping_batch_norm(
+        x, stats, scale, bias, None, train=train, feature_axis=feature_axis, momentum=momentum,
+        epsilon=epsilon, ddof=ddof, debias=debias, mask=mask,
+        virtual_batch_size=virtual_batch_size, axis_name=axis_name,
+        axis_index_groups=axis_index_groups, dtype=dtype,
     )  # fmt: skip
-    if stats is not None and not train:
-        return _evaluate(called, given, epsilon), stats
-    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
-    with jax.named_scope(called):
-        if ghosts is None:
-            batch = moments = _measure(called, given, axis_name, axis_index_groups)
-        else:
-            given = _split(given, ghosts)
-            moments = _measure(called, given, None, None)
-            batch = collapse(moments)
-            if axis_name is not None:
-                batch = synchronize(batch, axis_name, axis_index_groups)
-        y = _normalize(given, moments, given.scale, given.bias, epsilon)
-        if train and given.stats is not None:
-            stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
-    return y.reshape(jnp.shape(x)), stats
+    return y, stats
 
 
 def batch_renorm(
@@ -208,6 +194,53 @@ def batch_renorm(
         >>> y.round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
+    y, stats, _ = keeping_batch_renorm(
+        x, stats, scale, bias, None, train=train, r_max=r_max, d_max=d_max,
+        feature_axis=feature_axis, momentum=momentum, epsilon=epsilon, ddof=ddof, debias=debias,
+        mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+    )  # fmt: skip
+    return y, stats
+
+
+def keeping_batch_norm(
+    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any,
+    feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
+    virtual_batch_size: Any, axis_name: Any, axis_index_groups: Any, dtype: Any,
+) -> tuple[Array, Any, Moments | None]:  # fmt: skip
+    """`batch_norm` whose statistics move by the moments of the batch and those kept before it.
+
+    Returns `(y, stats, moments)`; the moments of both, or None where the batch was not measured.
+    """
+    called = "normjax.batch_norm"
+    given = _check(
+        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype,
+    )  # fmt: skip
+    if stats is not None and not train:
+        return _evaluate(called, given, epsilon), stats, None
+    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
+    with jax.named_scope(called):
+        if ghosts is None:
+            batch = moments = _measure(called, given, axis_name, axis_index_groups)
+        else:
+            given = _split(given, ghosts)
+            moments = _measure(called, given, None, None)
+            batch = collapse(moments)
+            if axis_name is not None:
+                batch = synchronize(batch, axis_name, axis_index_groups)
+        y = _normalize(given, moments, given.scale, given.bias, epsilon)
+        batch = _whole(kept, batch)
+        if train and given.stats is not None:
+            stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
+    return y.reshape(jnp.shape(x)), stats, batch
+
+
+def keeping_batch_renorm(
+    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any, r_max: Any,
+    d_max: Any, feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
+    axis_name: Any, axis_index_groups: Any, dtype: Any,
+) -> tuple[Array, BatchStats, Moments | None]:  # fmt: skip
+    """`batch_renorm` in the same way."""
     called = "normjax.batch_renorm"
     # Bounds need an order, which complex numbers have not.
     x = _checks.inexact(called, "x", x, real=True)
@@ -217,7 +250,7 @@ def batch_renorm(
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if not train:
-        return _evaluate(called, given, epsilon), stats
+        return _evaluate(called, given, epsilon), stats, None
     r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
     d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
     with jax.named_scope(called):
@@ -231,7 +264,8 @@ def batch_renorm(
         bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
         scale, bias = r * gain, d * gain + bias
         y = _normalize(given, moments, scale, bias, epsilon)
-        return y, move(given.stats, moments, momentum=momentum, debias=debias, ddof=ddof)
+        batch = _whole(kept, moments)
+        return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
 
 
 class _Given(NamedTuple):
@@ -295,6 +329,11 @@ def _measure(called: str, given: _Given, axis_name: Any, axis_index_groups: Any)
     if axis_name is not None:
         moments = synchronize(moments, axis_name, axis_index_groups)
     return moments
+
+
+def _whole(kept: Moments | None, batch: Moments) -> Moments:
+    """What the statistics take in: a state, which no gradient reaches."""
+    return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 
 
 def _normalize(given: _Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:

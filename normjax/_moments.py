@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._walks import apart
@@ -37,6 +37,21 @@ class Moments(NamedTuple):
     count: Count  # type: ignore[assignment]  # hides tuple.count, as meant
     mean: Array
     m2: Array
+
+    @classmethod
+    def make(cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Moments:
+        """Moments of nothing, with a count for each feature: where a fold over `merge` starts.
+
+        Of `dtype`, or of float32 if that is narrower; count and m2 are real.
+
+        Example:
+            >>> import normjax
+            >>> normjax.Moments.make(2).count
+            Array([0., 0.], dtype=float32)
+        """
+        dtype = wide(_checks.output_dtype("normjax.Moments.make", dtype, np.dtype("float32")))
+        real = jnp.finfo(dtype).dtype
+        return cls(jnp.zeros(shape, real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
 
     def variance(self, ddof: float = 0) -> Array:
         """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.

@@ -52,9 +52,9 @@ def move(
     stats: BatchStats,
     moments: Moments,
     *,
-    momentum: ArrayLike | None,
-    debias: bool,
-    ddof: float,
+    momentum: ArrayLike | None = 0.99,
+    debias: bool = False,
+    ddof: float = 0,
 ) -> BatchStats:
     """One step of the running statistics towards the moments of a batch.
 
@@ -62,12 +62,55 @@ def move(
 
     with step = 1 - momentum; 1/k at batch k for `momentum=None`, which is the plain average over
     all batches; (1 - momentum) / (1 - momentum^k) for `debias=True`, which is the exponential
-    average corrected for its start (Kingma, Ba 2015, arXiv:1412.6980, section 3) and stored
-    corrected, so that whoever reads the statistics needs to know nothing about it.
+    average corrected for its start and stored corrected, so that whoever reads the statistics
+    needs to know nothing about it.
 
-    A feature whose batch has no degree of freedom left, or for which the step would not be
-    finite, stays as it is. No gradient flows.
+    `batch_norm(train=True)` does this by itself. Where a batch comes in several pieces, measure
+    each, `merge` the moments, and move once.
+
+    Args:
+        stats: `BatchStats` of any shape.
+        moments: `Moments` of the batch, of the same shape.
+        momentum, debias, ddof: as in `batch_norm`; `momentum=None` and `debias=True` need
+            `stats.count`.
+
+    Returns:
+        `BatchStats` in float32 or wider.
+
+    Guarantees:
+        pieces are a whole: moving by the merged moments of pieces equals moving by those of the
+            concatenated batch, to rounding.
+        statistics stay finite: a non-finite step is not taken, for the feature concerned.
+        no gradient: none flows through the running statistics.
+
+    Edge cases:
+        ===================================  ==================================================
+        no degree of freedom                 where count <= ddof, the statistics stay
+        momentum=0                           statistics of the batch, whatever was there before
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `stats` are no `BatchStats`, or `moments` no `Moments`.
+        ValueError: unequal shapes, an option out of range, or a missing `stats.count`.
+
+    References:
+        Ioffe, Szegedy (2015), arXiv:1502.03167; for `debias`, Kingma, Ba (2015),
+        arXiv:1412.6980, section 3.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> pieces = jnp.array([[1.0], [3.0]]), jnp.array([[5.0]])
+        >>> moments = normjax.merge(*(normjax.measure(piece, axis=0) for piece in pieces))
+        >>> normjax.move(normjax.BatchStats.make(1), moments, momentum=0.9).mean
+        Array([0.3], dtype=float32)
     """
+    called = "normjax.move"
+    _checks.batch_stats(called, stats, BatchStats, "BatchStats")
+    _checks.moments(called, moments, Moments)
+    _checks.momentum(called, momentum, debias)
+    _checks.ddof(called, ddof)
+    _checks.count(called, stats.count, momentum, debias)
+    _checks.same_shape(called, stats, moments)
     count = None if stats.count is None else stats.count.astype(wide(stats.count.dtype))
     step = _step(count, momentum, debias)
     mean = _blend(stats.mean, moments.mean, step)
@@ -83,7 +126,7 @@ def move(
 def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> ArrayLike:
     if momentum is not None and not debias:
         return 1 - momentum
-    assert count is not None, "whoever offers these averages asks for the count first"
+    assert count is not None, "checked at the door"
     if momentum is None:
         return 1 / (count + 1)
     step = jnp.asarray(1 - momentum, count.dtype)

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normjax import BatchStats, Moments
-from normjax._stats import move
+from normjax import BatchStats, Moments, measure, merge, move
 from tests import reference
 from tests.reference import EPS
 
@@ -64,9 +63,64 @@ def test_debiased_average(rng, momentum):
         np.testing.assert_allclose(stats.var, want, rtol=16 * EPS["float32"])
 
 
+def test_move_guarantee_pieces_are_a_whole(rng):
+    x = rng.normal(3, 1, (12, 2)).astype(np.float32)
+    moments = merge(*(measure(piece, 0) for piece in np.split(x, [1, 6])))
+    stats = move(BatchStats.make(2), moments, momentum=0.9)
+    want = reference.batch_norm(x, axes=(0,))
+    np.testing.assert_allclose(stats.mean, 0.1 * want.mean, rtol=8 * EPS["float32"])
+    np.testing.assert_allclose(stats.var, 0.9 + 0.1 * want.var, rtol=8 * EPS["float32"])
+
+
+def test_move_is_the_step_of_a_batch_norm_by_default(rng):
+    stats = move(BatchStats.make(2), batch([1, 2], [3, 4]))
+    np.testing.assert_allclose(stats.mean, [0.01, 0.02], rtol=4 * EPS["float32"])
+    np.testing.assert_allclose(stats.var, [1.02, 1.03], rtol=4 * EPS["float32"])
+
+
+def test_move_edge_momentum_0():
+    poisoned = BatchStats(jnp.array([jnp.nan]), jnp.array([jnp.inf]))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        move(poisoned, batch([2], [3]), momentum=0.0),
+        BatchStats(np.array([2.0]), np.array([3.0])),
+    )
+
+
+def test_move_takes_in_nothing_from_the_moments_of_nothing():
+    start = BatchStats(jnp.array([5.0, 6.0]), jnp.array([7.0, 8.0]))
+    jax.tree.map(np.testing.assert_array_equal, move(start, Moments.make(2)), start)
+    made = Moments.make((2, 3), jnp.complex64)
+    assert [leaf.dtype for leaf in made] == [jnp.float32, jnp.complex64, jnp.float32]
+    assert {leaf.shape for leaf in made} == {(2, 3)}
+    assert Moments.make(2, jnp.bfloat16).mean.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("error", "stats", "moments", "options", "message"),
+    [
+        (TypeError, dict(mean=0), Moments.make(2), {}, "stats is dict, expected BatchStats"),
+        (TypeError, BatchStats.make(2), (1, 2, 3), {}, r"moments is tuple.* normjax.measure\("),
+        (
+            ValueError,
+            BatchStats.make(2),
+            Moments.make(3),
+            {},
+            r"moments.mean has shape \(3,\), expected \(2,\), that of stats.mean. Measure over",
+        ),
+        (ValueError, BatchStats.make(2), Moments.make(2), dict(momentum=1.5), "momentum=1.5"),
+        (ValueError, BatchStats.make(2), Moments.make(2), dict(ddof=-1), "ddof=-1, expected"),
+        (ValueError, BatchStats.make(2), Moments.make(2), dict(debias=True), "needs stats.count"),
+    ],
+)
+def test_move_says_what_is_wrong(error, stats, moments, options, message):
+    with pytest.raises(error, match=f"normjax.move: .*{message}"):
+        move(stats, moments, **options)
+
+
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("where", ["mean", "m2"])
-def test_promise_5_a_non_finite_batch_is_not_taken_in(poison, where):
+def test_move_guarantee_statistics_stay_finite(poison, where):
     start = BatchStats.make(3, counted=True)
     moments = batch([1, 2, 3], [1, 1, 1])
     moments = moments._replace(**{where: getattr(moments, where).at[1].set(poison)})
@@ -83,13 +137,13 @@ def test_promise_5_nothing_valid_moves_nothing():
         jax.tree.map(np.testing.assert_array_equal, got, start)
 
 
-def test_promise_5_one_value_has_no_unbiased_variance():
+def test_move_edge_no_degree_of_freedom():
     start = BatchStats.make(1)
     jax.tree.map(np.testing.assert_array_equal, moved(start, batch([9], [0], 1), ddof=1), start)
     assert float(moved(start, batch([9], [0], 1), ddof=0).mean[0]) > 0
 
 
-def test_promise_5_no_gradient_flows():
+def test_move_guarantee_no_gradient():
     def after(mean):
         stats = moved(BatchStats(mean, jnp.ones(2)), batch([1, 2], [1, 1])._replace(mean=mean))
         return jnp.sum(stats.mean) + jnp.sum(stats.var)

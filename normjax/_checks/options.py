@@ -103,6 +103,44 @@ def batch_stats(called: str, given: object, kind: type, expected: str) -> None:
         )
 
 
+def moments(called: str, given: object, kind: type) -> None:
+    """Moments are more than a mean and a variance: without a count they do not merge."""
+    if not isinstance(given, kind):
+        raise TypeError(
+            f"{called}: moments is {type(given).__name__}, expected Moments. Make it by "
+            "normjax.measure(x, axis), and merge pieces by normjax.merge."
+        )
+
+
+def same_shape(called: str, stats: Any, moments: Any) -> None:
+    """Running statistics move by the moments of their own features."""
+    got, expected = np.shape(moments.mean), np.shape(stats.mean)
+    if got != expected:
+        raise ValueError(
+            f"{called}: moments.mean has shape {got}, expected {expected}, that of stats.mean. "
+            "Measure over all axes but those of the features, or start from "
+            f"BatchStats.make({got})."
+        )
+
+
+def running_layer(called: str, path: str, found: bool) -> None:
+    """What was kept in one tree has its place in the other."""
+    if not found:
+        raise ValueError(
+            f"{called}: batch_moments has an entry at '{path or '/'}', and batch_stats has no "
+            "running mean and variance there. Pass both collections of one model, whole."
+        )
+
+
+def some_layer(called: str, layers: dict[str, Any], given: list[str]) -> None:
+    """A tree without a batch norm is most likely the wrong tree."""
+    if not layers:
+        raise ValueError(
+            f"{called}: no running mean and variance in batch_stats with the entries {given}. "
+            'Pass variables["batch_stats"].'
+        )
+
+
 def count(called: str, given: Array | None, momentum: ArrayLike | None, debias: bool) -> None:
     """Averages over all batches need to know how many there were."""
     if given is None and (momentum is None or debias):
