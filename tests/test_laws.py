@@ -24,7 +24,7 @@ def case(name, rng):
 
 def public_norms():
     functions = [f for n in normjax.__all__ if callable(f := getattr(normjax, n)) and "norm" in n]
-    modules = [getattr(normjax.linen, n) for n in normjax.linen.__all__]
+    modules = [getattr(normjax.linen, n) for n in normjax.linen.__all__ if n[0].isupper()]
     return functions + [m for m in modules if issubclass(m, nn.Module)]
 
 

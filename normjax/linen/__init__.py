@@ -3,6 +3,7 @@
 They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 """
 
+from normjax.linen._accumulate import empty_batch_moments, move_batch_stats
 from normjax.linen._batch import BatchNorm, BatchRenorm, ImmutableBatchStatsError
 from normjax.linen._kin import AddLayerNorm, AddRMSNorm, DynamicTanh, FilterResponseNorm
 from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -23,4 +24,6 @@ __all__ = [
     "SpectralNorm",
     "WeightNorm",
     "WeightStandardized",
+    "empty_batch_moments",
+    "move_batch_stats",
 ]

@@ -15,7 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._batch import batch_norm, batch_renorm
+from normjax._batch import keeping_batch_norm, keeping_batch_renorm
+from normjax._moments import Moments
 from normjax._stats import BatchStats
 from normjax.linen._params import affine, as_mask, output_dtype
 
@@ -30,7 +31,8 @@ class ImmutableBatchStatsError(ModifyScopeVariableError):
             f"{called} at '/{path}': train=True moves the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "
             "mutable=['batch_stats']), which returns (output, updates), and keep "
-            "updates['batch_stats'] for the next step; or pass train=False.",
+            "updates['batch_stats'] for the next step; mutable=['batch_moments'] to keep the "
+            "moments of a micro-batch for a later one; or pass train=False.",
         )
 
 
@@ -39,7 +41,10 @@ class BatchNorm(nn.Module):
 
     The same fields in the same order with the same defaults, the same variables
     (`params/{scale,bias}`, `batch_stats/{mean,var}`), so checkpoints load both ways. On top of
-    that it takes `train=True/False` when called.
+    that it takes `train=True/False` when called, and it accumulates: while `batch_moments` is
+    mutable and `batch_stats` is not, `train=True` merges the moments of its input into
+    `batch_moments/moments`; while both are, the running statistics move once by what was kept
+    and this batch, and the kept moments start anew.
 
     Attributes:
         use_running_average: normalize by the running statistics; `not train`. Here or at call.
@@ -113,10 +118,11 @@ class BatchNorm(nn.Module):
             `axis_name` is not used.
 
         Raises:
-            ImmutableBatchStatsError: `train=True` and `batch_stats` is not mutable.
+            ImmutableBatchStatsError: `train=True` and neither `batch_stats` nor `batch_moments`
+                is mutable.
             ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
         """
-        function = partial(batch_norm, virtual_batch_size=self.virtual_batch_size)
+        function = partial(keeping_batch_norm, virtual_batch_size=self.virtual_batch_size)
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
@@ -167,9 +173,9 @@ class BatchRenorm(nn.Module):
     ) -> Array:
         """Normalizes `x`; arguments, result and errors as in `BatchNorm`."""
         # In init there are no statistics to correct towards, as there are none to keep.
-        function = batch_norm
+        function = partial(keeping_batch_norm, virtual_batch_size=None)
         if not self.is_initializing():
-            function = partial(batch_renorm, r_max=self.r_max, d_max=self.d_max)
+            function = partial(keeping_batch_renorm, r_max=self.r_max, d_max=self.d_max)
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
@@ -211,14 +217,21 @@ def _run(
         # Init makes shapes from any data, a batch of one included: it normalizes by that
         # batch, keeps no statistics and needs no device axis.
         train, stats, axis_name, groups = False, None, None, None
-    elif train and not module.is_mutable_collection("batch_stats"):
+    moves = train and module.is_mutable_collection("batch_stats")
+    keeps = train and module.is_mutable_collection("batch_moments")
+    if train and not moves and not keeps:
         raise ImmutableBatchStatsError(called, "/".join(module.path))
+    # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
+    keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
+    nothing = Moments.make(features)
+    kept = module.get_variable("batch_moments", "moments", nothing) if keeps else None
 
-    y, stats = function(
+    y, stats, moments = function(
         x,
         stats,
         scale,
         bias,
+        kept,
         train=train,
         feature_axis=module.axis,
         momentum=module.momentum,
@@ -230,7 +243,9 @@ def _run(
         axis_index_groups=groups,
         dtype=output_dtype(module, x, scale, bias),
     )
-    if train:
+    if keeps:
+        module.put_variable("batch_moments", "moments", nothing if moves else moments)
+    if moves:
         for name, variable in running.items():
             variable.value = getattr(stats, name)
     return y
