@@ -225,8 +225,22 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     pooled_count = total(count)
     # An empty whole has mean 0: its weighted sum is 0 already.
     pooled_mean = total(_scaled(mean, count)) / _or_one(pooled_count).astype(mean.dtype)
-    between = count * _abs_square(mean - pooled_mean)
-    return Moments(pooled_count, pooled_mean, total(m2 + between))
+    return Moments(pooled_count, pooled_mean, total(m2 + _between(count, mean, pooled_mean)))
+
+
+@jax.custom_jvp
+def _between(count: Count, mean: Array, pooled_mean: Array) -> Array:
+    """What a piece adds to m2 because its mean is not that of the whole."""
+    return count * _abs_square(mean - pooled_mean)
+
+
+@_between.defjvp
+def _between_jvp(primals, tangents):
+    # The term with d pooled_mean is missing because the pieces' deviations sum to zero. Autodiff
+    # would find that zero by communicating it: one more reduction over the devices.
+    count, mean, pooled_mean = primals
+    slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
+    return _between(*primals), jnp.real(slope * tangents[1])
 
 
 def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
