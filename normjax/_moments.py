@@ -182,7 +182,10 @@ def synchronize(
     """Merges the moments of all devices along `axis_name` into the moments of the whole batch.
 
     The formula is that of `merge`, its sums taken over the named axis: two small reductions, the
-    second one around the mean that the first one found.
+    second one around the mean that the first one found, and one of two vectors for the gradient.
+    One reduction would have to sum around a pivot that the devices agree on before they have
+    spoken, and nothing bounds how far that is from the mean: the variance would be a difference of
+    large numbers again. What the second one costs is measured in docs/devices.md.
 
     Args:
         moments: what this device measured.

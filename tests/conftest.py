@@ -1,4 +1,4 @@
-"""A strict world: no silent promotion, warnings are errors (pyproject.toml), four CPU devices."""
+"""A strict world: no silent promotion, warnings are errors (pyproject.toml), eight CPU devices."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-DEVICES = 4
+DEVICES = 8
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

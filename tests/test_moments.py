@@ -200,6 +200,25 @@ def test_synchronize_guarantee_shared_exactly(rng):
     np.testing.assert_allclose(got.m2[0], m2, rtol=1e3 * 8 * reference.EPS["float32"])
 
 
+@pytest.mark.parametrize("how", ["synchronize", "merge"])
+def test_second_derivatives_of_the_pooled_m2(rng, x64, how):
+    """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces."""
+    x, w = rng.normal(3, 2, 24), rng.random(24) < 0.6
+    pieces, mask = (4, 6), jnp.asarray(w.reshape(4, 6))
+
+    def pooled(x):
+        x = x.reshape(pieces)
+        if how == "merge":
+            return merge(*(measure(x[i], 0, mask[i]) for i in range(4))).m2
+        shared = jax.vmap(lambda x, m: synchronize(measure(x, 0, m), "d").m2, axis_name="d")
+        return shared(x, mask)[2]
+
+    want = 2 * (np.diag(w * 1.0) - np.outer(w, w) / w.sum())
+    for hessian in (jax.hessian(pooled), jax.jacrev(jax.jacrev(pooled))):
+        np.testing.assert_allclose(hessian(x), want, atol=1e-12)
+    np.testing.assert_allclose(jax.grad(pooled)(x), want @ x, atol=1e-12)
+
+
 def test_synchronize_says_which_axes_are_bound():
     def shared(x):
         return synchronize(measure(x, 0), "bach").mean
