@@ -169,7 +169,8 @@ def collapse(stacked: Moments) -> Moments:
     count = stacked.count
     if single:
         count = jnp.full((pieces, *(1 for _ in features)), count)
-    pooled = _pool(stacked._replace(count=count), partial(jnp.sum, axis=0, keepdims=True))
+    total = partial(jax.tree.map, partial(jnp.sum, axis=0, keepdims=True))
+    pooled = _pool(stacked._replace(count=count), total)
     count, mean, m2 = (jnp.squeeze(leaf, axis=0) for leaf in pooled)
     return Moments(count.reshape(()) if single else count, mean, m2)
 
@@ -226,15 +227,22 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     """The one merge formula; `total` says what is summed over: pieces, devices, steps."""
     count, mean, m2 = moments
     pooled_count = total(count)
+    divisor = _or_one(pooled_count).astype(mean.dtype)
     # An empty whole has mean 0: its weighted sum is 0 already.
-    pooled_mean = total(_scaled(mean, count)) / _or_one(pooled_count).astype(mean.dtype)
-    return Moments(pooled_count, pooled_mean, total(m2 + _between(count, mean, pooled_mean)))
+    rough = total(_scaled(mean, count)) / divisor
+    # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
+    # correction is zero but for rounding, and so is its derivative.
+    off = lax.stop_gradient(_scaled(mean - rough, count))
+    lost, squares = total((off, m2 + _between(count, mean, rough)))
+    rest = lost / divisor
+    squares = squares - _abs_square(rest) * divisor.real
+    return Moments(pooled_count, rough + rest, jnp.maximum(squares, 0))
 
 
 @jax.custom_jvp
 def _between(count: Count, mean: Array, pooled_mean: Array) -> Array:
     """What a piece adds to m2 because its mean is not that of the whole."""
-    return count * _abs_square(mean - pooled_mean)
+    return _abs_square(mean - pooled_mean) * count
 
 
 @_between.defjvp

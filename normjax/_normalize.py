@@ -151,7 +151,7 @@ def _tangent(out: np.dtype):
         terms = [term for term in (*within, beyond, d_bias) if term is not None]
         if not terms:
             return jnp.zeros(x.shape, out)
-        return rounded_sum(out, *(jnp.broadcast_to(term, x.shape) for term in terms))
+        return rounded_sum(x.shape, out, *terms)
 
     return tangent
 

@@ -30,15 +30,19 @@ def apart(*operands: ArrayLike) -> Sequence[Any]:
     return _apart_p.bind(*map(jnp.asarray, operands))
 
 
-def rounded_sum(dtype: np.dtype, *terms: Array) -> Array:
-    """The sum of `terms`, of one shape, rounded once to `dtype`.
+def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array) -> Array:
+    """The sum of `terms`, broadcast to `shape` and rounded once to `dtype`.
 
     Linear; its transpose gives each term a cotangent of its own to make wide. Autodiff of a sum
     that is then rounded would make the cotangent wide once, for all of them, and so in memory.
     """
-    # Added zeros change nothing but the types by which meshes and devices tell arrays apart.
-    alike = reduce(jnp.add, map(jnp.zeros_like, terms))
-    return _rounded_sum_p.bind(*(term + alike for term in terms), dtype=np.dtype(dtype))
+    # Added zeros change the types alone by which meshes and devices tell arrays apart; that of
+    # devices while a vector is a vector, because its transpose is a sum over devices.
+    point = (1,) * len(shape)
+    alike = reduce(jnp.add, (jnp.zeros_like(term, shape=point) for term in terms))
+    wholes = [jnp.broadcast_to(term + alike, shape) for term in terms]
+    alike = reduce(jnp.add, map(jnp.zeros_like, wholes))
+    return _rounded_sum_p.bind(*(whole + alike for whole in wholes), dtype=np.dtype(dtype))
 
 
 def _rounded_sum(*terms: Array, dtype: np.dtype) -> Array:

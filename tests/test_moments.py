@@ -185,6 +185,19 @@ def test_any_cut_of_the_data_merges_to_the_same(cuts, seed, share):
     np.testing.assert_allclose(got.m2, m2, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [1e3, 123450.0, 1e8, 3.3e20])
+@pytest.mark.parametrize("pieces", [3, 7])
+def test_pieces_of_a_constant_merge_into_that_constant(value, pieces):
+    """A mean that merging rounds would leave a variance, and y = 1 where nothing varies."""
+    piece = measure(jnp.full((49, 2), value, jnp.float32), 0)
+    merged = merge(*[piece] * pieces)
+    stacked = jax.tree.map(lambda v: jnp.broadcast_to(v, (pieces, *np.shape(v))), piece)
+    shared = jax.vmap(lambda m: synchronize(m, "d"), axis_name="d")(stacked)
+    for whole in (merged, shared):
+        np.testing.assert_array_equal(whole.mean, np.full_like(whole.mean, value))
+        assert not np.any(whole.m2)
+
+
 def test_synchronize_guarantee_shared_exactly(rng):
     x = rng.normal(1e3, 1, (4, 6, 3)).astype(np.float32)
     mask = rng.random((4, 6, 1)) < 0.5

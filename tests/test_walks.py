@@ -1,0 +1,77 @@
+"""Walks: nothing of the size of x is written beside the results, and both operations are linear."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import normjax
+from normjax._walks import apart, rounded_sum
+
+NORMS = {
+    "batch": ((32, 8, 8, 16), lambda x, s, b: normjax.batch_norm(x, None, s, b, train=True)[0]),
+    "layer": ((256, 512), normjax.layer_norm),
+    "rms": ((256, 512), lambda x, s, b: normjax.rms_norm(x, s)),
+    "group": ((4, 16, 16, 32), partial(normjax.group_norm, num_groups=8)),
+    "instance": ((4, 16, 16, 32), normjax.instance_norm),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_training_step_writes_nothing_of_the_size_of_x_but_its_results(norm, dtype):
+    shape, function = NORMS[norm]
+
+    def step(x, dy, scale, bias):
+        y, pullback = jax.vjp(function, x, scale, bias)
+        return y, pullback(dy)
+
+    x, vector = jnp.ones(shape, dtype), jnp.ones(shape[-1])
+    memory = jax.jit(step).lower(x, x, vector, vector).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < x.nbytes / 2
+
+
+def total(*terms):
+    return rounded_sum((3, 4), jnp.bfloat16, *terms)
+
+
+def test_the_sum_is_rounded_once_and_differentiates_like_a_sum(rng):
+    terms = tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 4), (1, 4), (3, 1)))
+    expected = (terms[0] + terms[1] + terms[2]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(total(*terms), expected)
+    np.testing.assert_array_equal(jax.jit(total)(*terms), expected)
+    np.testing.assert_array_equal(jax.jvp(total, terms, terms)[1], expected)
+    np.testing.assert_array_equal(
+        jax.vmap(total, (0, None, 0))(
+            *(jnp.stack([t, t]) for t in terms[:1]), terms[1], jnp.stack([terms[2]] * 2)
+        ),
+        jnp.stack([expected] * 2),
+    )
+    cotangent = jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16)
+    wide = cotangent.astype(jnp.float32)
+    whole, row, column = jax.vjp(total, *terms)[1](cotangent)
+    np.testing.assert_array_equal(whole, wide)
+    np.testing.assert_allclose(row, wide.sum(0, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(column, wide.sum(1, keepdims=True), rtol=1e-6)
+    # With one term held fast the others keep theirs.
+    np.testing.assert_array_equal(
+        jax.vjp(lambda t: total(t, *terms[1:]), terms[0])[1](cotangent)[0], wide
+    )
+
+
+def test_apart_is_the_identity_in_every_transformation(rng):
+    x, v = jnp.asarray(rng.normal(size=(3, 4))), jnp.arange(4.0)[None]
+
+    def f(x):
+        own, vector = apart(x, v)
+        return jnp.sum(jnp.sin(own) * vector)
+
+    def plain(x):
+        return jnp.sum(jnp.sin(x) * v)
+
+    for transform in (lambda f: f, jax.jit, jax.grad, jax.hessian, jax.jacfwd):
+        np.testing.assert_allclose(transform(f)(x), transform(plain)(x), rtol=1e-6)
+    each = jax.vmap(lambda row: apart(row, row[0])[0])(x)
+    np.testing.assert_array_equal(each, x)
