@@ -22,7 +22,7 @@ lint: $(INSTALLED) ## Check format, style and types.
 bench: $(INSTALLED) ## Measure errors and speed against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/accuracy.py --out benchmarks/results/accuracy.md
-	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.md
+	$(BIN)/python -m benchmarks.speed --out benchmarks/results
 
 # Made once, and anew when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -1,144 +1,196 @@
-"""How fast is one layer of batch norm? Against flax.linen in one process, printed as Markdown.
+"""How fast is one layer? Every library in one process, written as Markdown and a picture.
 
-    python benchmarks/speed.py                  # print the table
-    python benchmarks/speed.py --out table.md   # and write it
-
-Calls are interleaved in random order and compared by their medians: a machine that slows down
-slows down both. The last column is what exactness costs: the time of `normjax.measure` over that
-of the unstable formula E[x^2] - E[x]^2.
+python -m benchmarks.speed                                   # all layers, print
+python -m benchmarks.speed --out benchmarks/results          # and write
+python -m benchmarks.speed --only batch_norm --dtype float32 --peers flax.linen,torch
 """
 
+from __future__ import annotations
+
 import argparse
+import os
 import platform
 import random
-import statistics
-import sys
-import time
+import warnings
+from collections.abc import Iterator, Sequence
 from datetime import date
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
-import flax.linen as nn
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import normjax
+from benchmarks import tables
+from benchmarks.calls import MODES, Call, copy_call, interleave, keep_freed_memory
+from benchmarks.layers import LAYERS, Layer
+from benchmarks.peers import BASELINE, PEERS, Missing, described, load
+from benchmarks.tables import Measurement
 
-SHAPES = {
-    "ResNet-50 stage 1": (32, 56, 56, 64),
-    "ResNet-50 stage 2": (32, 28, 28, 256),
-    "MLP": (8192, 512),
-}
-
-
-def with_flax(x, stats, scale, bias, train):
-    variables = {
-        "params": {"scale": scale, "bias": bias},
-        "batch_stats": {"mean": stats.mean, "var": stats.var},
-    }
-    norm = nn.BatchNorm(dtype=x.dtype)
-    y, updates = norm.apply(variables, x, not train, mutable=["batch_stats"])
-    return y, updates["batch_stats"]
+DTYPES = ("float32", "bfloat16")
+# How far two libraries may differ, in y and dx of a layer on data of deviation one. More than
+# that, and they do not compute the same thing: their times must not be compared.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-def with_normjax(x, stats, scale, bias, train):
-    return normjax.batch_norm(x, stats, scale, bias, train=train)
+def installed(names: Sequence[str]) -> dict:
+    """The adapters that can be had here; a line for each that cannot."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = load(name)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    return found
 
 
-def training_step(norm):
-    @jax.jit
-    def step(x, dy, stats, scale, bias):
-        y, pullback, stats = jax.vjp(
-            lambda x, s, b: norm(x, stats, s, b, train=True), x, scale, bias, has_aux=True
-        )
-        return y, stats, pullback(dy)
-
-    return step
-
-
-def evaluation(norm):
-    return jax.jit(lambda x, dy, *rest: norm(x, *rest, train=False)[0])
-
-
-def unstable_sums(x):
-    x, axes = x.astype(jnp.float32), tuple(range(x.ndim - 1))
-    mean = x.mean(axes)
-    return mean, (x * x).mean(axes) - mean * mean
-
-
-def stable_sums(x):
-    return normjax.measure(x, tuple(range(x.ndim - 1)))[1:]
-
-
-def contenders():
-    return {
-        "train flax": training_step(with_flax),
-        "train normjax": training_step(with_normjax),
-        "eval flax": evaluation(with_flax),
-        "eval normjax": evaluation(with_normjax),
-        "sums unstable": jax.jit(lambda x, *rest: unstable_sums(x)),
-        "sums normjax": jax.jit(lambda x, *rest: stable_sums(x)),
-    }
-
-
-def measure(shape, dtype, repeats):
+def build(peers: dict, layer: Layer, dtype: str, modes: Sequence[str]) -> dict:
+    """The calls of all contenders by (contender, mode), checked to compute the same thing."""
     rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.normal(1, 1, shape), dtype) for _ in range(2))
-    c = shape[-1]
-    args = (x, dy, normjax.BatchStats.make(c), jnp.ones(c), jnp.zeros(c))
-    calls = {name: partial(f, *args) for name, f in contenders().items()}
-    times = {name: [] for name in calls}
-    order = list(calls)
-    for call in calls.values():
-        jax.block_until_ready(call())
-    for _ in range(repeats):
-        random.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+    x, dy = (jnp.asarray(rng.normal(0.5, 1, layer.shape), dtype) for _ in range(2))
+    found: dict[tuple[str, str], Call] = {}
+    expected: dict[str, list[np.ndarray]] = {}
+    for name, calls in peers.items():
+        try:
+            for mode, call in calls(layer, x, dy).items():
+                if mode not in modes:
+                    continue
+                values = call.values()
+                off = difference(values, expected.setdefault(mode, values))
+                if off > TOLERANCE[dtype]:
+                    print(f"{name} is left out of {layer.title} {mode}: off by {off:.2g}")
+                    continue
+                found[name, mode] = call
+        except Missing:
+            continue
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            print(f"{name} is left out of {layer.title}: {type(error).__name__}: {reason}")
+    return found
 
 
-def table(repeats):
-    yield (
-        "| layer | dtype | flax training step | normjax training step | flax / normjax "
-        "| flax / normjax, evaluation | normjax sums / unstable sums |"
-    )
-    yield "|---|---|---|---|---|---|---|"
-    for name, shape in SHAPES.items():
-        for dtype in (jnp.float32, jnp.bfloat16):
-            t = measure(shape, dtype, repeats)
-            yield (
-                f"| {name} {shape} | {jnp.dtype(dtype).name} | {t['train flax']:.1f} ms "
-                f"| {t['train normjax']:.1f} ms | {t['train flax'] / t['train normjax']:.2f} "
-                f"| {t['eval flax'] / t['eval normjax']:.2f} "
-                f"| {t['sums normjax'] / t['sums unstable']:.2f} |"
-            )
+def difference(values: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    return max(float(np.max(np.abs(a - b))) for a, b in zip(values, expected, strict=True))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=31, help="calls of each contender")
-    parser.add_argument("--out", type=Path, help="Markdown file to write")
-    args = parser.parse_args()
-    lines = []
-    for line in table(args.repeats):
-        print(line, flush=True)
-        lines.append(line)
+def measure(
+    peers: dict, layer: Layer, dtype: str, modes: Sequence[str], repeats: int, seconds: float
+) -> Iterator[Measurement]:
+    calls: dict = build(peers, layer, dtype, modes)
+    nbytes = layer.bytes(dtype)
+    times = interleave({**calls, "copy": copy_call(nbytes)}, repeats, seconds)
+    copy = float(np.median(times.pop("copy")))
+    for (name, mode), call in calls.items():
+        yield Measurement(
+            layer.title,
+            dtype,
+            mode,
+            name,
+            tuple(times[name, mode]),
+            copy,
+            nbytes,
+            layer.tensors_moved(mode),
+            call.compile_seconds,
+            call.kept_bytes,
+            call.temporary_bytes,
+        )
+
+
+def run(args: argparse.Namespace) -> list[Measurement]:
+    """Blocks of layer and dtype in random order; printed as they come."""
+    names = [name for name in PEERS if name == BASELINE or name in args.peers]
+    peers = installed(names)
+    chosen = [la for la in LAYERS if any(word in la.title for word in args.only)]
+    blocks = [(layer, dtype) for layer in chosen for dtype in args.dtype]
+    order = random.sample(blocks, len(blocks))
+    found: dict[tuple, list[Measurement]] = {}
+    for layer, dtype in order:
+        block = measure(peers, layer, dtype, args.mode, args.repeats, args.seconds)
+        found[layer, dtype] = list(block)
+        for row in tables.rows_of(found[layer, dtype]):
+            print(f"\n{row.layer} {row.dtype} {row.mode}")
+            for line in brief(row):
+                print(line, flush=True)
+    return [m for block in blocks for m in found[block]]
+
+
+def brief(row: tables.Row) -> Iterator[str]:
+    ratios = row.ratios(BASELINE)
+    for name, m in row.contenders.items():
+        ratio = f"{ratios[name]:5.2f}" if name in ratios else "     "
+        yield (
+            f"  {name:20} {1e3 * m.median:8.2f} ms ±{m.spread:4.0%} {ratio}"
+            f"  {m.over_floor:5.2f} floors  {m.bandwidth / 1e9:5.1f} GB/s"
+            f"  kept {tables.megabytes(m.kept_bytes):>6} MB"
+            f"  temporary {tables.megabytes(m.temporary_bytes):>6} MB"
+            f"  compile {tables.number(m.compile_seconds, digits=2)} s"
+        )
+
+
+def circumstances(names: Sequence[str], repeats: int) -> str:
     device = jax.devices()[0]
-    lines += [
-        "",
-        f"{date.today()}, {device.device_kind} ({platform.machine()}), jax {jax.__version__}, "
-        f"flax {version('flax')}; medians of {args.repeats} interleaved calls. A ratio above 1 "
-        "means that normjax is faster, but in the last column that it is slower.",
-    ]
-    print(*lines[-2:], sep="\n", file=sys.stdout)
+    cores = len(os.sched_getaffinity(0))
+    libraries = ", ".join(described(name) for name in names)
+    return (
+        f"{date.today()}, {device.device_kind} ({platform.machine()}, {cores} cores), "
+        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls."
+    )
+
+
+def report(measurements: Sequence[Measurement], repeats: int) -> Iterator[str]:
+    rows = tables.rows_of(measurements)
+    yield "# One layer"
+    yield ""
+    yield circumstances(tables.names_of(rows), repeats)
+    yield ""
+    yield f"Under the names of libraries: their time over that of {BASELINE}; above 1,"
+    yield f"{BASELINE} is faster. The floor is the time that a copy takes for as many bytes as"
+    yield "a layer has to move (benchmarks/layers.py says which)."
+    yield ""
+    yield from tables.ratios_table(rows, BASELINE)
+    yield ""
+    yield "## Everything that was measured"
+    yield ""
+    yield from tables.details_table(rows, BASELINE)
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", type=words, default=[""], help="words of layer titles")
+    parser.add_argument("--dtype", type=words, default=list(DTYPES))
+    parser.add_argument("--mode", type=words, default=["training", "evaluation"])
+    parser.add_argument("--peers", type=words, default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--repeats", type=int, default=15, help="rounds at least")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of rounds at least")
+    parser.add_argument("--out", type=Path, help="folder to write into")
+    args = parser.parse_args(argv)
+    args.mode = [m for m in MODES if any(m.startswith(word) for word in args.mode)]
+    unknown = set(args.peers) - set(PEERS)
+    if unknown:
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    if not any(word in la.title for word in args.only for la in LAYERS):
+        titles = "\n  ".join(la.title for la in LAYERS)
+        parser.error(f"no layer matches; there are\n  {titles}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[Measurement]:
+    args = arguments(argv)
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", module="torch")
+    measurements = run(args)
+    rows = tables.rows_of(measurements)
+    print()
+    for line in tables.means_in_words(rows, BASELINE):
+        print(line)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join(lines) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "speed.md").write_text("\n".join(report(measurements, args.repeats)) + "\n")
+    return measurements
 
 
 if __name__ == "__main__":

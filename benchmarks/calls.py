@@ -1,0 +1,153 @@
+"""From a library's layer to calls that can be timed, and the timing of many calls side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import random
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+TRAINING, EVALUATION = "training step", "evaluation"
+MODES = (TRAINING, EVALUATION)
+
+# A pause before each timed call: the threads of the library that was timed before it spin for a
+# while after their work is done, and would take the cores from the next.
+SETTLE_SECONDS = 0.002
+
+
+class Call(NamedTuple):
+    """What is timed, and what is known of it beforehand.
+
+    `run` returns when the work is done. `values` returns y, and dx in training, as float32 with
+    features last, so that contenders can be checked against each other.
+    """
+
+    run: Callable[[], Any]
+    values: Callable[[], list[np.ndarray]]
+    compile_seconds: float | None = None
+    kept_bytes: int | None = None
+    temporary_bytes: int | None = None
+
+
+class Module(NamedTuple):
+    """A layer of a JAX library: `apply(params, state, x, train)` returns y and the next state."""
+
+    apply: Callable[[Any, Any, jax.Array, bool], tuple[jax.Array, Any]]
+    params: Any
+    state: Any = None
+    channels_first: bool = False
+
+
+def jax_calls(module: Module, x: jax.Array, dy: jax.Array) -> dict[str, Call]:
+    if module.channels_first:
+        x, dy = jnp.moveaxis(x, -1, 1), jnp.moveaxis(dy, -1, 1)
+
+    def forward(params, state, x):
+        return jax.vjp(lambda p, x: module.apply(p, state, x, True), params, x, has_aux=True)
+
+    def training_step(params, state, x, dy):
+        y, pullback, state = forward(params, state, x)
+        d_params, dx = pullback(dy)
+        return (y, dx), d_params, state
+
+    def evaluation(params, state, x):
+        return ((module.apply(params, state, x, False)[0]),)
+
+    def values(run):
+        arrays = run()[0]
+        arrays = arrays if isinstance(arrays, tuple) else (arrays,)
+        arrays = [np.asarray(a, np.float32) for a in arrays]
+        return [np.moveaxis(a, 1, -1) for a in arrays] if module.channels_first else arrays
+
+    given = module.params, module.state, x
+    kept = kept_bytes(lambda *args: forward(*args)[1], *given)
+    calls = {}
+    for mode, function, args in (
+        (TRAINING, training_step, (*given, dy)),
+        (EVALUATION, evaluation, given),
+    ):
+        compiled, seconds = compile_(function, *args)
+
+        def run(compiled=compiled, args=args):
+            return jax.block_until_ready(compiled(*args))
+
+        calls[mode] = Call(
+            run,
+            lambda run=run: values(run),
+            seconds,
+            kept if mode == TRAINING else None,
+            compiled.memory_analysis().temp_size_in_bytes,
+        )
+    return calls
+
+
+def compile_(function: Callable, *args: Any) -> tuple[Callable, float]:
+    """The compiled function and the seconds that tracing, lowering and compiling took."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+def kept_bytes(pullback: Callable, *args: Any) -> int:
+    """What the forward pass leaves in memory for the backward pass, the parameters included.
+
+    A pullback is a tree whose leaves are what it keeps; one that is kept twice counts once.
+    """
+    jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(pullback(*args)))(*args).jaxpr
+    kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc hand freed memory out again; without it large arrays are fresh at each call.
+
+    The kernel clears fresh pages at a tenth of the speed of a copy, so that beyond 32 MB all
+    libraries would be measured by the time of their page faults. Call it before anything else.
+    """
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
+            libc.mallopt(option, value)
+
+
+def copy_call(nbytes: int) -> Call:
+    """Reads and writes that many bytes: what the memory gives to a call that computes nothing."""
+    x = jnp.zeros(nbytes // 4, jnp.float32)
+    compiled, seconds = compile_(lambda x: x + 1, x)
+    return Call(lambda: jax.block_until_ready(compiled(x)), list, seconds)
+
+
+def interleave(
+    calls: dict[Hashable, Call], repeats: int, seconds: float
+) -> dict[Hashable, list[float]]:
+    """Seconds of each call, all of them once a round in a new random order.
+
+    A machine that slows down slows down all alike. Rounds go on until there are `repeats` of
+    them and `seconds` have passed.
+    """
+    times: dict[Hashable, list[float]] = {key: [] for key in calls}
+    order, rounds = list(calls), 0
+    for call in calls.values():
+        call.run()
+    gc.collect()
+    gc.disable()
+    end = time.perf_counter() + seconds
+    while rounds < repeats or time.perf_counter() < end:
+        random.shuffle(order)
+        for key in order:
+            time.sleep(SETTLE_SECONDS)
+            start = time.perf_counter()
+            calls[key].run()
+            times[key].append(time.perf_counter() - start)
+        rounds += 1
+    gc.enable()
+    return times

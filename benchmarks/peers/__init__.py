@@ -1,0 +1,35 @@
+"""One adapter for each library: `calls(layer, x, dy)` builds what is timed, by mode.
+
+Each layer is set up as a user of that library would: parameters in float32, output in the dtype
+of x, epsilon and momentum the same for all. A library without such a layer raises `Missing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+
+
+class Missing(Exception):
+    """The library has no such layer, or not here."""
+
+
+# Name in the table, as on the command line: adapter, function in it, distribution.
+PEERS = {
+    "normjax": ("_normjax", "calls", "normjax"),
+    "flax.linen": ("_flax_linen", "calls", "flax"),
+    "torch": ("_torch", "calls", "torch"),
+    "torch.channels_last": ("_torch", "channels_last_calls", "torch"),
+}
+BASELINE = "normjax"
+
+
+def load(name: str) -> Callable:
+    """The function that builds the calls; ImportError where the library is not installed."""
+    adapter, function, _ = PEERS[name]
+    return getattr(import_module(f"benchmarks.peers.{adapter}"), function)
+
+
+def described(name: str) -> str:
+    return f"{name} {version(PEERS[name][2])}"

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+
+import normjax
+from benchmarks.calls import Module, jax_calls
+from benchmarks.layers import EPSILON, MOMENTUM
+
+NORMS = {
+    "layer_norm": normjax.layer_norm,
+    "rms_norm": normjax.rms_norm,
+    "group_norm": normjax.group_norm,
+    "instance_norm": normjax.instance_norm,
+}
+
+
+def calls(layer, x, dy):
+    scale, bias = jnp.ones(layer.features), jnp.zeros(layer.features)
+    if layer.kind == "batch_norm":
+
+        def apply(params, stats, x, train):
+            return normjax.batch_norm(
+                x, stats, *params, train=train, momentum=MOMENTUM, epsilon=EPSILON
+            )
+
+        return jax_calls(
+            Module(apply, (scale, bias), normjax.BatchStats.make(layer.features)), x, dy
+        )
+
+    norm = partial(NORMS[layer.kind], epsilon=EPSILON)
+    if layer.kind == "group_norm":
+        norm = partial(norm, num_groups=layer.num_groups)
+    params = (scale,) if layer.kind == "rms_norm" else (scale, bias)
+    return jax_calls(Module(lambda params, _, x, train: (norm(x, *params), None), params), x, dy)
