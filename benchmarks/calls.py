@@ -90,10 +90,18 @@ def jax_calls(module: Module, x: jax.Array, dy: jax.Array) -> dict[str, Call]:
 
 
 def compile_(function: Callable, *args: Any) -> tuple[Callable, float]:
-    """The compiled function and the seconds that tracing, lowering and compiling took."""
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    return compiled, time.perf_counter() - start
+    """The compiled function and the seconds that tracing, lowering and compiling took.
+
+    The better of two: the first of a library also pays for what it sets up once.
+    """
+
+    def timed():
+        jax.clear_caches()
+        start = time.perf_counter()
+        compiled = jax.jit(lambda *args: function(*args)).lower(*args).compile()
+        return compiled, time.perf_counter() - start
+
+    return min(timed(), timed(), key=lambda found: found[1])
 
 
 def kept_bytes(pullback: Callable, *args: Any) -> int:

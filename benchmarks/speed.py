@@ -30,8 +30,9 @@ from benchmarks.tables import Measurement
 
 DTYPES = ("float32", "bfloat16")
 # How far two libraries may differ, in y and dx of a layer on data of deviation one. More than
-# that, and they do not compute the same thing: their times must not be compared.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+# that, and they do not compute the same thing: their times must not be compared. Some compute
+# their statistics in bfloat16, which this still lets in.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 def installed(names: Sequence[str]) -> dict:

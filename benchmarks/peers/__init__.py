@@ -19,8 +19,13 @@ class Missing(Exception):
 PEERS = {
     "normjax": ("_normjax", "calls", "normjax"),
     "flax.linen": ("_flax_linen", "calls", "flax"),
+    "flax.nnx": ("_flax_nnx", "calls", "flax"),
+    "haiku": ("_haiku", "calls", "dm-haiku"),
+    "equinox": ("_equinox", "calls", "equinox"),
+    "keras": ("_keras", "calls", "keras"),
     "torch": ("_torch", "calls", "torch"),
     "torch.channels_last": ("_torch", "channels_last_calls", "torch"),
+    "torch.compile": ("_torch", "compiled_calls", "torch"),
 }
 BASELINE = "normjax"
 

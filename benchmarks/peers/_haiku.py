@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import haiku as hk
+import jax.numpy as jnp
+
+from benchmarks.calls import Module, jax_calls
+from benchmarks.layers import EPSILON, MOMENTUM
+
+
+def norm_of(layer):
+    if layer.kind == "batch_norm":
+        return hk.BatchNorm(True, True, MOMENTUM, eps=EPSILON)
+    if layer.kind == "layer_norm":
+        return hk.LayerNorm(-1, True, True, eps=EPSILON)
+    if layer.kind == "rms_norm":
+        return hk.RMSNorm(-1, eps=EPSILON)
+    if layer.kind == "group_norm":
+        return hk.GroupNorm(layer.num_groups, eps=EPSILON)
+    return hk.InstanceNorm(True, True, eps=EPSILON)
+
+
+def calls(layer, x, dy):
+    def forward(x, train):
+        # Haiku's mixed precision policy for norms: float32 inside, the dtype of x outside.
+        norm, wide = norm_of(layer), x.astype(jnp.float32)
+        y = norm(wide, is_training=train) if layer.kind == "batch_norm" else norm(wide)
+        return y.astype(x.dtype)
+
+    network = hk.transform_with_state(forward)
+    params, state = network.init(None, x, True)
+    # Haiku's start from the first batch; those of all others are those of no batch.
+    for name in state:
+        start = jnp.ones_like if name.endswith("var_ema") else jnp.zeros_like
+        state[name]["average"] = start(state[name]["average"])
+
+    def apply(params, state, x, train):
+        return network.apply(params, state, None, x, train)
+
+    return jax_calls(Module(apply, params, state), x, dy)
