@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import tables
+from benchmarks import picture, tables
 from benchmarks.calls import MODES, Call, copy_call, interleave, keep_freed_memory
 from benchmarks.layers import LAYERS, Layer
 from benchmarks.peers import BASELINE, PEERS, Missing, described, load
@@ -191,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> list[Measurement]:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "speed.md").write_text("\n".join(report(measurements, args.repeats)) + "\n")
+        title = circumstances(tables.names_of(rows), args.repeats)
+        picture.draw(rows, BASELINE, title, args.out / "speed.png")
     return measurements
 
 
