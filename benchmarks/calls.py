@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import random
 import time
@@ -31,7 +29,7 @@ class Call(NamedTuple):
     """
 
     run: Callable[[], Any]
-    values: Callable[[], list[np.ndarray]]
+    values: Callable[[], list[np.ndarray]] = list
     compile_seconds: float | None = None
     kept_bytes: int | None = None
     temporary_bytes: int | None = None
@@ -114,24 +112,11 @@ def kept_bytes(pullback: Callable, *args: Any) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in kept)
 
 
-def keep_freed_memory() -> None:
-    """Has glibc hand freed memory out again; without it large arrays are fresh at each call.
-
-    The kernel clears fresh pages at a tenth of the speed of a copy, so that beyond 32 MB all
-    libraries would be measured by the time of their page faults. Call it before anything else.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            libc.mallopt(option, value)
-
-
 def copy_call(nbytes: int) -> Call:
     """Reads and writes that many bytes: what the memory gives to a call that computes nothing."""
     x = jnp.zeros(nbytes // 4, jnp.float32)
     compiled, seconds = compile_(lambda x: x + 1, x)
-    return Call(lambda: jax.block_until_ready(compiled(x)), list, seconds)
+    return Call(lambda: jax.block_until_ready(compiled(x)), compile_seconds=seconds)
 
 
 def interleave(

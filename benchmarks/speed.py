@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import picture, tables
-from benchmarks.calls import MODES, Call, copy_call, interleave, keep_freed_memory
+from benchmarks import machine, picture, tables
+from benchmarks.calls import MODES, Call, copy_call, interleave
 from benchmarks.layers import LAYERS, Layer
-from benchmarks.peers import BASELINE, PEERS, Missing, described, load
+from benchmarks.peers import BASELINE, PEERS, Missing, load
 from benchmarks.tables import Measurement
 
-DTYPES = ("float32", "bfloat16")
 # How far two libraries may differ, in y and dx of a layer on data of deviation one. More than
 # that, and they do not compute the same thing: their times must not be compared. Some compute
 # their statistics in bfloat16, which this still lets in.
@@ -129,21 +125,11 @@ def brief(row: tables.Row) -> Iterator[str]:
         )
 
 
-def circumstances(names: Sequence[str], repeats: int) -> str:
-    device = jax.devices()[0]
-    cores = len(os.sched_getaffinity(0))
-    libraries = ", ".join(described(name) for name in names)
-    return (
-        f"{date.today()}, {device.device_kind} ({platform.machine()}, {cores} cores), "
-        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls."
-    )
-
-
 def report(measurements: Sequence[Measurement], repeats: int) -> Iterator[str]:
     rows = tables.rows_of(measurements)
     yield "# One layer"
     yield ""
-    yield circumstances(tables.names_of(rows), repeats)
+    yield machine.circumstances(tables.names_of(rows), repeats)
     yield ""
     yield f"Under the names of libraries: their time over that of {BASELINE}; above 1,"
     yield f"{BASELINE} is faster. The floor is the time that a copy takes for as many bytes as"
@@ -157,14 +143,11 @@ def report(measurements: Sequence[Measurement], repeats: int) -> Iterator[str]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    def words(text: str) -> list[str]:
-        return text.split(",")
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", type=words, default=[""], help="words of layer titles")
-    parser.add_argument("--dtype", type=words, default=list(DTYPES))
-    parser.add_argument("--mode", type=words, default=["training", "evaluation"])
-    parser.add_argument("--peers", type=words, default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--only", type=machine.words, default=[""], help="words of layer titles")
+    parser.add_argument("--dtype", type=machine.words, default=list(machine.DTYPES))
+    parser.add_argument("--mode", type=machine.words, default=["training", "evaluation"])
+    parser.add_argument("--peers", type=machine.words, default=list(PEERS), help=", ".join(PEERS))
     parser.add_argument("--repeats", type=int, default=15, help="rounds at least")
     parser.add_argument("--seconds", type=float, default=2.0, help="of rounds at least")
     parser.add_argument("--out", type=Path, help="folder to write into")
@@ -181,7 +164,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> list[Measurement]:
     args = arguments(argv)
-    keep_freed_memory()
+    machine.prepare()
     warnings.filterwarnings("ignore", module="torch")
     measurements = run(args)
     rows = tables.rows_of(measurements)
@@ -191,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> list[Measurement]:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "speed.md").write_text("\n".join(report(measurements, args.repeats)) + "\n")
-        title = circumstances(tables.names_of(rows), args.repeats)
+        title = machine.circumstances(tables.names_of(rows), args.repeats)
         picture.draw(rows, BASELINE, title, args.out / "speed.png")
     return measurements
 

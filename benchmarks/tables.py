@@ -30,11 +30,7 @@ class Measurement(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Half of what lies between the quartiles, as a share of the median."""
-        if len(self.times) < 2:
-            return 0.0
-        low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
-        return (high - low) / 2 / self.median
+        return spread(self.times)
 
     @property
     def bandwidth(self) -> float:
@@ -45,6 +41,14 @@ class Measurement(NamedTuple):
     def over_floor(self) -> float:
         """The time over that of copying as many bytes as have to move."""
         return self.median / (self.copy * self.tensors_moved / 2)
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half of what lies between the quartiles, as a share of the median."""
+    if len(times) < 2:
+        return 0.0
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / median
 
 
 class Row(NamedTuple):

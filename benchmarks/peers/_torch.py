@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import time
 
 import jax
@@ -10,10 +9,11 @@ from torch import nn
 
 from benchmarks.calls import EVALUATION, TRAINING, Call
 from benchmarks.layers import EPSILON, MOMENTUM
+from benchmarks.machine import cores
 from benchmarks.peers import Missing
 
 # As many threads as XLA takes.
-torch.set_num_threads(len(os.sched_getaffinity(0)))
+torch.set_num_threads(cores())
 ON_GPU = jax.default_backend() == "gpu" and torch.cuda.is_available()
 ROWS = ("layer_norm", "rms_norm")
 

@@ -1,0 +1,88 @@
+"""What does a deep stack of convolution, batch norm and activation keep in memory?
+
+    python -m benchmarks.stack                           # print the table
+    python -m benchmarks.stack --out benchmarks/results  # and write it
+
+A new way of saving memory is one more line in VARIANTS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+import normjax.linen
+from benchmarks import machine, steps
+
+DEPTH, SHAPE = 16, (8, 32, 32, 64)
+
+
+class Block(nn.Module):
+    """Parts are named, not numbered, so that all variants share their variables."""
+
+    norm: Callable[..., nn.Module]
+    activation: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name="conv")(x)
+        x = self.norm(use_running_average=False, dtype=self.dtype, name="norm")(x)
+        return self.activation(x)
+
+
+class Stack(nn.Module):
+    block: Callable[..., nn.Module]
+    depth: int = DEPTH
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = self.block(name=f"block_{i}")(x)
+        return x
+
+
+def block(cls: type[nn.Module], norm: Callable[..., nn.Module]) -> Callable:
+    """The variant that is a block of this class with this norm."""
+    return lambda activation, dtype: partial(cls, norm, activation, dtype)
+
+
+# By name: from an activation and a dtype to what makes a block when it is called with a name.
+VARIANTS = {
+    "flax.linen": block(Block, nn.BatchNorm),
+    "normjax.linen": block(Block, normjax.linen.BatchNorm),
+    "flax.linen, nn.remat": block(nn.remat(Block), nn.BatchNorm),
+}
+
+ACTIVATIONS = {"ReLU": nn.relu, "leaky ReLU": nn.leaky_relu, "ELU": nn.elu}
+
+
+def main(
+    argv: Sequence[str] | None = None, depth: int = DEPTH, shape: tuple[int, ...] = SHAPE
+) -> list[steps.Step]:
+    args = steps.arguments(__doc__.split("\n")[0], argv)
+    machine.prepare()
+    x = np.random.default_rng(0).normal(0, 1, shape)
+    found = []
+    for activation, function in ACTIVATIONS.items():
+        name = f"{depth} x (convolution, batch norm, {activation})"
+        variants = {
+            variant: lambda dtype, make=make, function=function: Stack(
+                make(function, jnp.dtype(dtype)), depth
+            )
+            for variant, make in VARIANTS.items()
+        }
+        if any(word in name for word in args.only):
+            for dtype in args.dtype:
+                found += steps.compare(name, variants, x, dtype, args.repeats, args.seconds)
+    steps.write([*steps.report("Deep stacks", found, args.repeats)], args.out, "stack.md")
+    return found
+
+
+if __name__ == "__main__":
+    main()
