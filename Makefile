@@ -19,10 +19,12 @@ lint: $(INSTALLED) ## Check format, style and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure errors and speed against other libraries.
+bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
 	$(BIN)/python benchmarks/accuracy.py --out benchmarks/results/accuracy.md
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results
+	$(BIN)/python -m benchmarks.models --out benchmarks/results
+	$(BIN)/python -m benchmarks.stack --out benchmarks/results
 
 # Made once, and anew when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -1,6 +1,6 @@
 """The tool that measures: its tables have their rows and columns, and its sums are right."""
 
-import importlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -19,9 +19,11 @@ LAYER = layers.Layer("tiny", "layer_norm", (4, 8))
 
 @pytest.fixture(autouse=True)
 def small(lenient, monkeypatch):
-    """A layer that takes no time; and the memory of the test process is left as it is."""
+    """Layers that take no time; and the rest of the test process is left as it is."""
     monkeypatch.setattr(speed, "LAYERS", (layers.Layer("tiny", "batch_norm", (4, 2, 8)), LAYER))
+    monkeypatch.setattr(calls, "COMPILATIONS", 1)
     monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 def cells(text):
@@ -41,8 +43,11 @@ def test_the_table_has_a_line_for_each_layer_and_mode(tmp_path, capsys):
     last = cells((tmp_path / "speed.md").read_text().split("## ")[1])
     assert last[0][-3:] == ["kept for backward, MB", "temporary, MB", "compile s"]
     assert len(last) == 2 + len(measured)
-    assert (tmp_path / "speed.png").stat().st_size > 10_000
-    assert "geometric mean, training step, float32: flax.linen" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "geometric mean, training step, float32: flax.linen" in said
+    has_picture = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "speed.png").exists() is has_picture
+    assert ("There is no picture" in said) is not has_picture
 
 
 def test_filters_leave_one_row(capsys):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
 
+import normjax
+
 
 class Missing(Exception):
     """The library has no such layer, or not here."""
@@ -37,4 +39,7 @@ def load(name: str) -> Callable:
 
 
 def described(name: str) -> str:
-    return f"{name} {version(PEERS[name][2])}"
+    distribution = PEERS[name][2]
+    # Ours is the one that is imported, which need not be the one that is installed.
+    number = normjax.__version__ if distribution == "normjax" else version(distribution)
+    return f"{name} {number}"
