@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def draw(rows: Sequence[Row], baseline: str, circumstances: str, path: Path) -> 
     ratios = {
         (strip, kind): ratios_of(rows, baseline, kind, *strip) for strip in strips for kind in kinds
     }
-    size = 2.0 + 2.1 * len(kinds), 1.9 + (0.4 + 0.22 * len(names)) * len(strips)
+    size = 2.0 + 2.1 * len(kinds), 1.9 + (0.4 + 0.22 * max(len(names), 5)) * len(strips)
     figure, axes = plt.subplots(
         len(strips), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False
     )
@@ -50,7 +51,8 @@ def draw(rows: Sequence[Row], baseline: str, circumstances: str, path: Path) -> 
         left=1.9 / size[0], right=0.99, bottom=0.7 / height, top=1 - 1.0 / height, hspace=0.12
     )
     heading(figure, baseline, height)
-    figure.text(0.5, 0.15 / height, circumstances, ha="center", fontsize=7, color="#666666")
+    footer = textwrap.fill(circumstances, int(15 * size[0]))
+    figure.text(0.5, 0.1 / height, footer, ha="center", fontsize=7, color="#666666")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
