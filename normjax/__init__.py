@@ -5,6 +5,7 @@ the moments, normalize by them. The Flax modules over these functions live in `n
 which is imported on its own so that `import normjax` needs no Flax.
 """
 
+from normjax._act import ELU, LeakyReLU, batch_norm_act
 from normjax._batch import batch_norm, batch_renorm
 from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
@@ -21,17 +22,21 @@ from normjax._sample import (
     rms_norm,
 )
 from normjax._stats import BatchStats, move
+from normjax._walks import norm_inputs_saveable
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELU",
     "BatchStats",
+    "LeakyReLU",
     "Moments",
     "SpectralStats",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
+    "batch_norm_act",
     "batch_renorm",
     "dynamic_tanh",
     "filter_response_norm",
@@ -43,6 +48,7 @@ __all__ = [
     "measure",
     "merge",
     "move",
+    "norm_inputs_saveable",
     "normalize",
     "rms_norm",
     "spectral_norm",

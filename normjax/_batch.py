@@ -14,6 +14,7 @@ from normjax import _checks
 from normjax._moments import Moments, collapse, measure, merge, synchronize, wide
 from normjax._normalize import normalize
 from normjax._stats import BatchStats, move
+from normjax._walks import input_of_norm, moments_of_norm
 
 
 def batch_norm(
@@ -212,12 +213,12 @@ def keeping_batch_norm(
     Returns `(y, stats, moments)`; the moments of both, or None where the batch was not measured.
     """
     called = "normjax.batch_norm"
-    given = _check(
+    given = check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if stats is not None and not train:
-        return _evaluate(called, given, epsilon), stats, None
+        return evaluate(called, given, epsilon), stats, None
     ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
@@ -245,12 +246,12 @@ def keeping_batch_renorm(
     # Bounds need an order, which complex numbers have not.
     x = _checks.inexact(called, "x", x, real=True)
     _checks.batch_stats(called, stats, BatchStats, "BatchStats")
-    given = _check(
+    given = check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if not train:
-        return _evaluate(called, given, epsilon), stats, None
+        return evaluate(called, given, epsilon), stats, None
     r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
     d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
     with jax.named_scope(called):
@@ -268,7 +269,7 @@ def keeping_batch_renorm(
         return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
 
 
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """Checked arguments; scale and bias in the rank of x."""
 
     x: Array
@@ -281,11 +282,11 @@ class _Given(NamedTuple):
     dtype: Any
 
 
-def _check(
+def check(
     called: str, x: Any, stats: Any, scale: Any, bias: Any, train: Any, feature_axis: Any,
     momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any, axis_name: Any,
     axis_index_groups: Any, dtype: Any,
-) -> _Given:  # fmt: skip
+) -> Given:  # fmt: skip
     """Everything that can be wrong is found before anything is computed."""
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape)
@@ -315,20 +316,25 @@ def _check(
     bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
-    return _Given(x, stats, scale, bias, mask, train, reduced, dtype)
+    return Given(input_of_norm(x), stats, scale, bias, mask, train, reduced, dtype)
 
 
-def _measure(called: str, given: _Given, axis_name: Any, axis_index_groups: Any) -> Moments:
+def _measure(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> Moments:
     """The moments of the batch, of all devices if the axis has a name."""
+    enough(called, given, axis_name, axis_index_groups)
+    moments = measure(given.x, given.reduced, given.mask)
+    if axis_name is not None:
+        moments = synchronize(moments, axis_name, axis_index_groups)
+    return moments_of_norm(moments)
+
+
+def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> None:
+    """One value has no variance to train by."""
     shared = 1
     if axis_name is not None:
         shared = _checks.axis_size(called, axis_name, axis_index_groups)
     if given.train:
         _checks.entries(called, given.x.shape, given.reduced, shared)
-    moments = measure(given.x, given.reduced, given.mask)
-    if axis_name is not None:
-        moments = synchronize(moments, axis_name, axis_index_groups)
-    return moments
 
 
 def _whole(kept: Moments | None, batch: Moments) -> Moments:
@@ -336,13 +342,13 @@ def _whole(kept: Moments | None, batch: Moments) -> Moments:
     return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 
 
-def _normalize(given: _Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:
+def _normalize(given: Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:
     mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
     options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
     return normalize(given.x, mean, var, scale, bias, **options)
 
 
-def _evaluate(called: str, given: _Given, epsilon: Any) -> Array:
+def evaluate(called: str, given: Given, epsilon: Any) -> Array:
     """By the running statistics, which no gradient reaches."""
     with jax.named_scope(called):
         mean, var = (jnp.expand_dims(lax.stop_gradient(v), given.reduced) for v in given.stats[:2])
@@ -350,7 +356,7 @@ def _evaluate(called: str, given: _Given, epsilon: Any) -> Array:
         return normalize(given.x, mean, var, given.scale, given.bias, **options)
 
 
-def _split(given: _Given, ghosts: int) -> _Given:
+def _split(given: Given, ghosts: int) -> Given:
     """Gives the virtual batches an axis of their own, before that of their examples."""
 
     def split(v: Any) -> Any:

@@ -294,10 +294,10 @@ def _mean_and_m2_jvp(axes, centered, primals, tangents):
     # size of x and float32 even for a half precision x, for the backward pass.
     x, mask, count = primals
     mean, m2 = _mean_and_m2(x, mask, count, axes, centered)
-    return (mean, m2), _moment_tangents(axes, centered)(x, mask, count, mean, tangents[0])
+    return (mean, m2), moment_tangents(axes, centered)(x, mask, count, mean, tangents[0])
 
 
-def _moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
+def moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
     """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
 
     The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the

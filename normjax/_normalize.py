@@ -91,6 +91,23 @@ def normalize(
         return _apply(x, mask, center, spread, gain, shift, out)
 
 
+def denormalize(
+    y: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    bias: Array | None,
+    *,
+    epsilon: ArrayLike,
+) -> Array:
+    """The x of which `normalize` made `y`; the mean where a scale of 0 has left nothing of it."""
+    deviation = y if bias is None else y - bias
+    if scale is not None:
+        lost = scale == 0
+        deviation = jnp.where(lost, 0, deviation) / jnp.where(lost, 1, scale)
+    return deviation * jnp.sqrt(var + epsilon) + mean
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _apply(
     x: Array,

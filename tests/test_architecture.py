@@ -17,6 +17,7 @@ ROOMS = [
     "_stats",
     "_normalize",
     "_batch",
+    "_act",
     "_sample",
     "_weight",
     "__init__",

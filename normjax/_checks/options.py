@@ -28,6 +28,24 @@ def epsilon(called: str, value: ArrayLike) -> None:
         raise ValueError(f"{called}: epsilon={value}, expected {expected}, for example 1e-5.")
 
 
+def slope(called: str, name: str, value: float) -> None:
+    """How steep an activation is below zero; a flat one has no inverse."""
+    expected = "a finite number above 0, without which it has no inverse"
+    number = _number(called, name, value, expected)
+    if number is not None and not 0 < number < float("inf"):
+        raise ValueError(f"{called}: {name}={value}, expected {expected}.")
+
+
+def invertible(called: str, value: Any) -> None:
+    """An activation that can be computed backwards."""
+    if not callable(value) or not callable(getattr(value, "inverse", None)):
+        raise TypeError(
+            f"{called}: activation={value!r} has no inverse, from which the backward pass would "
+            "take what it needs. Pass normjax.LeakyReLU() or normjax.ELU(); for another one use "
+            "batch_norm, and normjax.norm_inputs_saveable as the policy of nn.remat."
+        )
+
+
 def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
     """The weight of the old value; None asks for the plain average."""
     if value is None:

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._moments import Moments, collapse, measure, synchronize
 from normjax._normalize import normalize
+from normjax._walks import input_of_norm, moments_of_norm
 
 
 def layer_norm(
@@ -362,9 +363,11 @@ def within(
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
     with jax.named_scope(called):
+        x = input_of_norm(x)
         moments = pooled(measure(x, axes, mask, centered=centered))
         if axis_name is not None:
             _checks.axis_size(called, axis_name, axis_index_groups)
             moments = synchronize(moments, axis_name, axis_index_groups)
+        moments = moments_of_norm(moments)
         mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
         return normalize(x, mean, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)

@@ -1,0 +1,224 @@
+"""Batch norm and an invertible activation that together keep nothing but their output."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
+from normjax._batch import check, enough, evaluate
+from normjax._moments import Moments, measure, moment_tangents, synchronize, wide
+from normjax._normalize import denormalize, normalize
+from normjax._stats import BatchStats, move
+
+
+class Invertible(Protocol):
+    """An activation that can be computed backwards; hashable."""
+
+    def __call__(self, y: Array) -> Array:
+        """The activation."""
+
+    def inverse(self, z: Array) -> Array:
+        """The y of which it made z."""
+
+
+@dataclass(frozen=True)
+class LeakyReLU:
+    """z = y for y >= 0, negative_slope * y below (Maas, Hannun, Ng 2013)."""
+
+    negative_slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        _checks.slope("normjax.LeakyReLU", "negative_slope", self.negative_slope)
+
+    def __call__(self, y: Array) -> Array:
+        """The activation."""
+        return jnp.where(y >= 0, y, self.negative_slope * y)
+
+    def inverse(self, z: Array) -> Array:
+        """The y of which it made z."""
+        return jnp.where(z >= 0, z, z / self.negative_slope)
+
+
+@dataclass(frozen=True)
+class ELU:
+    """z = y for y > 0, alpha (exp(y) - 1) below (Clevert, Unterthiner, Hochreiter 2015)."""
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _checks.slope("normjax.ELU", "alpha", self.alpha)
+
+    def __call__(self, y: Array) -> Array:
+        """The activation."""
+        return jnp.where(y > 0, y, self.alpha * jnp.expm1(jnp.minimum(y, 0)))
+
+    def inverse(self, z: Array) -> Array:
+        """The y of which it made z."""
+        # Where exp(y) has been lost beside 1 there is no y left but the gradient is zero anyway.
+        least = jnp.finfo(z.dtype).eps - 1
+        return jnp.where(z > 0, z, jnp.log1p(jnp.maximum(jnp.minimum(z, 0) / self.alpha, least)))
+
+
+def batch_norm_act(
+    x: ArrayLike,
+    stats: BatchStats | None,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    train: bool,
+    activation: Invertible = LeakyReLU(),
+    feature_axis: int | Collection[int] = -1,
+    momentum: ArrayLike | None = 0.99,
+    epsilon: ArrayLike = 1e-5,
+    ddof: float = 0,
+    debias: bool = False,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Array, BatchStats | None]:
+    """Batch norm and activation in one, for less memory: the backward pass needs only the output.
+
+        z = activation(y),   y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    and x is computed from z where a derivative needs it. The next layer keeps z anyway, and so
+    nothing is kept for this one, where batch norm would keep its input. It pays for deep stacks of
+    convolutions whose activations fill the memory; it costs one more elementwise pass.
+
+    Args:
+        x: real floating array; everything else but `activation` as in `batch_norm`.
+        stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask, axis_name,
+            axis_index_groups, dtype: as in `batch_norm`.
+        activation: `LeakyReLU()`, `ELU()`, or any hashable with `__call__` and `inverse`.
+
+    Returns:
+        `(z, stats)`, as in `batch_norm`.
+
+    Guarantees:
+        same result: z and stats are those of `batch_norm` and the activation after it.
+        light backward: z in its own dtype and vectors are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        scale = 0                            z says nothing about x: no gradient for scale
+        ===================================  ==================================================
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`.
+        TypeError: a complex `x`, or an activation without `inverse`.
+
+    References:
+        Rota Bulo, Porzi, Kontschieder (2018), In-Place Activated BatchNorm, arXiv:1712.02616.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> x = jnp.array([[0.0], [4.0]])
+        >>> z, stats = normjax.batch_norm_act(x, None, train=True, activation=normjax.ELU())
+        >>> z.round(2).ravel()
+        Array([-0.63,  1.  ], dtype=float32)
+    """
+    called = "normjax.batch_norm_act"
+    _checks.invertible(called, activation)
+    x = _checks.inexact(called, "x", x, real=True)
+    given = check(
+        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype,
+    )  # fmt: skip
+    activate = partial(_activate, activation=activation, epsilon=epsilon, dtype=given.dtype)
+    if stats is not None and not train:
+        y = evaluate(called, given._replace(dtype=wide(given.dtype)), epsilon)
+        return activation(y).astype(given.dtype), stats
+    enough(called, given, axis_name, axis_index_groups)
+
+    def share(moments: Moments) -> Moments:
+        if axis_name is None:
+            return moments
+        return synchronize(moments, axis_name, axis_index_groups)
+
+    def vectors(moments: Moments) -> tuple[Array, Array, Any, Any]:
+        mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
+        return mean, var, given.scale, given.bias
+
+    with jax.named_scope(called):
+        x = given.x
+        if given.mask is not None:
+            x = jnp.where(given.mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+        own = measure(x, given.reduced, given.mask)
+        whole = share(own)
+        z = activate(x, *vectors(whole))
+        # Now that the output is there the same values once more, with derivatives that need it.
+        origin = partial(_origin, activation=activation, epsilon=epsilon)
+        moments = share(_measured(origin, given.reduced, x, z, vectors(whole), given.mask, own))
+        z = _finished(origin, activate, x, z, vectors(moments))
+        if train and given.stats is not None:
+            stats = move(given.stats, whole, momentum=momentum, debias=debias, ddof=ddof)
+    return z, stats
+
+
+def _activate(
+    x: Array, mean: Array, var: Array, scale: Any, bias: Any, *,
+    activation: Invertible, epsilon: Any, dtype: Any,
+) -> Array:  # fmt: skip
+    y = normalize(x, mean, var, scale, bias, epsilon=epsilon, dtype=wide(dtype))
+    return activation(y).astype(dtype)
+
+
+def _origin(
+    z: Array, mean: Array, var: Array, scale: Any, bias: Any, *,
+    activation: Invertible, epsilon: Any,
+) -> Array:  # fmt: skip
+    """The x of which z was made."""
+    y = activation.inverse(z.astype(wide(z.dtype)))
+    return denormalize(y, mean, var, scale, bias, epsilon=epsilon)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _measured(
+    origin: Any, axes: Any, x: Array, z: Array, vectors: Any, mask: Array | None, own: Moments
+) -> Moments:
+    """The moments `own` of x, whose derivative takes x from z."""
+    return own
+
+
+@_measured.defjvp
+def _measured_jvp(origin, axes, primals, tangents):
+    _, z, vectors, mask, own = primals
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(z, vectors, mask, count, mean, dx):
+        x = origin(z, *vectors)
+        mean = jnp.expand_dims(mean, axes)
+        count = count if np.ndim(count) == 0 else jnp.expand_dims(count, axes)
+        return moment_tangents(axes, True)(x, mask, count, mean, dx)
+
+    d_mean, d_m2 = tangent(z, vectors, mask, own.count, own.mean, tangents[0])
+    d_mean, d_m2 = jnp.squeeze(d_mean, axes), jnp.squeeze(d_m2, axes)
+    return own, Moments(jnp.zeros_like(own.count), d_mean, d_m2)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _finished(origin: Any, activate: Any, x: Array, z: Array, vectors: Any) -> Array:
+    """The output z of x, whose derivative takes x from z."""
+    return z
+
+
+@_finished.defjvp
+def _finished_jvp(origin, activate, primals, tangents):
+    _, z, vectors = primals
+    dx, _, d_vectors = tangents
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(z, vectors, dx, d_vectors):
+        x = origin(z, *vectors)
+        return jax.jvp(activate, (x, *vectors), (dx.astype(x.dtype), *d_vectors))[1]
+
+    return z, tangent(z, vectors, dx, d_vectors)
