@@ -16,8 +16,9 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._batch import check, enough, evaluate
 from normjax._moments import Moments, measure, moment_tangents, synchronize, wide
-from normjax._normalize import denormalize, normalize
+from normjax._normalize import apply, denormalize, normalized_tangent
 from normjax._stats import BatchStats, move
+from normjax._walks import diagonal
 
 
 class Invertible(Protocol):
@@ -133,20 +134,23 @@ def batch_norm_act(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
-    activate = partial(_activate, activation=activation, epsilon=epsilon, dtype=given.dtype)
     if stats is not None and not train:
         y = evaluate(called, given._replace(dtype=wide(given.dtype)), epsilon)
         return activation(y).astype(given.dtype), stats
     enough(called, given, axis_name, axis_index_groups)
+    affine = [v for v in (given.scale, given.bias) if v is not None]
+    dtype = wide(given.x.dtype, given.dtype, *(v.dtype for v in affine))
 
     def share(moments: Moments) -> Moments:
         if axis_name is None:
             return moments
         return synchronize(moments, axis_name, axis_index_groups)
 
-    def vectors(moments: Moments) -> tuple[Array, Array, Any, Any]:
+    def vectors(moments: Moments) -> tuple[Any, ...]:
         mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
-        return mean, var, given.scale, given.bias
+        var = var.astype(dtype) + jnp.asarray(epsilon, dtype)
+        rest = (v if v is None else v.astype(dtype) for v in (given.scale, given.bias))
+        return mean.astype(dtype), var, *rest
 
     with jax.named_scope(called):
         x = given.x
@@ -154,71 +158,55 @@ def batch_norm_act(
             x = jnp.where(given.mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
         own = measure(x, given.reduced, given.mask)
         whole = share(own)
-        z = activate(x, *vectors(whole))
+        known = vectors(whole)
+        z = activation(apply(x, None, *known, dtype)).astype(given.dtype)
         # Now that the output is there the same values once more, with derivatives that need it.
-        origin = partial(_origin, activation=activation, epsilon=epsilon)
-        moments = share(_measured(origin, given.reduced, x, z, vectors(whole), given.mask, own))
-        z = _finished(origin, activate, x, z, vectors(moments))
+        moments = share(_measured(activation, given.reduced, x, z, known, given.mask, own))
+        z = _finished(activation, x, z, vectors(moments))
         if train and given.stats is not None:
             stats = move(given.stats, whole, momentum=momentum, debias=debias, ddof=ddof)
     return z, stats
 
 
-def _activate(
-    x: Array, mean: Array, var: Array, scale: Any, bias: Any, *,
-    activation: Invertible, epsilon: Any, dtype: Any,
-) -> Array:  # fmt: skip
-    y = normalize(x, mean, var, scale, bias, epsilon=epsilon, dtype=wide(dtype))
-    return activation(y).astype(dtype)
-
-
-def _origin(
-    z: Array, mean: Array, var: Array, scale: Any, bias: Any, *,
-    activation: Invertible, epsilon: Any,
-) -> Array:  # fmt: skip
+def _origin(activation: Invertible, z: Array, mean: Array, *rest: Any) -> Array:
     """The x of which z was made."""
-    y = activation.inverse(z.astype(wide(z.dtype)))
-    return denormalize(y, mean, var, scale, bias, epsilon=epsilon)
+    return denormalize(activation.inverse(z.astype(mean.dtype)), mean, *rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measured(
-    origin: Any, axes: Any, x: Array, z: Array, vectors: Any, mask: Array | None, own: Moments
+    activation: Invertible, axes: Any, x: Array, z: Array, vectors: Any, mask: Any, own: Moments
 ) -> Moments:
     """The moments `own` of x, whose derivative takes x from z."""
     return own
 
 
 @_measured.defjvp
-def _measured_jvp(origin, axes, primals, tangents):
+def _measured_jvp(activation, axes, primals, tangents):
     _, z, vectors, mask, own = primals
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(z, vectors, mask, count, mean, dx):
-        x = origin(z, *vectors)
-        mean = jnp.expand_dims(mean, axes)
-        count = count if np.ndim(count) == 0 else jnp.expand_dims(count, axes)
-        return moment_tangents(axes, True)(x, mask, count, mean, dx)
-
-    d_mean, d_m2 = tangent(z, vectors, mask, own.count, own.mean, tangents[0])
-    d_mean, d_m2 = jnp.squeeze(d_mean, axes), jnp.squeeze(d_m2, axes)
+    origin = partial(_origin, activation)
+    mean = jnp.expand_dims(own.mean, axes)
+    count = own.count if np.ndim(own.count) == 0 else jnp.expand_dims(own.count, axes)
+    moved = moment_tangents((z, *vectors), origin, mask, count, mean, tangents[0], axes)
+    d_mean, d_m2 = (jnp.squeeze(d, axes) for d in moved)
     return own, Moments(jnp.zeros_like(own.count), d_mean, d_m2)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _finished(origin: Any, activate: Any, x: Array, z: Array, vectors: Any) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _finished(activation: Invertible, x: Array, z: Array, vectors: Any) -> Array:
     """The output z of x, whose derivative takes x from z."""
     return z
 
 
 @_finished.defjvp
-def _finished_jvp(origin, activate, primals, tangents):
+def _finished_jvp(activation, primals, tangents):
     _, z, vectors = primals
     dx, _, d_vectors = tangents
+    dtype = vectors[0].dtype
 
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(z, vectors, dx, d_vectors):
-        x = origin(z, *vectors)
-        return jax.jvp(activate, (x, *vectors), (dx.astype(x.dtype), *d_vectors))[1]
+    def activated(dy, z):
+        return jax.jvp(activation, (activation.inverse(z.astype(dtype)),), (dy,))[1]
 
-    return z, tangent(z, vectors, dx, d_vectors)
+    kept, origin = (z, *vectors), partial(_origin, activation)
+    dy = normalized_tangent(kept, origin, None, vectors, dx, d_vectors, dtype)
+    return z, diagonal(activated, dy, z).astype(z.dtype)

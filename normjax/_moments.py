@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._walks import apart
+from normjax._walks import apart, diagonal, moments_of_norm
 
 Count: TypeAlias = Array | np.ndarray | np.floating
 
@@ -275,14 +275,14 @@ def _mean_and_m2(
     # one can break a pivot that is taken from a part of x.
     dtype = wide(x.dtype)
     total = partial(jnp.sum, axis=axes, keepdims=True)
-    (once,) = apart(x)
+    once, count = apart((x, jnp.asarray(count)))
     once = once.astype(dtype)
     if not centered:
         m2 = total(_abs_square(_admitted(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
     divisor = _or_one(count).astype(dtype)
     rough = total(_admitted(once, mask)) / divisor
-    first, center, second, middle = apart(x, rough, x, rough)
+    first, center, second, middle = apart((x, rough, x, rough))
     rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
     squares = total(_abs_square(_deviation(second.astype(dtype), middle, mask)))
     return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
@@ -290,34 +290,39 @@ def _mean_and_m2(
 
 @_mean_and_m2.defjvp
 def _mean_and_m2_jvp(axes, centered, primals, tangents):
-    # Written out because autodiff of the sums above would keep x - mean, a second array of the
-    # size of x and float32 even for a half precision x, for the backward pass.
     x, mask, count = primals
-    mean, m2 = _mean_and_m2(x, mask, count, axes, centered)
-    return (mean, m2), moment_tangents(axes, centered)(x, mask, count, mean, tangents[0])
+    mean, m2 = moments_of_norm(_mean_and_m2(x, mask, count, axes, centered))
+    d_x, _, _ = tangents
+    kept = (x,)
+    return (mean, m2), moment_tangents(kept, widened, mask, count, mean, d_x, axes, centered)
 
 
-def moment_tangents(axes: tuple[int, ...], centered: bool) -> Callable:
+def moment_tangents(
+    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, count: Count,
+    mean: Array, dx: Array, axes: tuple[int, ...], centered: bool = True,
+) -> tuple[Array, Array]:  # fmt: skip
     """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
 
     The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the
-    mean is constant.
+    mean is constant. The x is `read(*kept)`, and only what is kept is there for the backward pass.
     """
 
-    # Under checkpoint the backward pass keeps the arguments, x in its own dtype and vectors, and
-    # recomputes x - mean. Barriers against common subexpressions would only forbid fusion.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangents(x, mask, count, mean, dx):
-        dx = _admitted(dx.astype(mean.dtype), mask)
-        x, mean, count = apart(x, mean, count)
-        deviation = _deviation(x.astype(mean.dtype), mean, mask)
-        d_mean = jnp.zeros_like(mean)
-        if centered:
-            d_mean = jnp.sum(dx, axes, keepdims=True) / _or_one(count).astype(mean.dtype)
-        d_m2 = 2 * jnp.sum(jnp.real(jnp.conj(deviation) * dx), axes, keepdims=True)
-        return d_mean, d_m2
+    def deviated(dx, mask, count, mean, *kept):
+        _, mean, kept = apart((count, mean, kept))
+        return jnp.conj(_deviation(read(*kept), mean, mask)) * _admitted(dx, mask)
 
-    return tangents
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    dx, d_mean = widened(dx), jnp.zeros_like(mean)
+    if centered:
+        d_mean = total(diagonal(_admitted, dx, mask)) / _or_one(count).astype(mean.dtype)
+    center = mean if centered else None
+    products = diagonal(deviated, dx, mask, jnp.asarray(count), center, *kept)
+    return d_mean, 2 * total(jnp.real(products))
+
+
+def widened(x: Array) -> Array:
+    """x as wide as its statistics."""
+    return x.astype(wide(x.dtype))
 
 
 def _admitted(x: Array, mask: Array | None) -> Array:
@@ -325,8 +330,10 @@ def _admitted(x: Array, mask: Array | None) -> Array:
     return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
-def _deviation(x: Array, center: Array, mask: Array | None) -> Array:
+def _deviation(x: Array, center: Array | None, mask: Array | None) -> Array:
     """x - center, and 0 where the mask is False."""
+    if center is None:
+        return _admitted(x, mask)
     return (x if mask is None else jnp.where(mask, x, center)) - center
 
 

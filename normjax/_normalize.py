@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -13,13 +14,13 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import wide
-from normjax._walks import apart, rounded_sum
+from normjax._moments import wide, widened
+from normjax._walks import apart, diagonal, rounded_sum
 
 
 def normalize(
     x: ArrayLike,
-    mean: ArrayLike,
+    mean: ArrayLike | None,
     var: ArrayLike,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
@@ -34,7 +35,8 @@ def normalize(
 
     Args:
         x: floating or complex array of any rank.
-        mean, var, scale, bias: arrays that broadcast to `x` as in NumPy.
+        mean, var, scale, bias: arrays that broadcast to `x` as in NumPy. All but var may be None:
+            a mean of 0, a scale of 1, a bias of 0.
         epsilon: added to the variance, in the square of the units of `x`.
         mask: boolean, broadcasts to `x`. A non-finite entry of `x` whose mask is False is taken
             as 0; all other entries are normalized as they are.
@@ -88,53 +90,66 @@ def normalize(
     real = jnp.finfo(widest).dtype
     spread = spread.astype(real) + jnp.asarray(epsilon, real)
     with jax.named_scope(called):
-        return _apply(x, mask, center, spread, gain, shift, out)
+        return apply(x, mask, center, spread, gain, shift, out)
 
 
 def denormalize(
-    y: Array,
-    mean: Array,
-    var: Array,
-    scale: Array | None,
-    bias: Array | None,
-    *,
-    epsilon: ArrayLike,
+    y: Array, mean: Array, var: Array, scale: Array | None, bias: Array | None
 ) -> Array:
-    """The x of which `normalize` made `y`; the mean where a scale of 0 has left nothing of it."""
+    """The x of which `apply` made `y`; the mean where a scale of 0 has left nothing of it."""
     deviation = y if bias is None else y - bias
     if scale is not None:
         lost = scale == 0
         deviation = jnp.where(lost, 0, deviation) / jnp.where(lost, 1, scale)
-    return deviation * jnp.sqrt(var + epsilon) + mean
+    return deviation * jnp.sqrt(var).astype(mean.dtype) + mean
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
-def _apply(
+def apply(
     x: Array,
     mask: Array | None,
-    mean: Array,
+    mean: Array | None,
     var: Array,
     scale: Array | None,
     bias: Array | None,
     out: np.dtype,
 ) -> Array:
-    gain = lax.rsqrt(var).astype(mean.dtype)
+    """The map itself; vectors in the rank of x and in one dtype, epsilon added to `var`."""
+    number = _number(x, mean, var, scale, bias)
+    gain = lax.rsqrt(var).astype(number)
     gain = gain if scale is None else gain * scale
-    y = (_admit(x, x, mask).astype(mean.dtype) - mean) * gain
+    y = _deviation(_admit(x, x, mask).astype(number), mean) * gain
     return (y if bias is None else y + bias).astype(out)
 
 
-@partial(_apply.defjvp, symbolic_zeros=True)
-def _apply_jvp(out, primals, tangents):
-    # With inv = var^(-1/2), for which d inv = -inv (inv dvar inv) / 2:
-    #   dy = (dx inv + (x - mean) d_inv - d_mean inv) scale + (x - mean) inv d_scale + d_bias.
+@partial(apply.defjvp, symbolic_zeros=True)
+def apply_jvp(out, primals, tangents):
+    x, mask, *vectors = primals
+    dx, _, *d_vectors = map(_given, tangents)
+    y = apply(*primals, out)
+    return y, normalized_tangent((x,), widened, mask, vectors, dx, d_vectors, out)
+
+
+def normalized_tangent(
+    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, vectors: Sequence[Any],
+    dx: Array | None, d_vectors: Sequence[Any], out: np.dtype,
+) -> Array:  # fmt: skip
+    """The derivative of y, linear in the tangents; what is None there is zero and costs nothing.
+
+    With inv = var^(-1/2), for which d inv = -inv (inv dvar inv) / 2:
+
+        dy = (dx inv + (x - mean) d_inv - d_mean inv) scale + (x - mean) inv d_scale + d_bias
+
+    The x is `read(*kept)`, and only what is kept is there for the backward pass.
+    """
+    mean, var, scale, _ = vectors
+    d_mean, d_var, d_scale, d_bias = d_vectors
+    number = _number(*kept, *vectors)
     # The powers of inv are applied one by one, because var^(-3/2) alone leaves the range of
     # float32 for x of the size 1e15.
-    x, mask, mean, var, scale, _ = primals
-    dx, _, d_mean, d_var, d_scale, d_bias = map(_given, tangents)
-    inv = lax.rsqrt(var).astype(mean.dtype)
+    inv = lax.rsqrt(var).astype(number)
     shift = None if d_mean is None else -d_mean * inv
-    slope = None if d_var is None else -0.5 * inv * (d_var.astype(mean.dtype) * inv * inv)
+    slope = None if d_var is None else -0.5 * inv * (d_var.astype(number) * inv * inv)
     if _folds(scale, inv):
         # A scale that is one number for each statistic, as in batch norm, is multiplied in while
         # all are vectors. The backward pass then needs two sums over dy and not four.
@@ -143,34 +158,39 @@ def _apply_jvp(out, primals, tangents):
         inv, scale, d_scale = inv * scale, None, None
     if scale is None and _folds(d_bias, inv):
         shift, d_bias = _sum(shift, d_bias), None
-    y = _apply(*primals, out)
-    return y, _tangent(out)(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias)
 
+    shape = np.broadcast_shapes(*(np.shape(v) for v in kept))
 
-def _tangent(out: np.dtype):
-    """The linear map above. What is None is zero and costs nothing; a scale of None is one."""
+    def deviated(t, mask, mean, *kept):
+        mean, kept = apart((mean, kept))
+        x = read(*kept)
+        return _deviation(_admit(x, x, mask).astype(number), mean) * t
 
-    # Under checkpoint the backward pass keeps x in its own dtype and vectors, not x - mean.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, mask, mean, inv, scale, dx, slope, shift, d_scale, d_bias):
-        def deviation(*residuals):
-            values, center, *factors = apart(x, mean, *residuals)
-            return reduce(
-                jnp.multiply, factors, _admit(values, x, mask).astype(center.dtype) - center
-            )
+    def standardized(t, mask, inv, mean, *kept):
+        inv, mean, kept = apart((inv, mean, kept))
+        return deviated(t, mask, mean, *kept) * inv
 
-        dx = None if dx is None else _admit(dx, x, mask).astype(mean.dtype)
-        within = [_product(dx, apart(inv)[0]), _product(deviation(), slope), shift]
-        if scale is not None:
-            scales = apart(scale, scale, scale)
-            within = [_product(term, own) for term, own in zip(within, scales, strict=True)]
-        beyond = _product(deviation(inv), d_scale)
-        terms = [term for term in (*within, beyond, d_bias) if term is not None]
-        if not terms:
-            return jnp.zeros(x.shape, out)
-        return rounded_sum(x.shape, out, *terms)
+    def admitted(t, mask, *kept):
+        return _admit(t, read(*kept), mask)
 
-    return tangent
+    if dx is not None:
+        dx = dx.astype(number)
+        dx = dx if mask is None else diagonal(admitted, dx, mask, *kept)
+    within = [
+        _product(dx, apart(inv)),
+        slope if slope is None else diagonal(deviated, slope, mask, mean, *kept, shape=shape),
+        shift,
+    ]
+    if scale is not None:
+        own = apart((scale, scale, scale))
+        within = [_product(term, s) for term, s in zip(within, own, strict=True)]
+    beyond = d_scale
+    if d_scale is not None:
+        beyond = diagonal(standardized, d_scale, mask, inv, mean, *kept, shape=shape)
+    terms = [term for term in (*within, beyond, d_bias) if term is not None]
+    if not terms:
+        return jnp.zeros(shape, out)
+    return rounded_sum(shape, out, *terms)
 
 
 def _folds(vector: Array | None, statistic: Array) -> bool:
@@ -178,6 +198,14 @@ def _folds(vector: Array | None, statistic: Array) -> bool:
     if vector is None:
         return False
     return np.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
+
+
+def _number(*arrays: Any) -> np.dtype:
+    return wide(*(v.dtype for v in arrays if v is not None))
+
+
+def _deviation(x: Array, mean: Array | None) -> Array:
+    return x if mean is None else x - mean
 
 
 def _admit(values: Array, x: Array, mask: Array | None) -> Array:

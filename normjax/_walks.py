@@ -1,15 +1,15 @@
 """Walks through large arrays: what is written to memory by them, and what is kept for later.
 
-XLA's CPU compiler fuses into a sum whatever that sum alone consumes, and writes to memory whatever a
+XLA's CPU compiler fuses into a sum whatever that sum alone consumes, and writes to memory what a
 second consumer shares: x - mean in float32, a half precision x made wide, a vector broadcast to
 the shape of x. A step of layer norm took 2 to 4 times as long so and 75 MB instead of 0.1
-(benchmarks/results/speed.md). Two operations of this room keep consumers apart; two names tell
-a checkpoint policy what a norm cannot do without.
+(benchmarks/results/speed.md). `apart` and `rounded_sum` keep consumers apart, `diagonal` keeps
+little for the backward pass, and two names tell a checkpoint policy what a norm depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
@@ -20,7 +20,6 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.typing import ArrayLike
 
 _INPUT, _MOMENTS = "normjax.input", "normjax.moments"
 
@@ -52,14 +51,31 @@ def moments_of_norm(moments: Any) -> Any:
     return checkpoint_name(moments, _MOMENTS)
 
 
-def apart(*operands: ArrayLike) -> Sequence[Any]:
-    """The operands as they are, for one walk; no other walk shares what is computed of them.
+def apart(operands: Any) -> Any:
+    """A tree of operands as it is, for one walk; no other walk shares what is computed of it.
 
     A barrier on the CPU. Elsewhere nothing: on a GPU sums of one operand are best fused, which a
     barrier would forbid. Calls with equal operands count as one, so walks over the same arrays
     take their copies in one call or beside other operands.
     """
-    return _apart_p.bind(*map(jnp.asarray, operands))
+    leaves, structure = jax.tree.flatten(operands)
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves))
+
+
+def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = None) -> Array:
+    """function(t, *kept) for a t broadcast to `shape`, by default its own.
+
+    The function is elementwise and linear in t, of the dtype of t: a product or a selection. Its
+    transpose computes anew from what is kept, x in its own dtype and vectors in the rank of x;
+    autodiff of the product would keep the factor, x - mean for example, in float32.
+    """
+    leaves, structure = jax.tree.flatten(kept)
+    (whole,) = _wholes(t.shape if shape is None else shape, [t], leaves)
+
+    def flat(t: Array, *leaves: Any) -> Array:
+        return function(t, *jax.tree.unflatten(structure, leaves))
+
+    return _diagonal_p.bind(whole, *leaves, function=flat)
 
 
 def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array) -> Array:
@@ -68,13 +84,24 @@ def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array) -> Array
     Linear; its transpose gives each term a cotangent of its own to make wide. Autodiff of a sum
     that is then rounded would make the cotangent wide once, for all of them, and so in memory.
     """
-    # Added zeros change the types alone by which meshes and devices tell arrays apart; that of
-    # devices while a vector is a vector, because its transpose is a sum over devices.
-    point = (1,) * len(shape)
-    alike = reduce(jnp.add, (jnp.zeros_like(term, shape=point) for term in terms))
-    wholes = [jnp.broadcast_to(term + alike, shape) for term in terms]
-    alike = reduce(jnp.add, map(jnp.zeros_like, wholes))
-    return _rounded_sum_p.bind(*(whole + alike for whole in wholes), dtype=np.dtype(dtype))
+    return _rounded_sum_p.bind(*_wholes(shape, terms), dtype=np.dtype(dtype))
+
+
+def _wholes(
+    shape: tuple[int, ...], terms: Sequence[Array], beside: Sequence[Any] = ()
+) -> list[Array]:
+    """The terms broadcast to `shape`, of the type that they and what is `beside` have together."""
+    dtype, point = terms[0].dtype, (1,) * len(shape)
+    wholes = [jnp.broadcast_to(term, shape) for term in terms]
+    full = [*wholes, *(v for v in beside if np.shape(v) == shape)]
+    if len({jax.typeof(v).update(dtype=dtype, weak_type=False) for v in full}) == 1:
+        return wholes
+    # Meshes and devices type arrays by where they lie and vary. Added zeros make the types alike;
+    # that of devices while a vector is a vector, because the transpose of it sums over devices.
+    nil = reduce(jnp.add, (jnp.zeros_like(v, dtype, point) for v in (*terms, *beside)))
+    wholes = [jnp.broadcast_to(term + nil, shape) for term in terms]
+    nil = reduce(jnp.add, (jnp.zeros_like(v, dtype) for v in (*wholes, *full)))
+    return [whole + nil for whole in wholes]
 
 
 def _rounded_sum(*terms: Array, dtype: np.dtype) -> Array:
@@ -85,7 +112,7 @@ def _transposed_sum(cotangent: Any, *terms: Any, dtype: np.dtype) -> list[Any]:
     linear = [ad.is_undefined_primal(term) for term in terms]
     if isinstance(cotangent, ad.Zero):
         return [ad.Zero(terms[i].aval) if linear[i] else None for i in range(len(terms))]
-    copies = apart(*[cotangent] * len(terms))
+    copies = apart([cotangent] * len(terms))
     return [copies[i].astype(terms[i].aval.dtype) if linear[i] else None for i in range(len(terms))]
 
 
@@ -95,6 +122,50 @@ _rounded_sum_p.def_abstract_eval(lambda first, *_, dtype: first.update(dtype=dty
 ad.deflinear2(_rounded_sum_p, _transposed_sum)
 batching.defbroadcasting(_rounded_sum_p)
 mlir.register_lowering(_rounded_sum_p, mlir.lower_fun(_rounded_sum, multiple_results=False))
+
+
+def _diagonal_jvp(primals: Any, tangents: Any, *, function: Callable[..., Array]) -> Any:
+    t, *kept = primals
+    dt, *d_kept = tangents
+    moves = [not isinstance(d, ad.Zero) for d in d_kept]
+    terms = [] if isinstance(dt, ad.Zero) else [_diagonal_p.bind(dt, *kept, function=function)]
+    if any(moves):
+
+        def of_moving(*moving: Array) -> Array:
+            values = iter(moving)
+            return function(
+                t, *(next(values) if m else v for m, v in zip(moves, kept, strict=True))
+            )
+
+        own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (kept, d_kept))
+        terms.append(jax.jvp(of_moving, own, d_own)[1])
+    return _diagonal_p.bind(*primals, function=function), reduce(jnp.add, terms)
+
+
+def _diagonal_transposed(cotangent: Any, t: Any, *kept: Any, **how: Any) -> list[Any]:
+    if isinstance(cotangent, ad.Zero):
+        return [ad.Zero(t.aval), *(None for _ in kept)]
+    return [_diagonal_p.bind(cotangent, *kept, **how), *(None for _ in kept)]
+
+
+def _diagonal_batched(operands: Any, axes: Any, **how: Any) -> Any:
+    size = next(v.shape[a] for v, a in zip(operands, axes, strict=True) if a is not None)
+    t, *kept = (
+        v[None] if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)
+    )
+    return _diagonal_p.bind(jnp.broadcast_to(t, (size, *t.shape[1:])), *kept, **how), 0
+
+
+_diagonal_p = Primitive("diagonal")
+_diagonal_p.def_impl(lambda *operands, function: function(*operands))
+_diagonal_p.def_abstract_eval(lambda t, *_, function: t)
+ad.primitive_jvps[_diagonal_p] = _diagonal_jvp
+ad.primitive_transposes[_diagonal_p] = _diagonal_transposed
+batching.primitive_batchers[_diagonal_p] = _diagonal_batched
+mlir.register_lowering(
+    _diagonal_p,
+    mlir.lower_fun(lambda *operands, function: function(*operands), multiple_results=False),
+)
 
 _apart_p = Primitive("apart")
 _apart_p.multiple_results = True

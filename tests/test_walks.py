@@ -65,7 +65,7 @@ def test_apart_is_the_identity_in_every_transformation(rng):
     x, v = jnp.asarray(rng.normal(size=(3, 4))), jnp.arange(4.0)[None]
 
     def f(x):
-        own, vector = apart(x, v)
+        own, vector = apart((x, v))
         return jnp.sum(jnp.sin(own) * vector)
 
     def plain(x):
@@ -73,5 +73,5 @@ def test_apart_is_the_identity_in_every_transformation(rng):
 
     for transform in (lambda f: f, jax.jit, jax.grad, jax.hessian, jax.jacfwd):
         np.testing.assert_allclose(transform(f)(x), transform(plain)(x), rtol=1e-6)
-    each = jax.vmap(lambda row: apart(row, row[0])[0])(x)
+    each = jax.vmap(lambda row: apart((row, row[0]))[0])(x)
     np.testing.assert_array_equal(each, x)

@@ -370,4 +370,5 @@ def within(
             moments = synchronize(moments, axis_name, axis_index_groups)
         moments = moments_of_norm(moments)
         mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
-        return normalize(x, mean, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)
+        center = mean if centered else None
+        return normalize(x, center, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)
