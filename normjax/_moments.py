@@ -202,7 +202,9 @@ def synchronize(
 
     Raises:
         NameError: `axis_name` is not bound.
-        NotImplementedError: `axis_index_groups` where JAX has none (`vmap`, for example).
+        ValueError: `axis_index_groups` do not name each device once.
+        NotImplementedError: `axis_index_groups` where JAX has none: under `vmap`, and of unequal
+            size under `shard_map` with `check_vma=True`.
 
     References:
         Chan, Golub, LeVeque (1983), the pairwise merge, over all devices at once.
@@ -215,12 +217,19 @@ def synchronize(
         Array([4., 4.], dtype=float32)
     """
     called = "normjax.synchronize"
+    _checks.axis_size(called, axis_name, axis_index_groups)
+    where: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
     if axis_index_groups is not None:
         # psum multiplies a constant by the size of the first group, whatever that of the others.
         moments = moments._replace(count=jnp.full_like(moments.m2, moments.count))
-    total = partial(lax.psum, axis_name=axis_name, axis_index_groups=axis_index_groups)
-    with jax.named_scope(called), _checks.collectives(called, axis_name, axis_index_groups):
-        return _pool(moments, total)
+    with jax.named_scope(called), _checks.grouped(called, axis_name, axis_index_groups):
+        try:
+            return _pool(moments, partial(lax.psum, **where))
+        except NotImplementedError:
+            # shard_map with check_vma=True cannot sum over groups. It gathers over equal ones.
+            if len(set(map(len, axis_index_groups or ()))) != 1:
+                raise
+            return collapse(lax.all_gather(moments, **where))
 
 
 def _pool(moments: Moments, total: Callable) -> Moments:

@@ -232,24 +232,6 @@ def test_second_derivatives_of_the_pooled_m2(rng, x64, how):
     np.testing.assert_allclose(jax.grad(pooled)(x), want @ x, atol=1e-12)
 
 
-def test_synchronize_says_which_axes_are_bound():
-    def shared(x):
-        return synchronize(measure(x, 0), "bach").mean
-
-    with pytest.raises(NameError, match=r"axis_name='bach' is not bound here; bound are: 'batch'"):
-        jax.vmap(shared, axis_name="batch")(jnp.ones((4, 2)))
-    with pytest.raises(NameError, match="bound are: none"):
-        jax.jit(shared)(jnp.ones((4, 2)))
-
-
-def test_synchronize_says_where_groups_have_no_implementation():
-    def shared(x):
-        return synchronize(measure(x, 0), "d", [[0, 1], [2, 3]]).mean
-
-    with pytest.raises(NotImplementedError, match="Use jax.pmap, or bind two axes"):
-        jax.vmap(shared, axis_name="d")(jnp.ones((4, 2)))
-
-
 def test_every_public_name_has_one_address():
     for name in normjax.__all__:
         assert getattr(getattr(normjax, name), "__name__", name) == name

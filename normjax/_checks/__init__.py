@@ -20,7 +20,7 @@ from normjax._checks.arrays import (
     something,
     window,
 )
-from normjax._checks.devices import axis_size, collectives, groups
+from normjax._checks.devices import axis_size, grouped, groups
 from normjax._checks.options import (
     batch_stats,
     bound,
@@ -50,13 +50,13 @@ __all__ = [
     "batch_stats",
     "bound",
     "broadcast",
-    "collectives",
     "count",
     "ddof",
     "entries",
     "epsilon",
     "feature_vector",
     "features",
+    "grouped",
     "groups",
     "inexact",
     "invertible",

@@ -1,36 +1,15 @@
-"""Errors of devices: axes that are not bound, groups that JAX cannot reduce over."""
+"""Errors of devices: axes that are not bound, groups that JAX cannot share over."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 import jax
 import jax.extend.core
 from jax import lax
-
-
-@contextmanager
-def collectives(
-    called: str,
-    axis_name: str | Sequence[str],
-    axis_index_groups: Sequence[Sequence[int]] | None,
-) -> Iterator[None]:
-    """Words what JAX raises when it cannot reduce over `axis_name`."""
-    try:
-        yield
-    except NameError:
-        raise NameError(
-            f"{called}: axis_name={axis_name!r} is not bound here; bound are: {_bound_names()}. "
-            "Bind it with jax.pmap, jax.shard_map or jax.vmap(..., axis_name=). Under plain jit "
-            "over sharded arrays pass axis_name=None: jit reduces over the whole batch by itself."
-        ) from None
-    except NotImplementedError:
-        raise NotImplementedError(
-            f"{called}: axis_index_groups={axis_index_groups!r} is not implemented in JAX for the "
-            f"way in which axis_name={axis_name!r} is bound. Use jax.pmap, or bind two axes "
-            "(groups, members of a group) and pass the members' name as axis_name."
-        ) from None
 
 
 def axis_size(
@@ -39,9 +18,31 @@ def axis_size(
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> int:
     """How many devices share statistics at least; a number, not an operation."""
-    with collectives(called, axis_name, axis_index_groups):
+    try:
         whole = lax.psum(1, axis_name)
-    return min(map(len, axis_index_groups)) if axis_index_groups else whole
+    except NameError:
+        raise NameError(f"{called}: {_unbound(axis_name)}") from None
+    if axis_index_groups is None:
+        return whole
+    _partition(called, axis_name, axis_index_groups, whole)
+    return min(map(len, axis_index_groups))
+
+
+@contextmanager
+def grouped(
+    called: str, axis_name: str | Sequence[str], axis_index_groups: Sequence[Sequence[int]] | None
+) -> Iterator[None]:
+    """Words what JAX raises when it cannot share over groups of `axis_name`."""
+    try:
+        yield
+    except NotImplementedError:
+        raise NotImplementedError(
+            f"{called}: axis_index_groups={axis_index_groups!r} is not implemented in JAX for the "
+            f"way in which axis_name={axis_name!r} is bound: jax.vmap has no groups, and "
+            "jax.shard_map with check_vma=True none of unequal size. Use jax.pmap or "
+            "jax.shard_map(..., check_vma=False), or bind two axes (groups, members of a group) "
+            "and pass the members' name as axis_name."
+        ) from None
 
 
 def groups(called: str, axis_name: object, axis_index_groups: object) -> None:
@@ -53,9 +54,58 @@ def groups(called: str, axis_name: object, axis_index_groups: object) -> None:
         )
 
 
-def _bound_names() -> str:
+def _partition(called: str, axis_name: object, axis_index_groups: object, size: int) -> None:
+    """Each device is in one group; XLA takes some lists that say otherwise and returns anything."""
+    got = f"{called}: axis_index_groups={axis_index_groups!r}"
+    try:
+        found = Counter(int(i) for group in axis_index_groups for i in group)  # type: ignore
+        empty = not all(map(len, axis_index_groups))  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{got} is no list of lists of indices, expected for example "
+            f"{[list(range(size // 2)), list(range(size // 2, size))]}."
+        ) from None
+    whole = range(size)
+    faults = {
+        "in no group": [i for i in whole if i not in found],
+        "in several": [i for i in whole if found[i] > 1],
+        "beyond the axis": sorted(set(found) - set(whole)),
+    }
+    wrong = [f"{fault}: {some}" for fault, some in faults.items() if some]
+    if wrong or empty:
+        raise ValueError(
+            f"{got} does not part the {size} devices of axis_name={axis_name!r} into groups "
+            f"({', '.join(wrong) or 'one is empty'}). Name each index from 0 to {size - 1} in one "
+            "group."
+        )
+
+
+def _unbound(axis_name: str | Sequence[str]) -> str:
+    """What is asked for, what there is, and what was most likely meant."""
+    bound = _bound_names()
+    names = [axis_name] if isinstance(axis_name, str) else list(axis_name)
+    missing = [name for name in names if name not in bound]
+    got = (
+        f"axis_name={axis_name!r} is not bound here; bound are: "
+        f"{', '.join(map(repr, bound)) or 'none'}. "
+    )
+    for name in missing:
+        if near := get_close_matches(str(name), [b for b in bound if isinstance(b, str)], 1):
+            return got + f"Did you mean {near[0]!r}?"
+    if in_mesh := [name for name in missing if name in jax.sharding.get_abstract_mesh().axis_names]:
+        return got + (
+            f"{in_mesh[0]!r} is an axis of the mesh, and jit binds none: it reduces over the whole "
+            "batch by itself. Pass axis_name=None, or map the step with jax.shard_map."
+        )
+    return got + (
+        "Bind it with jax.pmap, jax.shard_map or jax.vmap(..., axis_name=). Under plain jit over "
+        "sharded arrays pass axis_name=None: jit reduces over the whole batch by itself."
+    )
+
+
+def _bound_names() -> list[object]:
     # JAX has one way of asking, and moved it from jax.core to jax.extend.core.
     for room in (jax.extend.core, jax.core):
         if ask := getattr(room, "unsafe_get_axis_names_DO_NOT_USE", None):
-            return ", ".join(map(repr, ask())) or "none"
-    return "unknown"
+            return list(ask())
+    return []
