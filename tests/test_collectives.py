@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from normjax import BatchStats, batch_norm, measure, rms_norm, synchronize
+from normjax import BatchStats, batch_norm, group_norm, measure, rms_norm, synchronize
 
 C = 24
 VECTOR = 4 * C
@@ -207,6 +207,13 @@ def test_a_mean_that_is_zero_by_definition_is_not_communicated():
         out_specs=P(None, "d"),
     )
     assert traffic(jax.jit(shared), jnp.ones((16, C))) == ({"all-reduce": 1}, 4 * 16)
+
+
+def test_groups_that_are_whole_on_a_device_exchange_nothing():
+    step = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(group_norm(x, num_groups=8)))))
+    for place in ((None, None, "d"), ("d",)):
+        x = jax.device_put(jnp.ones((16, 8, C)), NamedSharding(mesh(4), P(*place)))
+        assert traffic(step, x).number == 0
 
 
 def test_sharded_inputs_stay_where_they_are():

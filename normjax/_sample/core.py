@@ -253,8 +253,13 @@ def _of_groups(moments: Moments, axis: int, groups: int) -> Moments:
     def stacked(v: Any) -> Any:
         return jnp.moveaxis(_split(v, axis, groups), axis + 1, 0)
 
+    def spread(v: Any) -> Any:
+        # By hand, since jnp.repeat asks where explicitly sharded features shall lie.
+        size = mean.shape[axis] // groups
+        shape = (*v.shape[: axis + 1], size, *v.shape[axis + 1 :])
+        return jnp.broadcast_to(jnp.expand_dims(v, axis + 1), shape).reshape(mean.shape)
+
     count, mean, m2 = moments
-    spread = partial(jnp.repeat, repeats=mean.shape[axis] // groups, axis=axis)
     single = np.ndim(count) == 0
     merged = collapse(Moments(count if single else stacked(count), stacked(mean), stacked(m2)))
     count = merged.count if single else spread(merged.count)
