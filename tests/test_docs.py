@@ -94,7 +94,7 @@ def test_docstring_examples_run(name):
         assert runner.run(test).failed == 0
 
 
-PAGES = ["README.md", "docs/which-norm.md", "docs/accumulation.md"]
+PAGES = ["README.md", "docs/which-norm.md", "docs/accumulation.md", "docs/devices.md"]
 
 
 @pytest.mark.usefixtures("lenient")
