@@ -242,7 +242,8 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
     # correction is zero but for rounding, and so is its derivative.
     off = lax.stop_gradient(_scaled(mean - rough, count))
-    lost, squares = total((off, m2 + _between(count, mean, rough)))
+    # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
+    lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
     squares = squares - _abs_square(rest) * divisor.real
     return Moments(pooled_count, rough + rest, jnp.maximum(squares, 0))
