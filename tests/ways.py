@@ -5,6 +5,7 @@ and the number of devices, and returns `run(x, params, mask, dy) -> (y, stats, (
 whole arrays: the gradients are those of the sum of all parts. A run is compiled once.
 """
 
+from contextlib import nullcontext
 from functools import cache, partial
 
 import jax
@@ -92,7 +93,7 @@ def by_shard_map(loss, devices, *, names=("d",), kind=AxisType.Auto, check_vma=T
         out_specs=(data, P(), (data, P())),
         check_vma=check_vma,
     )
-    return placed(jax.jit(sharded), grid, data)
+    return placed(jax.jit(sharded), grid, data, nullcontext)
 
 
 def by_jit(loss, devices, *, kind=AxisType.Auto, names=("d",), place=("d",)):
@@ -102,7 +103,7 @@ def by_jit(loss, devices, *, kind=AxisType.Auto, names=("d",), place=("d",)):
     return placed(step, mesh(shape, names, kind), P(*place))
 
 
-def placed(step, grid, place):
+def placed(step, grid, place, context=entered):
     """Runs `step` on data that lie on the mesh as they are cut."""
 
     def put(leaf, place):
@@ -113,7 +114,7 @@ def placed(step, grid, place):
     def run(x, params, mask, dy):
         x, mask, dy = (None if v is None else put(v, place) for v in (x, mask, dy))
         params = jax.tree.map(partial(put, place=P()), params)
-        with entered(grid):
+        with context(grid):
             return step(x, params, mask, dy)
 
     return run
