@@ -1,0 +1,118 @@
+"""One process of several: runs every case on its share of the rows and writes what it got.
+
+    python -m tests.worker ADDRESS PROCESSES INDEX FOLDER
+
+tests/test_processes.py starts these, and calls `results` itself for the numbers of one process.
+"""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.conftest import DEVICES
+from tests.test_devices import CASES, SHAPE, local_loss, make_case, value_and_grad
+
+DTYPES = ("float32", "bfloat16")
+WAYS = ("shard_map", "sharded jit")
+# After this time without a sign of life a process counts as dead, and the others stop.
+HEARTBEAT = 10
+
+
+def make_inputs(case, dtype):
+    """x, scale, bias, mask and dy of the whole batch, equal in all processes."""
+    rng = np.random.default_rng(CASES.index(case))
+    x, mask = make_case(case, rng)
+    scale, bias = rng.random((2, SHAPE[-1])).astype(np.float32) + 0.5
+    dy = rng.normal(size=SHAPE).astype(np.float32)
+    x, dy = (np.asarray(jnp.asarray(v, dtype)) for v in (x, dy))
+    return x, scale, bias, mask, dy
+
+
+def summed_loss(x, scale, bias, mask, dy):
+    """The loss of all devices, from the rows of one."""
+    loss, aux = local_loss(x, scale, bias, mask, dy, "d")
+    return lax.psum(loss, "d"), aux
+
+
+def make_steps(mesh):
+    """Each way as one function, jitted once, so that cases of one shape share a compilation."""
+    rows, whole = P("d"), P()
+    outputs = (rows, whole, (rows, whole, whole))
+    mapped = partial(
+        jax.shard_map, value_and_grad(summed_loss), mesh=mesh, out_specs=outputs, check_vma=True
+    )
+    by_map = {
+        masked: jax.jit(mapped(in_specs=(rows, whole, whole, rows if masked else whole, rows)))
+        for masked in (False, True)
+    }
+    places = jax.tree.map(partial(NamedSharding, mesh), outputs)
+    by_jit = jax.jit(value_and_grad(partial(local_loss, axis_name=None)), out_shardings=places)
+    return {
+        "shard_map": lambda *args: by_map[args[3] is not None](*args),
+        "sharded jit": by_jit,
+    }
+
+
+def local(leaf):
+    """What this process holds: its rows of a sharded array, its copy of a replicated one."""
+    shards = sorted(leaf.addressable_shards, key=lambda s: s.index[0].start or 0)
+    data = [np.asarray(s.data, np.float32) for s in shards]
+    return data[0] if leaf.is_fully_replicated else np.concatenate(data)
+
+
+def results():
+    """For each way, case and dtype: y, dx (rows of this process), dscale, dbias, mean, var."""
+    mesh = jax.make_mesh((DEVICES,), ("d",))
+    steps = make_steps(mesh)
+    size = SHAPE[0] // jax.process_count()
+    mine = slice(size * jax.process_index(), size * (jax.process_index() + 1))
+
+    def place(leaf, spec):
+        held = leaf[mine] if spec else leaf
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), held)
+
+    found = {}
+    for case in CASES:
+        for dtype in DTYPES:
+            x, scale, bias, mask, dy = make_inputs(case, dtype)
+            x, dy = place(x, P("d")), place(dy, P("d"))
+            mask = None if mask is None else place(mask, P("d"))
+            scale, bias = place(scale, P()), place(bias, P())
+            for way in WAYS:
+                y, stats, (dx, dscale, dbias) = steps[way](x, scale, bias, mask, dy)
+                arrays = dict(y=y, dx=dx, dscale=dscale, dbias=dbias, mean=stats[0], var=stats[1])
+                for name, leaf in arrays.items():
+                    found[f"{way}/{case}/{dtype}/{name}"] = local(leaf)
+    return found
+
+
+def main(address, processes, index, folder):
+    processes, index = int(processes), int(index)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_num_cpu_devices", DEVICES // processes)
+    jax.distributed.initialize(
+        address,
+        processes,
+        index,
+        initialization_timeout=60,
+        heartbeat_timeout_seconds=HEARTBEAT,
+    )
+    np.savez(Path(folder) / f"part{index}.npz", **results())
+    Path(folder, f"done{index}").touch()
+    # The test may ask for more steps, to see what happens when a process dies among them.
+    while Path(folder, "continue").exists():
+        multihost_utils.sync_global_devices("one more step")
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
