@@ -57,17 +57,22 @@ class ResidualNet(nn.Module):
         return nn.Dense(10)(nn.relu(norm(x)).mean(axis=(1, 2)))
 
 
-def parse(argv):
+def make_parser(doc, epochs):
+    """The options that every example of this model has."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, default=128, help="images in a step, all devices")
-    parser.add_argument("--devices", type=int, default=4, help="how many devices share a batch")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--momentum", type=float, default=0.9, help="of the running statistics")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="two epochs, and no claim on accuracy")
+    add = parser.add_argument
+    add("--epochs", type=int, default=epochs, help="passes over the training images")
+    add("--batch-size", type=int, default=128, help="images in a step, all devices")
+    add("--devices", type=int, default=4, help="how many devices share a batch")
+    add("--seed", type=int, default=0)
+    add("--momentum", type=float, default=0.9, help="of the running statistics")
+    add("--smoke", action="store_true", help="two epochs, and no claim on accuracy")
+    return parser
+
+
+def parse(parser, argv):
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "devices"):
         if getattr(args, name) < 1:
@@ -109,31 +114,69 @@ def batches(images, labels, size, rng):
         yield images[padded], labels[padded], real
 
 
+def make_loss(model):
+    """Cross entropy of the real images, as a part of the mean over `total` images."""
+
+    def loss_fn(params, batch_stats, images, labels, real, total):
+        variables = {"params": params, "batch_stats": batch_stats}
+        mask = real[:, None, None, None]
+        logits, updates = model.apply(
+            variables, images, train=True, mask=mask, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = jnp.sum(real & (logits.argmax(-1) == labels))
+        return jnp.where(real, losses, 0).sum() / total, (updates["batch_stats"], hits)
+
+    return loss_fn
+
+
 def make_step(model, optimizer):
     """One training step on one device, given its share of the batch."""
+    loss_fn = make_loss(model)
 
     def step(state, images, labels, real):
         params, batch_stats, opt_state = state
-        mask = real[:, None, None, None]
-
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, updates = model.apply(
-                variables, images, train=True, mask=mask, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            # Divided by the images of all devices, so that the sum over devices is the mean.
-            total = jax.lax.psum(real.sum(), "batch")
-            return jnp.where(real, losses, 0).sum() / total, (logits, updates["batch_stats"])
-
-        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        loss, grads = jax.lax.psum((loss, grads), "batch")
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        hits = jax.lax.psum(jnp.sum(real & (logits.argmax(-1) == labels)), "batch")
+        # Divided by the images of all devices, so that the sum over devices is the mean.
+        total = jax.lax.psum(real.sum(), "batch")
+        (loss, (batch_stats, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            params, batch_stats, images, labels, real, total
+        )
+        loss, hits, grads = jax.lax.psum((loss, hits, grads), "batch")
+        params, opt_state = descend(optimizer, params, opt_state, grads)
         return (params, batch_stats, opt_state), (loss, hits)
 
     return step
+
+
+def mapped_step(model, optimizer, devices):
+    """The step on all devices: a state for each of them, and a batch that is cut into shares."""
+    step = jax.pmap(
+        make_step(model, optimizer), axis_name="batch", devices=devices, donate_argnums=0
+    )
+
+    def share(leaf):
+        return leaf.reshape(len(devices), -1, *leaf.shape[1:])
+
+    return lambda state, *batch: step(state, *map(share, batch))
+
+
+def descend(optimizer, params, opt_state, grads):
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def make_optimizer(steps):
+    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10 + 1, steps)
+    return optax.adamw(schedule, weight_decay=1e-2, mask=decay_mask)
+
+
+def initial_state(variables, optimizer):
+    params = variables["params"]
+    return params, variables["batch_stats"], optimizer.init(params)
+
+
+def on_each_device(state, devices):
+    return jax.pmap(lambda _: state, devices=devices)(np.arange(len(devices)))
 
 
 def decay_mask(params):
@@ -144,25 +187,18 @@ def decay_mask(params):
 def train(args, model, variables, data, devices):
     x_train, x_test, y_train, y_test = data
     steps = args.epochs * -(-len(x_train) // args.batch_size)
-    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10 + 1, steps)
-    optimizer = optax.adamw(schedule, weight_decay=1e-2, mask=decay_mask)
-    params = variables["params"]
-    state = (params, variables["batch_stats"], optimizer.init(params))
-    state = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (args.devices, *leaf.shape)), state)
-    step = jax.pmap(
-        make_step(model, optimizer), axis_name="batch", devices=devices, donate_argnums=0
-    )
+    optimizer = make_optimizer(steps)
+    state = initial_state(variables, optimizer)
+    state = on_each_device(state, devices)
+    step = mapped_step(model, optimizer, devices)
     rng = np.random.default_rng(args.seed)
     history = {"loss": [], "train": [], "test": []}
-
-    def split(leaf):
-        return leaf.reshape(args.devices, -1, *leaf.shape[1:])
 
     with tqdm(total=steps, unit="step", desc="training", file=sys.stdout, mininterval=0.5) as bar:
         for _ in range(args.epochs):
             hits = 0
             for batch in batches(x_train, y_train, args.batch_size, rng):
-                state, (loss, hit) = step(state, *map(split, batch))
+                state, (loss, hit) = step(state, *batch)
                 history["loss"].append(float(loss[0]))
                 hits += int(hit[0])
                 bar.update()
@@ -240,7 +276,9 @@ def draw(path, history, running, population):
 
 
 def main(argv=None):
-    args = parse(argv)
+    parser = make_parser(__doc__, epochs=20)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    args = parse(parser, argv)
     devices = pick_devices(args.devices)
     data = load_data(args.seed)
     x_train, x_test, _, y_test = data
