@@ -19,6 +19,13 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("process 0", "process 1", "launcher", "all")
+# Machine code that is compiled in half the time and not the fastest; it has to run for seconds.
+QUICK = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
 # Far above what a start takes, for a slow machine: it only bounds a hang.
 LIMIT = 300
 
@@ -29,7 +36,7 @@ def start(folder, *options):
     return subprocess.Popen(
         [*command, "--save-every", "1", "--checkpoints", str(folder), *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        env=QUICK,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -108,8 +115,9 @@ def trial(folder, step, delay, victim):
     """
     process = start(folder)
     try:
-        wait_until(lambda: saved_step(folder) >= step or process.poll() is not None, "a step")
+        wait_until(lambda: len(children(process)) == 2, "the workers")
         workers = children(process)
+        wait_until(lambda: saved_step(folder) >= step or process.poll() is not None, "a step")
         time.sleep(delay)
         kill(process, victim, workers)
         code = process.wait(LIMIT)

@@ -1,6 +1,5 @@
 """Promise 3 across processes: they hold the numbers of one process, and die together."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from tests import reference
-from tests.test_devices import AXES, CASES, MOMENTUM
-from tests.worker import DTYPES, HEARTBEAT, WAYS, make_inputs, results
+from tests.kill_and_resume import QUICK
+from tests.worker import AXES, CASES, DTYPES, HEARTBEAT, MOMENTUM, WAYS, make_inputs, results
 
 # Far above the ten seconds that it takes, for a slow machine: it only bounds a hang.
 LIMIT = 240
@@ -33,7 +32,6 @@ def started(count, folder):
     """`count` processes that find each other on loopback; none of them outlives the block."""
     address = f"127.0.0.1:{free_port()}"
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     workers = []
     try:
         for index in range(count):
@@ -41,7 +39,7 @@ def started(count, folder):
             command = [sys.executable, "-m", "tests.worker", address, str(count), str(index)]
             workers.append(
                 subprocess.Popen(
-                    [*command, str(folder)], cwd=root, env=environment, stdout=log, stderr=log
+                    [*command, str(folder)], cwd=root, env=QUICK, stdout=log, stderr=log
                 )
             )
             log.close()

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.conftest import DEVICES
-from tests.test_devices import CASES, SHAPE, local_loss, make_case, value_and_grad
+from normjax import BatchStats, batch_norm
 
+DEVICES = 4
+SHAPE, AXES, MOMENTUM = (8, 5, 3), (0, 1), 0.9
+CASES = ("no mask", "uneven rows", "an empty device", "NaN padding", "per-element mask")
 DTYPES = ("float32", "bfloat16")
 WAYS = ("shard_map", "sharded jit")
 # After this time without a sign of life a process counts as dead, and the others stop.
@@ -30,17 +32,45 @@ HEARTBEAT = 10
 def make_inputs(case, dtype):
     """x, scale, bias, mask and dy of the whole batch, equal in all processes."""
     rng = np.random.default_rng(CASES.index(case))
-    x, mask = make_case(case, rng)
+    x, dy = rng.normal(3, 2, SHAPE), rng.normal(size=SHAPE)
     scale, bias = rng.random((2, SHAPE[-1])).astype(np.float32) + 0.5
-    dy = rng.normal(size=SHAPE).astype(np.float32)
-    x, dy = (np.asarray(jnp.asarray(v, dtype)) for v in (x, dy))
+    rows, mask = np.arange(SHAPE[0])[:, None, None], None
+    if case == "uneven rows":
+        mask = rows < 7
+    elif case == "an empty device":
+        mask = (rows < 2) | (rows >= 4)
+    elif case == "NaN padding":
+        mask = (rng.random((*SHAPE[:-1], 1)) < 0.7) & (rows < 5)
+        x = np.where(mask, x, np.nan)
+    elif case == "per-element mask":
+        mask = rng.random(SHAPE) < 0.6
+    x, dy = (np.asarray(jnp.asarray(v.astype(np.float32), dtype)) for v in (x, dy))
     return x, scale, bias, mask, dy
 
 
-def summed_loss(x, scale, bias, mask, dy):
+def local_loss(x, scale, bias, mask, dy, axis_name):
+    """This device's part of the loss; the whole loss where there is no named axis."""
+    stats = BatchStats.make(SHAPE[-1])
+    y, stats = batch_norm(
+        x, stats, scale, bias, train=True, mask=mask, momentum=MOMENTUM, axis_name=axis_name
+    )
+    return jnp.sum((dy * y).astype(jnp.float32)), (y, stats)
+
+
+def summed_loss(*args):
     """The loss of all devices, from the rows of one."""
-    loss, aux = local_loss(x, scale, bias, mask, dy, "d")
+    loss, aux = local_loss(*args, "d")
     return lax.psum(loss, "d"), aux
+
+
+def value_and_grad(loss):
+    def both(x, scale, bias, mask, dy):
+        (_, (y, stats)), grads = jax.value_and_grad(
+            lambda *args: loss(*args, mask, dy), (0, 1, 2), has_aux=True
+        )(x, scale, bias)
+        return y, stats, grads
+
+    return both
 
 
 def make_steps(mesh):
@@ -71,7 +101,7 @@ def local(leaf):
 
 def results():
     """For each way, case and dtype: y, dx (rows of this process), dscale, dbias, mean, var."""
-    mesh = jax.make_mesh((DEVICES,), ("d",))
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
     steps = make_steps(mesh)
     size = SHAPE[0] // jax.process_count()
     mine = slice(size * jax.process_index(), size * (jax.process_index() + 1))
