@@ -11,6 +11,7 @@ from tests import kill_and_resume
 ROOT = kill_and_resume.ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shard_map", "sharded_jit"])
 def test_the_example_ends_with_the_numbers_of_pmap(name):
     """It asserts so itself; here it only has to come to its end."""
@@ -28,6 +29,7 @@ def test_the_example_ends_with_the_numbers_of_pmap(name):
     assert "29 of 128 images are real" in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_with_the_same_bits(tmp_path):
     code, output = kill_and_resume.finish(kill_and_resume.start(tmp_path / "whole"))
     assert code == 0, output

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests import reference
 from tests.kill_and_resume import QUICK
@@ -119,6 +120,7 @@ def compare(found, count):
                     np.testing.assert_allclose(found[key], alone, err_msg=says, **options)
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_numbers_of_one(tmp_path):
     with started(2, tmp_path) as workers:
         for worker in workers:
@@ -126,6 +128,7 @@ def test_two_processes_hold_the_numbers_of_one(tmp_path):
     compare(assemble(2, tmp_path), 2)
 
 
+@pytest.mark.slow
 def test_four_processes_hold_the_numbers_of_one_and_a_death_ends_them_all(tmp_path):
     (tmp_path / "continue").touch()
     with started(4, tmp_path) as workers:
