@@ -27,7 +27,7 @@ QUICK = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
 # Far above what a start takes, for a slow machine: it only bounds a hang.
-LIMIT = 300
+LIMIT = 600
 
 
 def start(folder, *options):

@@ -22,7 +22,7 @@ def test_the_example_ends_with_the_numbers_of_pmap(name):
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=kill_and_resume.LIMIT,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "largest difference" in ran.stdout

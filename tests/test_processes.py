@@ -17,7 +17,7 @@ from tests.kill_and_resume import QUICK
 from tests.worker import AXES, CASES, DTYPES, HEARTBEAT, MOMENTUM, WAYS, make_inputs, results
 
 # Far above the ten seconds that it takes, for a slow machine: it only bounds a hang.
-LIMIT = 240
+LIMIT = 600
 NAMES = ("y", "dx", "dscale", "dbias", "mean", "var")
 EVERYWHERE = NAMES[2:]
 
