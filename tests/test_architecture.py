@@ -22,6 +22,7 @@ ROOMS = [
     "_weight",
     "__init__",
     "linen",
+    "surgery",
 ]
 SHELLS = ["linen"]
 

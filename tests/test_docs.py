@@ -9,9 +9,10 @@ import pytest
 
 import normjax
 import normjax.linen
+import normjax.surgery
 
 ROOT = Path(__file__).parents[1]
-DOORS = (normjax, normjax.linen)
+DOORS = (normjax, normjax.linen, normjax.surgery)
 PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in DOORS for n in m.__all__}
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if not isinstance(f, type)}
 
@@ -87,6 +88,7 @@ def test_docstring_examples_run(name):
         "normjax.Moments",
         "normjax.SpectralStats",
         "normjax.linen.ImmutableBatchStatsError",
+        "normjax.surgery.FoldReport",
     )
     assert tests or name in needs_none
     for test in tests:

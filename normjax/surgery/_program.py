@@ -1,0 +1,146 @@
+"""One traced call as a flat list of equations: calls inlined, dead ends left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+
+# Calls that are no more than their body once nothing is differentiated or compiled apart.
+CALLS = {
+    "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
+}  # fmt: skip
+
+Slot = int | Literal
+
+
+class Equation(NamedTuple):
+    """One primitive, from slots to slots; `where` is the module that it came from, for people."""
+
+    primitive: Primitive
+    params: dict[str, Any]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[int, ...]
+    avals: tuple[Any, ...]
+    effects: bool
+    context: Any
+    where: str
+
+    @property
+    def name(self) -> str:
+        return self.primitive.name
+
+    def bind(self, *values: Any) -> list[Any]:
+        """Its results for these values."""
+        # JAX 0.7 returns the functions among the parameters apart from the others.
+        bound = self.primitive.get_bind_params(self.params)
+        functions, params = bound if isinstance(bound, tuple) else ((), bound)
+        with self.context.manager:
+            results = self.primitive.bind(*functions, *values, **params)
+        return list(results) if self.primitive.multiple_results else [results]
+
+
+class Program(NamedTuple):
+    """Equations in order; every slot is written once."""
+
+    equations: tuple[Equation, ...]
+    constants: dict[int, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[Slot, ...]
+    out_tree: Any
+
+    def uses(self) -> Counter[int]:
+        """How often each slot is read, the result included."""
+        read = [slot for equation in self.equations for slot in equation.inputs]
+        return Counter(slot for slot in (*read, *self.outputs) if isinstance(slot, int))
+
+    def run(self, values: Sequence[Any]) -> Any:
+        """The result for these leaves of the arguments."""
+        known = self.constants | dict(zip(self.inputs, values, strict=True))
+
+        def read(slot: Slot) -> Any:
+            return known[slot] if isinstance(slot, int) else slot.val
+
+        for equation in self.equations:
+            results = equation.bind(*map(read, equation.inputs))
+            known.update(zip(equation.outputs, results, strict=True))
+        return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
+
+
+def trace(function: Callable, *args: Any) -> Program:
+    """The program of one call; `args` are arrays or their shapes."""
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    slots = count()
+    inputs = tuple(next(slots) for _ in closed.jaxpr.invars)
+    equations: list[Equation] = []
+    constants: dict[int, Any] = {}
+
+    def inline(closed: ClosedJaxpr, arguments: Sequence[Slot], where: str) -> list[Slot]:
+        held = {var: next(slots) for var in closed.jaxpr.constvars}
+        constants.update(zip(held.values(), closed.consts, strict=True))
+        known: dict[Any, Slot] = {
+            **held,
+            **dict(zip(closed.jaxpr.invars, arguments, strict=True)),
+        }
+
+        def read(atom: Any) -> Slot:
+            return atom if isinstance(atom, Literal) else known[atom]
+
+        for eqn in closed.jaxpr.eqns:
+            given = tuple(map(read, eqn.invars))
+            place = _place(where, eqn)
+            body = _body(eqn)
+            if body is None:
+                name = eqn.primitive.name
+                written = tuple(next(slots) for _ in eqn.outvars)
+                avals = tuple(var.aval for var in eqn.outvars)
+                effects = bool(eqn.effects)
+                entry = (
+                    eqn.primitive,
+                    eqn.params,
+                    given,
+                    written,
+                    avals,
+                    effects,
+                    eqn.ctx,
+                    place or name,
+                )
+                equations.append(Equation(*entry))
+                results: Sequence[Slot] = written
+            else:
+                results = inline(body, given, place)
+            known.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in closed.jaxpr.outvars]
+
+    outputs = tuple(inline(closed, inputs, ""))
+    tree = jax.tree.structure(out)
+    return _alive(Program(tuple(equations), constants, inputs, outputs, tree))
+
+
+def _place(where: str, eqn: Any) -> str:
+    """The module's path, without the functions of this library below it."""
+    parts = (*where.split("/"), *str(eqn.source_info.name_stack).split("/"))
+    return "/".join(part for part in parts if part and not part.startswith("normjax."))
+
+
+def _body(eqn: Any) -> ClosedJaxpr | None:
+    if eqn.primitive.name not in CALLS:
+        return None
+    inner = next(v for v in eqn.params.values() if isinstance(v, (ClosedJaxpr, Jaxpr)))
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+
+
+def _alive(program: Program) -> Program:
+    """Without the equations whose results nobody reads."""
+    needed = {slot for slot in program.outputs if isinstance(slot, int)}
+    kept = []
+    for equation in reversed(program.equations):
+        if equation.effects or needed.intersection(equation.outputs):
+            kept.append(equation)
+            needed.update(slot for slot in equation.inputs if isinstance(slot, int))
+    return program._replace(equations=tuple(reversed(kept)))
