@@ -1,0 +1,119 @@
+"""Keras and TensorFlow: weights by their paths, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from normjax.surgery._rules import SAME, Dialect, Layout, Rule, give_out, take_in
+
+
+def _turned(w: np.ndarray) -> np.ndarray:
+    return np.flip(np.swapaxes(w, -1, -2), tuple(range(w.ndim - 2)))
+
+
+# (*window, out, in), turned around as in PyTorch; (*window, features, 1) for each feature alone.
+CONV_TRANSPOSE = Layout(lambda w, _: _turned(w), _turned)
+DEPTHWISE = Layout(lambda w, _: np.swapaxes(w, -1, -2), lambda w: np.swapaxes(w, -1, -2))
+
+BIAS = {("params", "bias"): ("bias", SAME)}
+LINEAR = {("params", "kernel"): ("kernel", SAME), **BIAS}
+AFFINE = {("params", "scale"): ("gamma", SAME), ("params", "bias"): ("beta", SAME)}
+KERAS = Dialect(
+    {
+        "dense": LINEAR,
+        "conv": LINEAR,
+        "conv_transpose": {("params", "kernel"): ("kernel", CONV_TRANSPOSE), **BIAS},
+        "depthwise_conv": {("params", "kernel"): ("kernel", DEPTHWISE), **BIAS},
+        "embedding": {("params", "embedding"): ("embeddings", SAME)},
+        "batch_norm": {
+            **AFFINE,
+            ("batch_stats", "mean"): ("moving_mean", SAME),
+            ("batch_stats", "var"): ("moving_variance", SAME),
+        },
+        "layer_norm": AFFINE,
+        "group_norm": AFFINE,
+        "rms_norm": {("params", "scale"): ("scale", SAME)},
+    },
+    separator="/",
+)
+
+
+def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Any:
+    """Fills the variables of a Flax model from the weights of its Keras twin.
+
+        rule: (module of Flax, layer of Keras, kind), as ("Conv_{i}", "net/conv{i+1}", "conv")
+
+    Rules are read as in `import_torch`. Kinds: dense, conv, conv_transpose, depthwise_conv (of
+    multiplier 1), embedding, batch_norm (gamma, beta, moving_mean, moving_variance), layer_norm,
+    group_norm, rms_norm, and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
+
+    Args:
+        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
+        weights: arrays by path: `{w.path: np.asarray(w) for w in model.weights}`.
+        rules: the table.
+
+    Returns:
+        Variables of the same structure, NumPy arrays in the dtypes of the weights.
+
+    Guarantees:
+        identity: `export_keras` of the result has the very bits of the weights.
+        all or nothing: every leaf has its array and every array its leaf, or it is an error.
+
+    Raises:
+        ValueError: names missing or left over, shapes that differ, a rule that matches nothing,
+            a variable without a rule.
+        TypeError: `weights` is no mapping.
+
+    References:
+        Keras (2024), keras.layers.BatchNormalization.
+
+    Example:
+        >>> import numpy as np
+        >>> from normjax import surgery
+        >>> variables = {"params": {"norm": {"scale": np.zeros(2), "bias": np.zeros(2)}}}
+        >>> weights = {"net/ln/gamma": np.ones(2), "net/ln/beta": np.zeros(2)}
+        >>> rules = [("norm", "net/ln", "layer_norm")]
+        >>> surgery.import_keras(variables, weights, rules)["params"]["norm"]["scale"]
+        array([1., 1.])
+    """
+    called = "surgery.import_keras"
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"{called}: weights is {type(weights).__name__}, expected a mapping of paths to "
+            "arrays. Pass {w.path: np.asarray(w) for w in model.weights}."
+        )
+    return take_in(called, KERAS, variables, weights, rules)
+
+
+def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """The weights of the Keras twin by path, from the variables of a Flax model.
+
+        for w in model.weights: w.assign(weights[w.path])
+
+    Args:
+        variables: of the Flax model.
+        rules: the table of `import_keras`.
+
+    Returns:
+        A dict of contiguous NumPy arrays by Keras' paths.
+
+    Guarantees:
+        identity: `import_keras` of the result gives the very bits of the variables.
+
+    Raises:
+        ValueError: a rule that matches nothing, a variable without a rule, a name given twice.
+
+    References:
+        Keras (2024), keras.layers.BatchNormalization.
+
+    Example:
+        >>> import numpy as np
+        >>> from normjax import surgery
+        >>> variables = {"params": {"norm": {"scale": np.ones(2), "bias": np.zeros(2)}}}
+        >>> sorted(surgery.export_keras(variables, [("norm", "net/ln", "layer_norm")]))
+        ['net/ln/beta', 'net/ln/gamma']
+    """
+    return give_out("surgery.export_keras", KERAS, variables, rules)

@@ -1,0 +1,268 @@
+"""PyTorch: state dicts in and out, and the fields of a module that acts alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from normjax.surgery._rules import SAME, Dialect, Layout, Rule, give_out, take_in
+
+
+def _axes(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(range(array.ndim - 2))
+
+
+TRANSPOSED = Layout(lambda w, _: w.T, lambda w: w.T)
+# (out, in, *window) and (*window, in, out).
+CONV = Layout(
+    lambda w, _: np.moveaxis(w, (1, 0), (-2, -1)), lambda w: np.moveaxis(w, (-1, -2), (0, 1))
+)
+# (in, out, *window) and (*window, in, out), which Flax does not turn around and PyTorch does.
+CONV_TRANSPOSE = Layout(
+    lambda w, _: np.flip(np.moveaxis(w, (0, 1), (-2, -1)), _axes(w)),
+    lambda w: np.moveaxis(np.flip(w, _axes(w)), (-2, -1), (0, 1)),
+)
+# One number for a module there, one for each feature here.
+COUNT = Layout(
+    lambda n, leaf: np.full(leaf.shape, n, leaf.dtype),
+    lambda count: np.asarray(count.max(initial=0), np.int64),
+)
+
+BATCH_NORMS = ("BatchNorm", "SyncBatchNorm")
+BIAS = {("params", "bias"): ("bias", SAME)}
+AFFINE = {("params", "scale"): ("weight", SAME), **BIAS}
+TORCH = Dialect(
+    {
+        "linear": {("params", "kernel"): ("weight", TRANSPOSED), **BIAS},
+        "conv": {("params", "kernel"): ("weight", CONV), **BIAS},
+        "conv_transpose": {("params", "kernel"): ("weight", CONV_TRANSPOSE), **BIAS},
+        "embedding": {("params", "embedding"): ("weight", SAME)},
+        "batch_norm": {
+            **AFFINE,
+            ("batch_stats", "mean"): ("running_mean", SAME),
+            ("batch_stats", "var"): ("running_var", SAME),
+            ("batch_stats", "count"): ("num_batches_tracked", COUNT),
+        },
+        "layer_norm": AFFINE,
+        "group_norm": AFFINE,
+        "instance_norm": AFFINE,
+        "rms_norm": AFFINE,
+    },
+    separator=".",
+    optional=("num_batches_tracked",),
+)
+
+
+def import_torch(
+    variables: Any, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
+) -> Any:
+    """Fills the variables of a Flax model from the state dict of its PyTorch twin.
+
+        rule: (module of Flax, module of PyTorch, kind), as ("block{i}/Conv_{j}", "{i}.conv{j+1}",
+        "conv")
+
+    A name in braces matches any part of a module's name; `{j+1}` counts on from it. The first rule
+    that fits a leaf decides. Kinds: linear, conv, conv_transpose (of Flax's default
+    `transpose_kernel=False`), embedding, batch_norm, layer_norm, group_norm, instance_norm,
+    rms_norm, and keep, which leaves a module as it is.
+
+    Arrays alone make no twin: PyTorch's momentum is the weight of the NEW value, its running
+    variance is unbiased (ddof=1) and its epsilon 1e-5, all of which `torch_fields` reads from a
+    module; its padding=1 is ((1, 1), (1, 1)) in Flax and not "SAME" where there is a stride; a
+    Linear behind a flattened image sees (channels, height, width): transpose before flattening.
+
+    Args:
+        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
+        state: mapping of names to arrays or tensors, or the path of a safetensors file (needs the
+            package safetensors). Never a pickle.
+        rules: the table.
+
+    Returns:
+        Variables of the same structure, NumPy arrays in the dtypes of the state.
+
+    Guarantees:
+        identity: `export_torch` of the result has the very bits of the state.
+        all or nothing: every leaf has its array and every array its leaf, or it is an error.
+
+    Edge cases:
+        ===================================  ==================================================
+        num_batches_tracked                  `batch_stats/count` where the twin keeps one, else
+                                             left out
+        bfloat16                             stays bfloat16
+        a rule of kind keep                  leaves the module and its names out
+        ===================================  ==================================================
+
+    Raises:
+        ValueError: names missing or left over (both are listed), shapes that differ, a rule that
+            matches nothing, a variable without a rule, a file that is not safetensors.
+        TypeError: `state` is neither a mapping nor a path.
+        ImportError: a path, and safetensors is not installed.
+
+    References:
+        PyTorch (2024), torch.nn.BatchNorm2d; Hugging Face (2022), safetensors, file format.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, numpy as np
+        >>> from normjax import surgery
+        >>> model = nn.Sequential([nn.Dense(3)])
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 2)))
+        >>> state = {"0.weight": np.ones((3, 2)), "0.bias": np.zeros(3)}
+        >>> filled = surgery.import_torch(variables, state, [("layers_{i}", "{i}", "linear")])
+        >>> filled["params"]["layers_0"]["kernel"].shape
+        (2, 3)
+    """
+    called = "surgery.import_torch"
+    if isinstance(state, (str, PathLike)):
+        state = _read(called, fspath(state))
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{called}: state is {type(state).__name__}, expected a mapping of names to arrays or "
+            "the path of a safetensors file. Pass model.state_dict()."
+        )
+    return take_in(called, TORCH, variables, state, rules)
+
+
+def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
+    """The state dict of the PyTorch twin, from the variables of a Flax model.
+
+        model.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
+
+    Args:
+        variables: of the Flax model.
+        rules: the table of `import_torch`.
+
+    Returns:
+        A dict of contiguous NumPy arrays by PyTorch's names, fit for `torch.from_numpy` and
+        `safetensors.numpy.save_file`.
+
+    Guarantees:
+        identity: `import_torch` of the result gives the very bits of the variables.
+
+    Edge cases:
+        ===================================  ==================================================
+        no batch_stats/count                 no num_batches_tracked, which PyTorch then makes
+        ===================================  ==================================================
+
+    Raises:
+        ValueError: a rule that matches nothing, a variable without a rule, a name given twice.
+
+    References:
+        PyTorch (2024), torch.nn.Module.load_state_dict.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> variables = {"params": {"head": {"kernel": jnp.ones((2, 3))}}}
+        >>> surgery.export_torch(variables, [("head", "fc", "linear")])["fc.weight"].shape
+        (3, 2)
+    """
+    return give_out("surgery.export_torch", TORCH, variables, rules)
+
+
+def torch_fields(module: Any) -> dict[str, Any]:
+    """The fields of the linen module that acts as a norm of PyTorch.
+
+        momentum = 1 - PyTorch's momentum,  ddof = 1,  epsilon = eps
+
+    Args:
+        module: a BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm or RMSNorm of
+            torch.nn.
+
+    Returns:
+        Keyword arguments of the module of that name in `normjax.linen`.
+
+    Guarantees:
+        acts alike: in training, in evaluation and in the running statistics.
+
+    Edge cases:
+        ===================================  ==================================================
+        momentum=None                        momentum=None, the plain average, which counts
+        affine=False                         neither scale nor bias
+        RMSNorm with eps=None                the eps of float32
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: a module that is none of these.
+
+    References:
+        PyTorch (2024), torch.nn, normalization layers.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from normjax import surgery
+        >>> BatchNorm2d = type("BatchNorm2d", (SimpleNamespace,), {})  # of torch.nn
+        >>> surgery.torch_fields(BatchNorm2d(momentum=0.1, eps=1e-5, weight=1, bias=1))["momentum"]
+        0.9
+    """
+    kind = type(module).__name__.rstrip("123d")
+    if kind not in (*BATCH_NORMS, "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"):
+        raise TypeError(
+            f"surgery.torch_fields: module is {type(module).__name__}, expected a BatchNorm, "
+            "SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm or RMSNorm of torch.nn. Pass the "
+            "norm itself, for example model.bn1."
+        )
+    uses = {
+        "use_scale": module.weight is not None,
+        "use_bias": getattr(module, "bias", None) is not None,
+    }
+    fields: dict[str, Any] = {"epsilon": module.eps, **uses}
+    if kind in BATCH_NORMS:
+        momentum = None if module.momentum is None else 1 - module.momentum
+        return {"momentum": momentum, "ddof": 1, **fields}
+    if kind == "InstanceNorm":
+        return fields
+    if kind == "GroupNorm":
+        return {"num_groups": module.num_groups, **fields}
+    if kind in ("LayerNorm", "RMSNorm"):
+        axes = tuple(range(-len(module.normalized_shape), 0))
+        fields |= {"reduction_axes": axes, "feature_axes": axes}
+    if kind == "RMSNorm":
+        del fields["use_bias"]
+        fields["epsilon"] = float(jnp.finfo("float32").eps) if module.eps is None else module.eps
+    return fields
+
+
+# As safetensors names them.
+DTYPES = {
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": jnp.bfloat16,
+    "BOOL": "bool",
+}
+
+
+def _read(called: str, path: str) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file."""
+    try:
+        import safetensors
+    except ImportError:
+        raise ImportError(
+            f"{called}: {path!r} is a path, which needs safetensors. Install it with "
+            "pip install 'normjax[safetensors]', or pass a mapping of names to arrays."
+        ) from None
+    data = Path(path).read_bytes()
+    try:
+        entries = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        kind = "a pickle of PyTorch" if data[:2] in (b"PK", b"\x80\x02") else "something else"
+        raise ValueError(
+            f"{called}: {path!r} is not a safetensors file ({error}) but {kind}, expected "
+            "safetensors, since a pickle may run any code. Save it where you trust it: "
+            "safetensors.torch.save_file(model.state_dict(), path)."
+        ) from None
+    unknown = sorted({entry["dtype"] for _, entry in entries} - set(DTYPES))
+    if unknown:
+        raise ValueError(
+            f"{called}: {path!r} holds arrays of {', '.join(unknown)}, expected one of "
+            f"{', '.join(DTYPES)}. Convert them in PyTorch first, for example by .float()."
+        )
+    return {
+        name: np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }
