@@ -96,7 +96,13 @@ def test_docstring_examples_run(name):
         assert runner.run(test).failed == 0
 
 
-PAGES = ["README.md", "docs/which-norm.md", "docs/accumulation.md", "docs/devices.md"]
+PAGES = [
+    "README.md",
+    *(
+        f"docs/{page}.md"
+        for page in ("which-norm", "accumulation", "devices", "scaling", "serving", "checkpoints")
+    ),
+]
 
 
 @pytest.mark.usefixtures("lenient")
