@@ -365,6 +365,44 @@ def test_fold_edge_norm_inside_a_scan():
     check(serve(arrays, X), apply(variables, X))
 
 
+class Queries(nn.Module):
+    """Learned queries, the same for each example, beside what an example says."""
+
+    @nn.compact
+    def __call__(self, x):
+        queries = self.param("queries", nn.initializers.normal(), (1, 5, 4))
+        queries = nn.Dense(4)(jnp.broadcast_to(queries, (x.shape[0], 5, 4)))
+        x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+        return queries + x.max((1, 2))[:, None]
+
+
+def test_fold_edge_variables_repeated_for_each_example():
+    apply, variables, serve, arrays, report = folded(Queries())
+    assert len(report.folded) == 1
+    for batch in (X, X[:1]):
+        check(serve(arrays, batch), apply(variables, batch))
+    apply, variables, serve, arrays, _ = folded(Queries(), X[:1])
+    check(serve(arrays, X[:1]), apply(variables, X[:1]))
+    with pytest.raises(
+        ValueError, match="computed beforehand, .* fold it with two examples or more"
+    ):
+        serve(arrays, X)
+
+
+def test_prints_are_kept(capfd):
+    class Talks(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
+            jax.debug.print("largest {}", x.max())
+            return x
+
+    _, _, serve, arrays, _ = folded(Talks())
+    jax.block_until_ready(serve(arrays, X))
+    jax.effects_barrier()
+    assert capfd.readouterr().out.count("largest") == 1
+
+
 def test_weights_are_normalized_beforehand():
     model = One(normjax.linen.WeightNorm(nn.Dense(4)))
     apply, variables, serve, arrays, report = folded(model)

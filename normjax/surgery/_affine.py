@@ -207,33 +207,41 @@ def sources(equation: Equation, shape: tuple[int, ...]) -> tuple[int | None, ...
     return None
 
 
-def evaluate(equation: Equation, given: Sequence[Known]) -> list[Known] | None:
-    """An equation of known operands; None where it would have to repeat what is kept once."""
+def manner(equation: Equation, given: Sequence[Known]) -> str:
+    """How an equation of known operands is evaluated: "compact", "whole", or when "serving".
+
+    What only repeats itself is never written out beforehand, since it may do so for each example.
+    """
+    if equation.name in ELEMENTWISE or (len(given) == 1 and _source(equation, given[0])):
+        return "compact"
+    return "whole" if all(known.whole for known in given) else "serving"
+
+
+def evaluate(equation: Equation, given: Sequence[Known]) -> list[Known]:
+    """An equation of known operands, beforehand."""
+    if equation.name not in ELEMENTWISE and len(given) == 1 and _source(equation, given[0]):
+        return [_move(equation, given[0])]
+    arrays = [known.array for known in given]
+    if equation.name in ELEMENTWISE:
+        common = jnp.broadcast_shapes(*map(jnp.shape, arrays))
+        arrays = [a if not jnp.ndim(a) else jnp.broadcast_to(a, common) for a in arrays]
     stored = any(known.stored for known in given)
     deviation = any(known.deviation for known in given)
     deviation |= stored and equation.name in ROOTS
-    arrays = [known.array for known in given]
-    if not all(known.whole for known in given):
-        if equation.name in ELEMENTWISE:
-            common = jnp.broadcast_shapes(*map(jnp.shape, arrays))
-            arrays = [a if not jnp.ndim(a) else jnp.broadcast_to(a, common) for a in arrays]
-        else:
-            return _move(equation, given[0]) if len(given) == 1 else None
-    elif equation.name == "broadcast_in_dim" and len(given) == 1:
-        return _move(equation, given[0])
-    results = equation.bind(*arrays)
-    shapes = [aval.shape for aval in equation.avals]
-    pairs = zip(results, shapes, strict=True)
-    return [Known(array, shape, stored, deviation) for array, shape in pairs]
+    results = zip(equation.bind(*arrays), equation.avals, strict=True)
+    return [Known(array, aval.shape, stored, deviation) for array, aval in results]
 
 
-def _move(equation: Equation, known: Known) -> list[Known] | None:
+def _source(equation: Equation, known: Known) -> tuple[int | None, ...] | None:
     source = sources(equation, known.shape)
-    if source is None or not known.varying <= set(source):
-        return None
+    return source if source is not None and known.varying <= set(source) else None
+
+
+def _move(equation: Equation, known: Known) -> Known:
+    source = _source(equation, known) or ()
     kept = [axis if axis in known.varying else None for axis in source]
     array = carried(jnp.asarray(known.array), kept)
-    return [known._replace(array=array, shape=equation.avals[0].shape)]
+    return known._replace(array=array, shape=equation.avals[0].shape)
 
 
 def whole(known: Known, take: Callable[[Array], Array]) -> Array:

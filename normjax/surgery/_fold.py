@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from normjax.surgery._affine import (
     Pending,
     evaluate,
     features_of,
+    manner,
     whole,
 )
 from normjax.surgery._program import Equation, Program, trace
@@ -24,6 +26,15 @@ LAYERS = {"conv_general_dilated", "dot_general"}
 AFFINE = {"add", "add_any", "sub", "mul", "div", "neg"}
 CASTS = {"convert_element_type", "copy", "stop_gradient", "name"}
 LOOPS = {"scan", "while", "cond", "shard_map"}
+
+
+ONE_SIZE = (
+    "the call repeats variables for each example, as learned queries: fold it with two examples or "
+    "more."
+)
+
+# How an equation was met, by where it stands, its name and its number there.
+Manners = dict[tuple[str, str, int], str]
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ def fold(
         shared layer                         one kernel for each norm that follows it
         half precision                       folded in float32, kernels keep their dtype
         norm inside a scan                   left as it is, and reported
+        variables repeated for each example  fold with two examples or more
         ===================================  ==================================================
 
     Raises:
@@ -110,6 +122,7 @@ def fold(
     program = trace(call, variables, *inputs)
     leaves = jax.tree.leaves(variables)
     report = FoldReport()
+    manners: Manners = {}
 
     def stored(leaves: list[Array], inputs: Any) -> list[Array]:
         taken: list[Array] = []
@@ -118,10 +131,10 @@ def fold(
             taken.append(array)
             return array
 
-        _Folding(program, take, report).run(leaves, jax.tree.leaves(inputs))
+        _Folding(program, take, report, manners).run(leaves, jax.tree.leaves(inputs))
         return taken
 
-    beforehand = trace(stored, leaves, inputs)
+    beforehand = trace(stored, leaves, inputs, effects=False)
     if not report.folded and not report.alone:
         raise ValueError(
             "surgery.fold: no norm found whose statistics come from the variables, expected at "
@@ -131,10 +144,10 @@ def fold(
     # What is stored depends on no input, so none is needed to compute it.
     nothing = [None] * len(jax.tree.leaves(inputs))
     folded = tuple(jax.jit(lambda leaves: beforehand.run([*leaves, *nothing]))(leaves))
-    return _server(call, variables, len(folded)), folded, report
+    return _server(call, variables, len(folded), manners), folded, report
 
 
-def _server(call: Callable, variables: Any, size: int) -> Callable:
+def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Callable:
     """The function that serves, traced anew for each shape of its inputs."""
     shapes = jax.eval_shape(lambda variables: variables, variables)
     leaves = jax.tree.leaves(shapes)
@@ -151,13 +164,13 @@ def _server(call: Callable, variables: Any, size: int) -> Callable:
                     got = "nothing more" if given is None else f"shape {given.shape}"
                     raise ValueError(
                         f"serve: folded holds {got} where the call on these inputs needs "
-                        f"{array.shape}. Pass what fold returned beside serve; if you did, the "
-                        "call mixes variables with numbers made for one batch size: fold it with "
-                        "inputs of this size."
+                        f"{array.shape}. Pass what fold returned beside serve; if you did, "
+                        + ONE_SIZE
                     )
                 return given
 
-            return _Folding(program, take, FoldReport()).run(leaves, jax.tree.leaves(inputs))
+            walk = _Folding(program, take, FoldReport(), manners)
+            return walk.run(leaves, jax.tree.leaves(inputs))
 
         if len(folded) != size:
             raise ValueError(
@@ -172,11 +185,16 @@ def _server(call: Callable, variables: Any, size: int) -> Callable:
 
 
 class _Folding:
-    """One walk over a program, which `take`s every array that is known before the call."""
+    """One walk over a program, which `take`s every array that is known before the call.
 
-    def __init__(self, program: Program, take: Callable, report: FoldReport):
-        self.program, self.report = program, report
+    The first walk writes down in which manner it met what is known; later ones, over other shapes,
+    follow it, and so take the same arrays.
+    """
+
+    def __init__(self, program: Program, take: Callable, report: FoldReport, manners: Manners):
+        self.program, self.report, self.manners = program, report, manners
         self.uses = program.uses()
+        self.met: Counter[tuple[str, str]] = Counter()
         self.known: dict[int, Any] = {}
         self.reasons: dict[int, str] = dict.fromkeys(program.inputs, "it comes first")
         self.taken: dict[int, tuple[Array, Array]] = {}
@@ -229,8 +247,10 @@ class _Folding:
         """The results of one equation."""
         known = [isinstance(value, Known) for value in values]
         if all(known):
-            results: Sequence[Any] | None = evaluate(equation, values)
-            return equation.bind(*map(self.live, values)) if results is None else results
+            beforehand = self.manner(equation, manner(equation, values)) != "serving"
+            return (
+                evaluate(equation, values) if beforehand else equation.bind(*map(self.live, values))
+            )
         pending = None
         if equation.name in LAYERS and sum(known) == 1:
             pending = self.layer(equation, values, known.index(True))
@@ -243,11 +263,25 @@ class _Folding:
         self.look_inside(equation, values)
         return equation.bind(*map(self.live, values))
 
+    def manner(self, equation: Equation, found: str) -> str:
+        """That of the first walk."""
+        place = (equation.where, equation.name)
+        self.met[place] += 1
+        first = self.manners.setdefault((*place, self.met[place]), found)
+        if found == "serving" != first:
+            raise ValueError(
+                f"serve: {equation.name} in {equation.where} was computed beforehand, "
+                f"which these inputs do not allow: {ONE_SIZE}"
+            )
+        return first
+
     def layer(self, equation: Equation, values: list[Any], position: int) -> Pending | None:
         """A convolution or product of an input with a kernel."""
         kernel, out = values[position], equation.avals[0]
         is_kernel = position == 1 or equation.name == "dot_general"
-        if not (is_kernel and kernel.stored and kernel.whole and _is_inexact(out)):
+        if not (is_kernel and kernel.stored and _is_inexact(out)):
+            return None
+        if self.manner(equation, "whole" if kernel.whole else "serving") == "serving":
             return None
         features = features_of(equation, position, len(kernel.shape))
         x = self.live(values[1 - position])

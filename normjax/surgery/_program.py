@@ -20,14 +20,18 @@ Slot = int | Literal
 
 
 class Equation(NamedTuple):
-    """One primitive, from slots to slots; `where` is the module that it came from, for people."""
+    """One primitive, from slots to slots.
+
+    `lasting` ones, which print, run though nobody reads them. `where` is the module that it came
+    from, for people.
+    """
 
     primitive: Primitive
     params: dict[str, Any]
     inputs: tuple[Slot, ...]
     outputs: tuple[int, ...]
     avals: tuple[Any, ...]
-    effects: bool
+    lasting: bool
     context: Any
     where: str
 
@@ -72,8 +76,8 @@ class Program(NamedTuple):
         return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
 
 
-def trace(function: Callable, *args: Any) -> Program:
-    """The program of one call; `args` are arrays or their shapes."""
+def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
+    """The program of one call, with or without its prints; `args` are arrays or their shapes."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     slots = count()
     inputs = tuple(next(slots) for _ in closed.jaxpr.invars)
@@ -99,14 +103,14 @@ def trace(function: Callable, *args: Any) -> Program:
                 name = eqn.primitive.name
                 written = tuple(next(slots) for _ in eqn.outvars)
                 avals = tuple(var.aval for var in eqn.outvars)
-                effects = bool(eqn.effects)
+                lasting = effects and bool(eqn.effects)
                 entry = (
                     eqn.primitive,
                     eqn.params,
                     given,
                     written,
                     avals,
-                    effects,
+                    lasting,
                     eqn.ctx,
                     place or name,
                 )
@@ -140,7 +144,7 @@ def _alive(program: Program) -> Program:
     needed = {slot for slot in program.outputs if isinstance(slot, int)}
     kept = []
     for equation in reversed(program.equations):
-        if equation.effects or needed.intersection(equation.outputs):
+        if equation.lasting or needed.intersection(equation.outputs):
             kept.append(equation)
             needed.update(slot for slot in equation.inputs if isinstance(slot, int))
     return program._replace(equations=tuple(reversed(kept)))
