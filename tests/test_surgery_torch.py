@@ -282,7 +282,7 @@ def test_missing_and_left_over_names_are_listed_together():
 def test_rules_that_do_not_fit():
     rules = [("a", "a", "linear"), ("b{i}", "b", "conv")]
     text = message(surgery.import_torch, HEAD, STATE, rules)
-    assert "rules that match no module: ('b{i}', 'b', 'conv')" in text
+    assert "rules that match nothing: ('b{i}', 'b', 'conv')" in text
     assert text.endswith("The modules are: 'a'.")
     text = message(surgery.export_torch, HEAD, [("a", "a", "embedding")])
     assert "variables without a rule: params/a/bias, params/a/kernel" in text

@@ -27,7 +27,6 @@ AFFINE = {"add", "add_any", "sub", "mul", "div", "neg"}
 CASTS = {"convert_element_type", "copy", "stop_gradient", "name"}
 LOOPS = {"scan", "while", "cond", "shard_map"}
 
-
 ONE_SIZE = (
     "the call repeats variables for each example, as learned queries: fold it with two examples or "
     "more."
@@ -37,7 +36,7 @@ ONE_SIZE = (
 Manners = dict[tuple[str, str, int], str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class FoldReport:
     """What became of every norm of a call; `print` it.
 
@@ -121,8 +120,7 @@ def fold(
     """
     program = trace(call, variables, *inputs)
     leaves = jax.tree.leaves(variables)
-    report = FoldReport()
-    manners: Manners = {}
+    report, manners = FoldReport(), Manners()
 
     def stored(leaves: list[Array], inputs: Any) -> list[Array]:
         taken: list[Array] = []
@@ -169,7 +167,7 @@ def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Call
                     )
                 return given
 
-            walk = _Folding(program, take, FoldReport(), manners)
+            walk = _Folding(program, take, FoldReport(), dict(manners))
             return walk.run(leaves, jax.tree.leaves(inputs))
 
         if len(folded) != size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,12 +43,17 @@ class Dialect(NamedTuple):
     separator: str
     optional: tuple[str, ...] = ()
 
+    def join(self, module: str, name: str) -> str:
+        return f"{module}{self.separator}{name}" if module else name
+
 
 class Place(NamedTuple):
     """Where a leaf of the variables is found in the other library; without a name it stays."""
 
     leaf: Any
     path: str
+    rule: Rule | None = None
+    module: str = ""
     name: str | None = None
     layout: Layout = SAME
 
@@ -56,11 +62,12 @@ def take_in(
     called: str, dialect: Dialect, variables: Any, state: Mapping[str, Any], rules: Sequence[Rule]
 ) -> Any:
     """The variables with the arrays of `state` in their places."""
-    places, free = _places(called, dialect, variables, rules)
+    places = _places(called, dialect, variables, rules)
     given = {name: as_numpy(array) for name, array in state.items()}
     named = [place for place in places if place.name is not None]
     missing = [f"{p.name} (for {p.path})" for p in named if p.name not in given]
     used = {place.name for place in named}
+    free = _free(dialect, places)
     left = [name for name in given if name not in used and not free(name)]
     arrays = [_laid_out(place, given) for place in places]
     differing = [
@@ -81,7 +88,7 @@ def give_out(
     called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
     """The arrays of the variables by the names of the other library."""
-    places, _ = _places(called, dialect, variables, rules)
+    places = _places(called, dialect, variables, rules)
     return {
         # A copy in order: files are written from memory without regard to strides, and PyTorch
         # wants memory that it may write to.
@@ -115,60 +122,66 @@ def as_numpy(array: Any) -> np.ndarray:
     return np.array(jnp.from_dlpack(tensor.contiguous()) if is_brain else tensor.numpy())
 
 
-def _places(
-    called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
-) -> tuple[list[Place], Callable[[str], bool]]:
-    """The place of every leaf, and whether a name needs none."""
+def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]) -> list[Place]:
+    """The place of every leaf; an error if there is a leaf or a rule without the other."""
     for rule in rules:
         if rule[2] not in (*dialect.kinds, KEEP):
             raise ValueError(
                 f"{called}: the rule {rule} has kind {rule[2]!r}, expected one of "
                 f"{', '.join(dialect.kinds)} or {KEEP}."
             )
-    patterns = [re.compile(_regex(flax)) for flax, _, _ in rules]
-    found: set[int] = set()
-    optional: set[str] = set()
-    kept: list[str] = []
-
-    def place(path: tuple[Any, ...], leaf: Any) -> Place:
-        text = jax.tree_util.keystr(path, simple=True, separator="/")
-        collection, *parents, name = text.split("/") if "/" in text else ("", text)
-        for number, (rule, pattern) in enumerate(zip(rules, patterns, strict=True)):
-            match = pattern.fullmatch("/".join(parents))
-            if match is None:
-                continue
-            found.add(number)
-            module = _name(called, rule, match.groupdict())
-            join = dialect.separator.join
-            if rule[2] == KEEP:
-                kept.append(module)
-                return Place(leaf, text)
-            optional.update(join(filter(None, (module, name))) for name in dialect.optional)
-            if entry := dialect.kinds[rule[2]].get((collection, name)):
-                return Place(leaf, text, join(filter(None, (module, entry[0]))), entry[1])
-        return Place(None, text)
-
+    patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    places = [place(*entry) for entry in leaves]
-    names = [place.name for place in places if place.name is not None]
-    unmatched = [str(rule) for number, rule in enumerate(rules) if number not in found]
-    modules = sorted({"/".join(place.path.split("/")[1:-1]) for place in places})
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    places = [
+        _place(called, dialect, patterns, path, leaf)
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    ]
+    named = Counter(place.name for place in places if place.name is not None)
+    modules = sorted({"/".join(path.split("/")[1:-1]) for path in paths})
     _complain(
         f"{called}: the rules do not fit the variables",
         {
-            "rules that match no module": unmatched,
-            "variables without a rule": [place.path for place in places if place.leaf is None],
-            "names given twice": sorted({name for name in names if names.count(name) > 1}),
+            "rules that match nothing": [
+                str(rule) for rule in rules if rule not in [place.rule for place in places]
+            ],
+            "variables without a rule": [place.path for place in places if place.rule is None],
+            "names given twice": [name for name, times in sorted(named.items()) if times > 1],
         },
         f"The modules are: {', '.join(map(repr, modules))}.",
     )
-    return (
-        places,
-        lambda name: (
-            name in optional
-            or any(name == module or name.startswith(module + dialect.separator) for module in kept)
-        ),
-    )
+    return places
+
+
+def _place(
+    called: str,
+    dialect: Dialect,
+    patterns: Sequence[tuple[Rule, re.Pattern[str]]],
+    path: str,
+    leaf: Any,
+) -> Place:
+    """By the first rule that fits."""
+    collection, _, rest = path.partition("/")
+    parents, _, leaf_name = rest.rpartition("/")
+    for rule, pattern in patterns:
+        match = pattern.fullmatch(parents)
+        if match is None:
+            continue
+        module = _name(called, rule, match.groupdict())
+        if rule[2] == KEEP:
+            return Place(leaf, path, rule, module)
+        if entry := dialect.kinds[rule[2]].get((collection, leaf_name)):
+            name = dialect.join(module, entry[0])
+            return Place(leaf, path, rule, module, name, entry[1])
+    return Place(leaf, path)
+
+
+def _free(dialect: Dialect, places: Sequence[Place]) -> Callable[[str], bool]:
+    """Which names need no place: optional ones, and those of a module that is kept."""
+    optional = {dialect.join(p.module, extra) for p in places for extra in dialect.optional}
+    kept = {p.module for p in places if p.rule is not None and p.rule[2] == KEEP}
+    inside = tuple(dialect.join(module, "") for module in kept)
+    return lambda name: name in optional or name in kept or name.startswith(inside)
 
 
 def _regex(pattern: str) -> str:
