@@ -394,7 +394,7 @@ def test_prints_are_kept(capfd):
         @nn.compact
         def __call__(self, x):
             x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
-            jax.debug.print("largest {}", x.max())
+            jax.debug.print("largest {} {}", x.max(), self.param("own", nn.initializers.ones, ()))
             return x
 
     _, _, serve, arrays, _ = folded(Talks())

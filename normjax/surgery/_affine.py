@@ -211,7 +211,10 @@ def manner(equation: Equation, given: Sequence[Known]) -> str:
     """How an equation of known operands is evaluated: "compact", "whole", or when "serving".
 
     What only repeats itself is never written out beforehand, since it may do so for each example.
+    What prints does so at each call.
     """
+    if equation.lasting:
+        return "serving"
     if equation.name in ELEMENTWISE or (len(given) == 1 and _source(equation, given[0])):
         return "compact"
     return "whole" if all(known.whole for known in given) else "serving"

@@ -52,7 +52,8 @@ def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rul
 
     Args:
         variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
-        weights: arrays by path: `{w.path: np.asarray(w) for w in model.weights}`.
+        weights: arrays by path: `{w.path: np.asarray(w) for w in model.weights}`. Names of
+            TensorFlow end in ":0", which is no part of a path: strip it.
         rules: the table.
 
     Returns:
