@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 import normjax.linen
 from normjax import surgery
@@ -288,8 +288,8 @@ def test_fold_guarantee_any_batch():
 def test_a_server_is_exported_for_any_batch():
     model = Vgg(nn.BatchNorm)
     apply, variables, serve, arrays, _ = folded(model)
-    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 8, 8, 3"), np.float32)
-    exported = jax.export.export(serve)(arrays, x)
+    x = jax.ShapeDtypeStruct(export.symbolic_shape("n, 8, 8, 3"), np.float32)
+    exported = export.export(serve)(arrays, x)
     check(exported.call(arrays, X[:3]), apply(variables, X[:3]))
 
 
