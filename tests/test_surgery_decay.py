@@ -187,6 +187,12 @@ def test_gain_of_a_standardized_weight():
     assert mask == {gain: False, "layer_instance/kernel": True, "layer_instance/bias": False}
 
 
+def test_statistics_do_not_decay():
+    """The vectors of a power iteration have rank 2."""
+    variables = {"params": {"kernel": shape(3, 4)}, "batch_stats": {"layer/kernel/u": shape(1, 4)}}
+    assert by_name(variables) == {"params/kernel": True, "batch_stats/layer/kernel/u": False}
+
+
 def test_decay_mask_edge_empty_tree():
     assert surgery.decay_mask({}) == {}
 

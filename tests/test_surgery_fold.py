@@ -212,6 +212,14 @@ CALLS = {
         ),
         plain((5, 3), 5),
     ),
+    "kernel on the left, reshaped": (
+        lambda v, x: affine(
+            v,
+            jnp.tensordot(v["kernel"], x, ((1,), (3,))).reshape(5, -1),
+            lambda a: a[:, None],
+        ),
+        plain((5, 3), 5),
+    ),
     "batch of products": (
         lambda v, x: affine(v, jnp.einsum("nhwc,hcd->nhwd", x, v["kernel"])),
         plain((8, 3, 4), 4),
@@ -230,6 +238,10 @@ CALLS = {
     ),
     "in remat and jit": (
         jax.remat(jax.jit(lambda v, x: affine(v, jax.jit(jnp.matmul)(x, v["kernel"])))),
+        plain((3, 4), 4),
+    ),
+    "as a quotient": (
+        lambda v, x: (x @ v["kernel"] - v["mean"]) / jnp.sqrt(v["var"]) * v["scale"] / 3,
         plain((3, 4), 4),
     ),
     "two norms": (
@@ -257,6 +269,9 @@ def positions(a):
 KEPT = {
     "a scale for each position": lambda v, x: affine(v, x @ v["kernel"], positions),
     "a kernel that depends on the input": lambda v, x: affine(v, x @ (v["kernel"] * x.max())),
+    "a kernel repeated for each example": lambda v, x: affine(
+        v, jnp.einsum("nhwc,ncd->nhwd", x, jnp.broadcast_to(v["kernel"], (len(x), 3, 4)))
+    ),
     "a flattened output": lambda v, x: affine(
         v, (x @ v["kernel"]).reshape(x.shape[0], -1), lambda a: jnp.concatenate([a] * 64)
     ),
@@ -273,7 +288,8 @@ def test_what_must_not_be_folded_is_not(name):
     serve, arrays, report = surgery.fold(call, variables, X)
     assert len(report.alone) == 1
     assert not report.folded
-    check(serve(arrays, X), call(variables, X))
+    for batch in (X, X[:1]):
+        check(serve(arrays, batch), call(variables, batch))
 
 
 def test_fold_guarantee_any_batch():
@@ -333,6 +349,15 @@ def test_fold_edge_shared_layer():
     check(serve(arrays, X), apply(variables, X))
 
 
+@pytest.mark.usefixtures("lenient")
+def test_what_is_used_twice_is_kept_once():
+    def call(v, x):
+        return affine(v, jnp.tanh(jnp.tanh(x @ v["kernel"]) @ v["kernel"]))
+
+    _, arrays, _ = surgery.fold(call, plain((3, 3), 3), X)
+    assert [a.size for a in arrays] == [9, 3, 3]
+
+
 def test_fold_edge_half_precision():
     model = One(nn.Conv(8, (3, 3), dtype=jnp.bfloat16), norm=normjax.linen.BatchNorm)
     apply, variables, serve, arrays, report = folded(model)
@@ -343,6 +368,22 @@ def test_fold_edge_half_precision():
     assert got.dtype == apply(variables, X).dtype
     # Rounded: the input, the kernel twice, the product; eps = 2^-8.
     check(got, want, rtol=4 * 2**-8)
+
+
+def test_a_shift_is_added_in_float32_to_half_precision():
+    """Ones and powers of two are exact in bfloat16, a third is not."""
+    model = One(nn.Dense(1, use_bias=False, dtype=jnp.bfloat16), norm=normjax.linen.BatchNorm)
+    one = np.ones(1, np.float32)
+    variables = {
+        "params": {
+            "layer": {"kernel": np.ones((1, 1), np.float32)},
+            "BatchNorm_0": {"scale": one, "bias": one / 3},
+        },
+        "batch_stats": {"BatchNorm_0": {"mean": 0 * one, "var": one - np.float32(1e-5)}},
+    }
+    x = np.array([[1.0], [64.0]], np.float32)
+    serve, arrays, _ = surgery.fold(model.apply, variables, x)
+    np.testing.assert_allclose(serve(arrays, x), x + np.float32(1 / 3), rtol=1e-6)
 
 
 def test_fold_edge_norm_inside_a_scan():
