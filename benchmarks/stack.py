@@ -36,6 +36,17 @@ class Block(nn.Module):
         return self.activation(x)
 
 
+class InvertibleBlock(nn.Module):
+    activation: Callable
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(x.shape[-1], (3, 3), use_bias=False, dtype=self.dtype, name="conv")(x)
+        how = {"use_running_average": False, "dtype": self.dtype, "activation": self.activation}
+        return normjax.linen.BatchNormAct(**how, name="norm")(x)
+
+
 class Stack(nn.Module):
     block: Callable[..., nn.Module]
     depth: int = DEPTH
@@ -56,10 +67,16 @@ def block(cls: type[nn.Module], norm: Callable[..., nn.Module]) -> Callable:
 VARIANTS = {
     "flax.linen": block(Block, nn.BatchNorm),
     "normjax.linen": block(Block, normjax.linen.BatchNorm),
+    "normjax.linen.BatchNormAct": lambda activation, dtype: partial(
+        InvertibleBlock, activation, dtype
+    ),
+    "normjax.linen, norm_inputs_saveable": block(
+        nn.remat(Block, policy=normjax.norm_inputs_saveable), normjax.linen.BatchNorm
+    ),
     "flax.linen, nn.remat": block(nn.remat(Block), nn.BatchNorm),
 }
 
-ACTIVATIONS = {"ReLU": nn.relu, "leaky ReLU": nn.leaky_relu, "ELU": nn.elu}
+ACTIVATIONS = {"ReLU": nn.relu, "leaky ReLU": normjax.LeakyReLU(), "ELU": normjax.ELU()}
 
 
 def main(
@@ -76,6 +93,7 @@ def main(
                 make(function, jnp.dtype(dtype)), depth
             )
             for variant, make in VARIANTS.items()
+            if activation != "ReLU" or "Act" not in variant
         }
         if any(word in name for word in args.only):
             for dtype in args.dtype:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._batch import check, enough, evaluate
+from normjax._batch import check, enough, evaluate, with_kept
 from normjax._moments import Moments, measure, moment_tangents, synchronize, wide
 from normjax._normalize import apply, denormalize, normalized_tangent
 from normjax._stats import BatchStats, move
@@ -33,7 +33,13 @@ class Invertible(Protocol):
 
 @dataclass(frozen=True)
 class LeakyReLU:
-    """z = y for y >= 0, negative_slope * y below (Maas, Hannun, Ng 2013)."""
+    """z = y for y >= 0, negative_slope * y below (Maas, Hannun, Ng 2013), and its inverse.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.LeakyReLU(0.5)(jnp.array([-2.0, 2.0]))
+        Array([-1.,  2.], dtype=float32)
+    """
 
     negative_slope: float = 0.01
 
@@ -46,12 +52,21 @@ class LeakyReLU:
 
     def inverse(self, z: Array) -> Array:
         """The y of which it made z."""
-        return jnp.where(z >= 0, z, z / self.negative_slope)
+        # Without a selection, which XLA's CPU compiler does not fuse into a sum.
+        return (jnp.minimum if self.negative_slope <= 1 else jnp.maximum)(
+            z, z / self.negative_slope
+        )
 
 
 @dataclass(frozen=True)
 class ELU:
-    """z = y for y > 0, alpha (exp(y) - 1) below (Clevert, Unterthiner, Hochreiter 2015)."""
+    """z = y for y > 0, alpha (exp(y) - 1) below (arXiv:1511.07289), and its inverse.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.ELU()(jnp.array([-1.0, 2.0])).round(2)
+        Array([-0.63,  2.  ], dtype=float32)
+    """
 
     alpha: float = 1.0
 
@@ -66,7 +81,8 @@ class ELU:
         """The y of which it made z."""
         # Where exp(y) has been lost beside 1 there is no y left but the gradient is zero anyway.
         least = jnp.finfo(z.dtype).eps - 1
-        return jnp.where(z > 0, z, jnp.log1p(jnp.maximum(jnp.minimum(z, 0) / self.alpha, least)))
+        below = jnp.log1p(jnp.maximum(jnp.minimum(z, 0) / self.alpha, least))
+        return jnp.maximum(z, 0) + below
 
 
 def batch_norm_act(
@@ -127,6 +143,20 @@ def batch_norm_act(
         >>> z.round(2).ravel()
         Array([-0.63,  1.  ], dtype=float32)
     """
+    z, stats, _ = keeping_batch_norm_act(
+        x, stats, scale, bias, None, train=train, activation=activation, feature_axis=feature_axis,
+        momentum=momentum, epsilon=epsilon, ddof=ddof, debias=debias, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+    )  # fmt: skip
+    return z, stats
+
+
+def keeping_batch_norm_act(
+    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any,
+    activation: Invertible, feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any,
+    mask: Any, axis_name: Any, axis_index_groups: Any, dtype: Any,
+) -> tuple[Array, Any, Moments | None]:  # fmt: skip
+    """`batch_norm_act`, which keeps moments as `keeping_batch_norm` does."""
     called = "normjax.batch_norm_act"
     _checks.invertible(called, activation)
     x = _checks.inexact(called, "x", x, real=True)
@@ -136,7 +166,7 @@ def batch_norm_act(
     )  # fmt: skip
     if stats is not None and not train:
         y = evaluate(called, given._replace(dtype=wide(given.dtype)), epsilon)
-        return activation(y).astype(given.dtype), stats
+        return activation(y).astype(given.dtype), stats, None
     enough(called, given, axis_name, axis_index_groups)
     affine = [v for v in (given.scale, given.bias) if v is not None]
     dtype = wide(given.x.dtype, given.dtype, *(v.dtype for v in affine))
@@ -163,9 +193,10 @@ def batch_norm_act(
         # Now that the output is there the same values once more, with derivatives that need it.
         moments = share(_measured(activation, given.reduced, x, z, known, given.mask, own))
         z = _finished(activation, x, z, vectors(moments))
+        batch = with_kept(kept, whole)
         if train and given.stats is not None:
-            stats = move(given.stats, whole, momentum=momentum, debias=debias, ddof=ddof)
-    return z, stats
+            stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
+    return z, stats, batch
 
 
 def _origin(activation: Invertible, z: Array, mean: Array, *rest: Any) -> Array:

@@ -230,7 +230,7 @@ def keeping_batch_norm(
             if axis_name is not None:
                 batch = synchronize(batch, axis_name, axis_index_groups)
         y = _normalize(given, moments, given.scale, given.bias, epsilon)
-        batch = _whole(kept, batch)
+        batch = with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
     return y.reshape(jnp.shape(x)), stats, batch
@@ -265,7 +265,7 @@ def keeping_batch_renorm(
         bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
         scale, bias = r * gain, d * gain + bias
         y = _normalize(given, moments, scale, bias, epsilon)
-        batch = _whole(kept, moments)
+        batch = with_kept(kept, moments)
         return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
 
 
@@ -337,7 +337,7 @@ def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) ->
         _checks.entries(called, given.x.shape, given.reduced, shared)
 
 
-def _whole(kept: Moments | None, batch: Moments) -> Moments:
+def with_kept(kept: Moments | None, batch: Moments) -> Moments:
     """What the statistics take in: a state, which no gradient reaches."""
     return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 

@@ -238,14 +238,14 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     pooled_count = total(count)
     divisor = _or_one(pooled_count).astype(mean.dtype)
     # An empty whole has mean 0: its weighted sum is 0 already.
-    rough = total(_scaled(mean, count)) / divisor
+    rough = moments_of_norm(total(_scaled(mean, count)) / divisor)
     # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
     # correction is zero but for rounding, and so is its derivative.
     off = lax.stop_gradient(_scaled(mean - rough, count))
     # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
     lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
-    squares = squares - _abs_square(rest) * divisor.real
+    squares = moments_of_norm(squares - _abs_square(rest) * divisor.real)
     return Moments(pooled_count, rough + rest, jnp.maximum(squares, 0))
 
 

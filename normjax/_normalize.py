@@ -100,7 +100,7 @@ def denormalize(
     deviation = y if bias is None else y - bias
     if scale is not None:
         lost = scale == 0
-        deviation = jnp.where(lost, 0, deviation) / jnp.where(lost, 1, scale)
+        deviation = deviation * (jnp.where(lost, 0, 1 / jnp.where(lost, 1, scale)))
     return deviation * jnp.sqrt(var).astype(mean.dtype) + mean
 
 

@@ -111,6 +111,18 @@ NORMS = {
     "linen.BatchRenorm": Norm(
         normjax.linen.BatchRenorm, module_call(normjax.linen.BatchRenorm(), train=True)
     ),
+    "batch_norm_act": Norm(
+        normjax.batch_norm_act,
+        affine_call(stateful(normjax.batch_norm_act), SCALE, BIAS, train=True),
+    ),
+    "batch_norm_act, eval": Norm(
+        normjax.batch_norm_act,
+        affine_call(stateful(normjax.batch_norm_act), SCALE, BIAS, train=False),
+    ),
+    "linen.BatchNormAct": Norm(
+        normjax.linen.BatchNormAct,
+        module_call(normjax.linen.BatchNormAct(activation=normjax.ELU()), train=True),
+    ),
     "normalize": Norm(normjax.normalize, plain_normalize),
     "layer_norm": Norm(normjax.layer_norm, affine_call(normjax.layer_norm, SCALE, BIAS)),
     "rms_norm": Norm(normjax.rms_norm, affine_call(normjax.rms_norm, SCALE)),

@@ -46,6 +46,15 @@ def invertible(called: str, value: Any) -> None:
         )
 
 
+def no_virtual_batches(called: str, value: int | None) -> None:
+    """An output of one batch says nothing about the statistics of its parts."""
+    if value is not None:
+        raise ValueError(
+            f"{called}: virtual_batch_size={value}, expected None. Use BatchNorm and an activation "
+            "after it to normalize virtual batches."
+        )
+
+
 def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
     """The weight of the old value; None asks for the plain average."""
     if value is None:

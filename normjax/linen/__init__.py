@@ -4,7 +4,7 @@ They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 """
 
 from normjax.linen._accumulate import empty_batch_moments, move_batch_stats
-from normjax.linen._batch import BatchNorm, BatchRenorm, ImmutableBatchStatsError
+from normjax.linen._batch import BatchNorm, BatchNormAct, BatchRenorm, ImmutableBatchStatsError
 from normjax.linen._kin import AddLayerNorm, AddRMSNorm, DynamicTanh, FilterResponseNorm
 from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from normjax.linen._weight import SpectralNorm, WeightNorm, WeightStandardized
@@ -13,6 +13,7 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "BatchNorm",
+    "BatchNormAct",
     "BatchRenorm",
     "DynamicTanh",
     "FilterResponseNorm",

@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
+from normjax._act import LeakyReLU, keeping_batch_norm_act
 from normjax._batch import keeping_batch_norm, keeping_batch_renorm
 from normjax._moments import Moments
 from normjax._stats import BatchStats
@@ -123,6 +124,45 @@ class BatchNorm(nn.Module):
             ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
         """
         function = partial(keeping_batch_norm, virtual_batch_size=self.virtual_batch_size)
+        return _run(self, function, x, use_running_average, train, mask, scale, bias)
+
+
+class BatchNormAct(BatchNorm):
+    """`normjax.batch_norm_act` as a module: `BatchNorm` and an activation that can be inverted.
+
+    Variables are those of `BatchNorm`, so a checkpoint of one loads in the other. In training it
+    keeps its output alone, which the next layer keeps anyway; see `normjax.batch_norm_act`.
+
+    Attributes are those of `BatchNorm` without `virtual_batch_size`, and
+        activation: `normjax.LeakyReLU()`, `normjax.ELU()`, or another with `__call__` and
+            `inverse`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> model = normjax.linen.BatchNormAct(activation=normjax.ELU())
+        >>> x = jnp.array([[0.0], [4.0]])
+        >>> variables = model.init(jax.random.key(0), x, train=False)
+        >>> z, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        >>> z.round(2).ravel()
+        Array([-0.63,  1.  ], dtype=float32)
+    """
+
+    activation: Any = LeakyReLU()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        train: bool | None = None,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes and activates `x`; arguments, result and errors as in `BatchNorm`."""
+        _checks.no_virtual_batches("normjax.linen.BatchNormAct", self.virtual_batch_size)
+        function = partial(keeping_batch_norm_act, activation=self.activation)
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
