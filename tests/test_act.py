@@ -155,7 +155,9 @@ class Stack(nn.Module):
     def __call__(self, x):
         body = Layer if self.policy is None else nn.remat(Layer, policy=self.policy)
         axes = {"params": 0, "batch_stats": 0}
-        return nn.scan(body, axes, split_rngs={"params": True}, length=8)(self.norm)(x, None)[0]
+        return nn.scan(body, axes, split_rngs={"params": True}, length=8)(self.norm, name="layers")(
+            x, None
+        )[0]
 
 
 class Layer(nn.Module):
@@ -195,7 +197,7 @@ def test_norm_inputs_saveable_guarantee_same_result(rng):
         assert memory <= share * most
         assert own_loss == pytest.approx(loss, rel=1e-5)
         for a, b in zip(*map(jax.tree.leaves, (own_gradients, gradients)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(abs(b).max()))
 
 
 def test_norm_inputs_saveable_guarantee_nothing_twice(data):
