@@ -1,8 +1,15 @@
-"""What is done to a trained model: fold it for serving, choose what decays, carry it over."""
+"""What is done to a trained model: mended, frozen, converted, judged, carried over and served.
+
+Works on plain trees of variables and on functions that run a model, `flax.linen.BatchNorm`
+included. Nothing is changed in place.
+"""
 
 from normjax.surgery._decay import decay_mask
 from normjax.surgery._fold import FoldReport, fold
+from normjax.surgery._guard import guard
 from normjax.surgery._keras import export_keras, import_keras
+from normjax.surgery._modes import freeze, frozen_mask, synchronize
+from normjax.surgery._reset import reset
 from normjax.surgery._torch import export_torch, import_torch, torch_fields
 
 __all__ = [
@@ -11,7 +18,12 @@ __all__ = [
     "export_keras",
     "export_torch",
     "fold",
+    "freeze",
+    "frozen_mask",
+    "guard",
     "import_keras",
     "import_torch",
+    "reset",
+    "synchronize",
     "torch_fields",
 ]

@@ -1,0 +1,112 @@
+"""A wrapper for serving that fails where a batch norm would give a wrong answer silently."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from normjax.surgery._layers import Edit, Layer, wrap
+from normjax.surgery._paths import At, chosen, nodes, patterns, written
+
+
+def guard(apply: Callable, *, at: At = None) -> Callable:
+    """Fails when a batch norm would run in training mode, or by statistics never updated.
+
+        allowed: train=False, and statistics other than mean = 0, var = 1, count = 0
+
+    The mode is known while JAX traces, statistics are known outside of jit. So guard the compiled
+    function, which sees both: `serve = guard(jax.jit(model.apply, static_argnames="train"))`.
+    Under jit, `jax.jit(guard(model.apply))`, the values of traced statistics are not looked at.
+
+    Args:
+        apply: what runs the model; called as before. As the outermost wrapper it judges what the
+            inner ones do: `guard(freeze(model.apply))` lets train=True pass.
+        at: as in `freeze`.
+
+    Returns:
+        A function of the arguments of `apply`.
+
+    Guarantees:
+        before anything runs: statistics are looked at before the model is called.
+        output unchanged: what passes is the output of `apply` itself.
+
+    Edge cases:
+        ===================================  ==================================================
+        statistics traced by jit             the mode alone is looked at
+        statistics seen before               looked at once
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `apply` is a module, or nothing that can be called.
+        ValueError: when called: training mode, statistics never updated, no batch norm, or a
+            pattern that matches none.
+
+    References:
+        Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model, x = nn.BatchNorm(), jnp.array([[0.0], [4.0]])
+        >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+        >>> variables["batch_stats"]["mean"] += 2.0
+        >>> surgery.guard(model.apply)(variables, x, use_running_average=True).round(2).ravel()
+        Array([-2.,  2.], dtype=float32)
+    """
+    given = patterns(_Guard.called, at)
+    run = wrap(apply, _Guard, given)
+    seen: list[Any] = []
+
+    @functools.wraps(apply)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            stats = value.get("batch_stats") if isinstance(value, Mapping) else None
+            leaves = jax.tree.leaves(stats)
+            same = len(leaves) == len(seen) and all(
+                a is b for a, b in zip(leaves, seen, strict=True)
+            )
+            if leaves and not same:
+                for path, node in nodes(stats).items():
+                    if chosen(written(path), given):
+                        _expect_updated(written(path), node)
+                seen[:] = leaves
+        return run(*args, **kwargs)
+
+    return guarded
+
+
+def never_updated(node: Mapping[str, Any]) -> bool:
+    """Whether statistics are those that a layer starts from; False for what jit traces."""
+    leaves = [node[name] for name in ("mean", "var", "count") if node.get(name) is not None]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    if node.get("count") is not None:
+        return not np.any(np.asarray(node["count"]))
+    return not np.any(np.asarray(node["mean"])) and bool(np.all(np.asarray(node["var"]) == 1))
+
+
+class _Guard(Edit):
+    called = "normjax.surgery.guard"
+
+    def __call__(self, layer: Layer) -> Layer:
+        if layer.train:
+            raise ValueError(
+                f"{self.called}: the batch norm at '{layer.path}' would run in training mode, "
+                "normalizing each example by the others in its batch. Call the model with "
+                "train=False (use_running_average=True), or freeze it: guard(freeze(apply))."
+            )
+        _expect_updated(layer.path, layer.stats()._asdict())
+        return layer
+
+
+def _expect_updated(path: str, node: Mapping[str, Any]) -> None:
+    if never_updated(node):
+        raise ValueError(
+            f"{_Guard.called}: the batch norm at '{path}' has statistics that were never updated "
+            "(mean 0, var 1), so it would not normalize. Train with mutable=['batch_stats'] and "
+            "keep the updates, load them with the parameters, or use normjax.surgery.recompute."
+        )

@@ -1,0 +1,165 @@
+"""How the batch norms of a model act: frozen, synchronized over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from normjax.surgery._layers import Edit, Layer, wrap
+from normjax.surgery._paths import At, at_path, norms, patterns
+
+
+def freeze(apply: Callable, *, at: At = None) -> Callable:
+    """Batch norms act by their running statistics, and learn nothing, whatever the mode.
+
+        y = (x - running mean) / sqrt(running var + epsilon) * scale + bias,   d scale = d bias = 0
+
+    Unfreezing is calling the function that was wrapped.
+
+    Args:
+        apply: what runs the model, such as `model.apply`; called as before.
+        at: patterns over the paths of the layers ("block_*/bn", one or several), all if None.
+
+    Returns:
+        A function of the arguments of `apply`.
+
+    Guarantees:
+        any model: layers of Flax and of normjax alike, inside jit, remat, scan and vmap of Flax.
+        statistics stay: `batch_stats` comes back as it went in, also where train=True.
+        learns nothing: gradients of scale and bias are zero.
+        never a stale trace: a function that jit has compiled before is compiled anew.
+
+    Edge cases:
+        ===================================  ==================================================
+        no batch_stats of a layer            an error
+        init                                 runs as it is, there is nothing to freeze yet
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `apply` is a module, or nothing that can be called.
+        ValueError: when called: no batch norm ran, or a pattern matches none (they are listed).
+
+    References:
+        He et al. (2016), arXiv:1512.03385, appendix A: batch norm fixed while fine-tuning.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[0.0], [4.0]])
+        >>> variables = model.init(jax.random.key(0), x)
+        >>> surgery.freeze(model.apply)(variables, x).round(2).ravel()
+        Array([0., 4.], dtype=float32)
+    """
+    return wrap(apply, _Freeze, patterns(_Freeze.called, at))
+
+
+class _Freeze(Edit):
+    called = "normjax.surgery.freeze"
+
+    def __call__(self, layer: Layer) -> Layer:
+        return layer._replace(train=False, frozen=True)
+
+
+def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
+    """Where the parameters are those of frozen batch norms, as an optax mask.
+
+        True for scale and bias of a chosen layer, False elsewhere
+
+    The gradients of a frozen layer are zero, and still an optimizer moves its parameters, by
+    weight decay and by old momentum. So:
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen_mask(variables)))`.
+
+    Args:
+        variables: all of the model, since `batch_stats` tells which layers are batch norms.
+        at: as in `freeze`.
+
+    Returns:
+        A tree of booleans of the structure of `variables["params"]`.
+
+    Guarantees:
+        by role: a layer is a batch norm by its statistics, not by its name.
+
+    Raises:
+        TypeError: `variables` is no dictionary.
+        ValueError: there are no statistics, or a pattern matches none (they are listed).
+
+    References:
+        Loshchilov, Hutter (2019), arXiv:1711.05101: decay that is no gradient.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+        >>> surgery.frozen_mask(variables)["layers_1"]
+        {'bias': True, 'scale': True}
+    """
+    frozen = norms("normjax.surgery.frozen_mask", variables, at)
+    params = variables.get("params", {})
+
+    def belongs(path: tuple, _: Any) -> bool:
+        names = tuple(str(getattr(key, "key", key)) for key in path)
+        return any(names[: len(norm)] == norm and at_path(params, norm) for norm in frozen)
+
+    return jax.tree_util.tree_map_with_path(belongs, params)
+
+
+def synchronize(apply: Callable, axis_name: str | Sequence[str], *, at: At = None) -> Callable:
+    """Batch norms share their batch statistics over `axis_name`, in a model written without it.
+
+        moments = merge of the moments of all devices along axis_name
+
+    Args:
+        apply: what runs the model, such as `model.apply`; called as before, where the axis is
+            bound by pmap, shard_map or vmap.
+        axis_name: one name or several.
+        at: as in `freeze`.
+
+    Returns:
+        A function of the arguments of `apply`.
+
+    Guarantees:
+        shared exactly: equal to one call on the whole batch, in value, gradient and statistics,
+            for layers of Flax too.
+        evaluation unchanged: layers that run by their running statistics share nothing.
+
+    Edge cases:
+        ===================================  ==================================================
+        the layer has an axis_name           this one is taken in its place
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `apply` is a module, or nothing that can be called.
+        ValueError: when called: no batch norm ran, or a pattern matches none (they are listed).
+        NameError: when called: `axis_name` is not bound.
+
+    References:
+        Peng et al. (2018), MegDet, arXiv:1711.07240: batch norm across devices.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model, x = nn.BatchNorm(use_running_average=False), jnp.array([[[0.0]], [[4.0]]])
+        >>> variables = model.init(jax.random.key(0), x[0])
+        >>> apply = surgery.synchronize(model.apply, "batch")
+        >>> step = lambda x: apply(variables, x, mutable=["batch_stats"])[0]
+        >>> jax.vmap(step, axis_name="batch")(x).round(2).ravel()
+        Array([-1.,  1.], dtype=float32)
+    """
+    names = axis_name if isinstance(axis_name, str) else tuple(axis_name)
+    return wrap(apply, _Synchronize, patterns(_Synchronize.called, at), names)
+
+
+class _Synchronize(Edit):
+    called = "normjax.surgery.synchronize"
+
+    def __init__(self, at: tuple[str, ...] | None, axis_name: str | tuple[str, ...]):
+        super().__init__(at)
+        self.axis_name = axis_name
+
+    def __call__(self, layer: Layer) -> Layer:
+        if not layer.train:
+            return layer
+        return layer._replace(axis_name=self.axis_name, axis_index_groups=None)

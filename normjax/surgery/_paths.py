@@ -1,0 +1,103 @@
+"""Paths of batch norms: patterns over them, and the tree of variables that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from flax.core import FrozenDict, freeze
+
+At: TypeAlias = str | Sequence[str] | None
+Path: TypeAlias = tuple[str, ...]
+
+
+def written(path: Iterable[str]) -> str:
+    """A path as a person writes it; that of the model itself is ''."""
+    return "/".join(path)
+
+
+def patterns(called: str, at: At) -> tuple[str, ...] | None:
+    """What `at` says, as a tuple; None stands for all layers."""
+    if at is None:
+        return None
+    given = (at,) if isinstance(at, str) else tuple(at) if isinstance(at, Iterable) else ()
+    if not given or not all(isinstance(pattern, str) for pattern in given):
+        raise TypeError(
+            f"{called}: at={at!r}, expected a pattern or several, such as 'block_*/bn', over the "
+            "paths of the layers. Leave it out for all layers."
+        )
+    return given
+
+
+def chosen(path: str, at: tuple[str, ...] | None) -> bool:
+    """Whether a layer is meant. `*` stands for any text, slashes included."""
+    return at is None or any(fnmatchcase(path, pattern) for pattern in at)
+
+
+def expect_matches(called: str, at: tuple[str, ...] | None, paths: Collection[str]) -> None:
+    """A pattern without a layer is a typing error, and a typing error must not pass silently."""
+    for pattern in at or ():
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            there = ", ".join(repr(path) for path in sorted(paths)) or "none"
+            raise ValueError(
+                f"{called}: at={pattern!r} matches no batch norm. The paths there are: {there}."
+            )
+
+
+def norms(called: str, variables: Mapping[str, Any], at: At = None) -> dict[Path, dict[str, Any]]:
+    """The running statistics of the chosen batch norms by path; at least one."""
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"{called}: variables is {type(variables).__name__}, expected the dictionary that "
+            "model.init returns, {'params': ..., 'batch_stats': ...}."
+        )
+    found = nodes(variables.get("batch_stats", {}))
+    if not found:
+        raise ValueError(
+            f"{called}: the variables hold no statistics of a batch norm; their collections are "
+            f"{sorted(variables)}. Pass all that model.init returns, 'batch_stats' included."
+        )
+    given = patterns(called, at)
+    expect_matches(called, given, [written(path) for path in found])
+    return {path: node for path, node in found.items() if chosen(written(path), given)}
+
+
+def nodes(tree: Any, path: Path = ()) -> dict[Path, dict[str, Any]]:
+    """Every place of a tree of batch statistics that has a mean and a var."""
+    if not isinstance(tree, Mapping):
+        return {}
+    kinds = {name: isinstance(leaf, Mapping) for name, leaf in tree.items()}
+    here = kinds.get("mean") is False and kinds.get("var") is False
+    found = {path: dict(tree)} if here else {}
+    for name, child in tree.items():
+        found |= nodes(child, (*path, name))
+    return found
+
+
+def at_path(tree: Any, path: Path) -> Any:
+    """The node at a path, {} where there is none."""
+    for name in path:
+        tree = tree.get(name, {}) if isinstance(tree, Mapping) else {}
+    return tree
+
+
+def with_stats(
+    variables: Mapping[str, Any], changed: Mapping[Path, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """New variables in which the batch norms at these paths have other statistics."""
+    stats: Any = variables["batch_stats"]
+    for path, node in changed.items():
+        stats = _put(stats, path, node)
+    return like(variables, {**variables, "batch_stats": stats})
+
+
+def like(given: Mapping[str, Any], tree: dict[str, Any]) -> Mapping[str, Any]:
+    """Of the kind of dictionary that was given: Flax has a frozen one, too."""
+    return freeze(tree) if isinstance(given, FrozenDict) else tree
+
+
+def _put(tree: Mapping[str, Any], path: Path, node: Mapping[str, Any]) -> dict[str, Any]:
+    if not path:
+        return {**tree, **node}
+    return {**tree, path[0]: _put(tree[path[0]], path[1:], node)}

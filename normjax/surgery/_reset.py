@@ -1,0 +1,49 @@
+"""Running statistics to their start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from normjax.surgery._paths import At, norms, with_stats
+
+START = {"mean": 0, "var": 1, "count": 0}
+
+
+def reset(variables: Mapping[str, Any], *, at: At = None) -> Mapping[str, Any]:
+    """Running statistics as a new layer has them.
+
+        mean = 0,   var = 1,   count = 0
+
+    Args:
+        variables: all of the model.
+        at: patterns over the paths of the layers, all if None.
+
+    Returns:
+        New variables, of the kind of dictionary that was given.
+
+    Guarantees:
+        nothing else: parameters and other layers are the very arrays that came in.
+
+    Raises:
+        TypeError: `variables` is no dictionary.
+        ValueError: there are no statistics, or a pattern matches none (they are listed).
+
+    References:
+        Ioffe, Szegedy (2015), arXiv:1502.03167.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> stats = {"mean": jnp.array([3.0]), "var": jnp.array([5.0])}
+        >>> surgery.reset({"batch_stats": {"bn": stats}})["batch_stats"]["bn"]["var"]
+        Array([1.], dtype=float32)
+    """
+    found = norms("normjax.surgery.reset", variables, at)
+
+    def start(node: Mapping[str, Any]) -> dict[str, Any]:
+        return {n: jnp.full_like(node[n], value) for n, value in START.items() if n in node}
+
+    return with_stats(variables, {path: start(node) for path, node in found.items()})
