@@ -9,6 +9,7 @@ from normjax.surgery._fold import FoldReport, fold
 from normjax.surgery._guard import guard
 from normjax.surgery._keras import export_keras, import_keras
 from normjax.surgery._modes import freeze, frozen_mask, synchronize
+from normjax.surgery._recompute import recompute
 from normjax.surgery._reset import reset
 from normjax.surgery._torch import export_torch, import_torch, torch_fields
 
@@ -23,6 +24,7 @@ __all__ = [
     "guard",
     "import_keras",
     "import_torch",
+    "recompute",
     "reset",
     "synchronize",
     "torch_fields",
