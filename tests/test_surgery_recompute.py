@@ -95,6 +95,16 @@ def test_recompute_respects_ddof_and_half_precision():
     near(new["batch_stats"], population(x.astype(np.float32), ddof=1))
 
 
+def test_recompute_mends_statistics_that_are_not_finite():
+    layer, x = nn.BatchNorm(), drifting()
+    variables = start(layer, x)
+    broken = {
+        **variables,
+        "batch_stats": jax.tree.map(lambda v: v * jnp.nan, variables["batch_stats"]),
+    }
+    near(surgery.recompute(call_of(layer), broken, [x])["batch_stats"], population(x))
+
+
 class Masked(nn.Module):
     norm: type = nn.BatchNorm
 

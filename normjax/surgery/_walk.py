@@ -40,7 +40,7 @@ def walk(
     """The merged records of the chosen layers over all batches; `each` is shown every batch."""
     found = norms(called, variables, at)
     step = _compiled(called, call, variables, found)
-    centers = {path: jnp.asarray(node["mean"]) for path, node in found.items()}
+    centers = {path: _finite(node["mean"]) for path, node in found.items()}
     tree, finite, first, centered = _Tree(), [], None, False
     for number, batch in enumerate(_bar(called, batches, limit, progress)):
         shapes = jax.tree.map(np.shape, batch)
@@ -69,6 +69,12 @@ def walk(
             "through before is empty, too: pass a list, or make it anew."
         )
     return _checked(called, tree.whole(), finite)
+
+
+def _finite(mean: Any) -> Any:
+    """A center to start from, also where a running mean is beyond use."""
+    mean = jnp.asarray(mean)
+    return jnp.where(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
 
 
 def _compiled(

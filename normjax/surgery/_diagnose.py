@@ -1,0 +1,281 @@
+"""One call that says what is wrong with the batch norms of a model, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.core import meta
+
+from normjax.surgery._guard import never_updated
+from normjax.surgery._judge import judge
+from normjax.surgery._layers import Edit, Layer, editing
+from normjax.surgery._paths import At, Path, at_path, norms, written
+from normjax.surgery._record import Record
+from normjax.surgery._report import NormReport, Report
+from normjax.surgery._walk import Seen, walk
+
+CALLED = "normjax.surgery.diagnose"
+
+
+def diagnose(
+    call: Callable,
+    variables: Mapping[str, Any],
+    batches: Iterable[Any],
+    *,
+    at: At = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compares what each batch norm is served with to what it sees, and names what is wrong.
+
+        shift = |mean - running mean| / s,   s^2 = running var + epsilon
+        KL(actual || running) = (r + shift^2 - 1 - log r) / 2,   r = (var + epsilon) / s^2
+
+    Args:
+        call: `call(variables, batch, *, train, mutable)`, as in `recompute`.
+        variables: all of the model; also as pmap holds them, with a leading axis of devices.
+        batches: a few, of the size of those in training, like the data that are served.
+        at: patterns over the paths of the layers, all if None.
+        limit: how many batches at most.
+        progress: a bar, where there is a terminal.
+
+    Returns:
+        A `Report`. `print(report)` is a table with findings and remedies, `report.norms` and
+        `report.findings` are data, `report.plot()` a figure of matplotlib,
+        `report.raise_if_serious()` an assertion.
+
+    Guarantees:
+        every failure has a name: statistics stale, never updated, not finite, different on the
+            devices; few samples; modes apart; channels dead, exploding or at the epsilon floor; a
+            redundant bias before.
+        healthy is clean: a model that is well has no findings.
+        pure: nothing is changed.
+
+    Edge cases:
+        ===================================  ==================================================
+        layer in evaluation, or all masked   is not in the report
+        model compared on odd outputs        outputs_apart is None
+        ===================================  ==================================================
+
+    Raises:
+        TypeError, ValueError: as `recompute`.
+
+    References:
+        Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model, x = nn.BatchNorm(), jax.random.normal(jax.random.key(0), (64, 3))
+        >>> def call(variables, batch, *, train, mutable=False):
+        ...     return model.apply(variables, batch, use_running_average=not train, mutable=mutable)
+        >>> variables = model.init(jax.random.key(0), x, use_running_average=True)
+        >>> [finding.kind for finding in surgery.diagnose(call, variables, [x]).findings]
+        ['never updated']
+    """
+    norms(CALLED, variables, at)
+    first, batches = _peek(batches)
+    replicas = variables
+    if first is not None:
+        variables = _first_replica(call, variables, first[0])
+    watch, apart, outputs = _Watch(), _Apart(variables), _Outputs(call, variables)
+
+    def each(seen: Seen, batch: Any) -> None:
+        if not watch.epsilon:
+            watch.trace(call, variables, batch)
+        apart.add(seen.records, watch.epsilon)
+        outputs.add(seen.outputs, batch)
+
+    records = walk(CALLED, call, variables, batches, at, limit, progress, each)
+    stacked = replicas is not variables
+    # In the order in which the model runs them.
+    order = {name: number for number, name in enumerate(watch.epsilon)}
+    reports = tuple(
+        NormReport(
+            path=written(path),
+            epsilon=watch.epsilon[written(path)],
+            **_moments(path, records[path], variables),
+            modes_apart=float(np.sqrt(np.mean(apart.squares[path]))),
+            samples=float(np.mean(apart.samples[path])),
+            devices_apart=_devices_apart(at_path(replicas["batch_stats"], path), stacked),
+            redundant_bias=watch.biased.get(written(path)),
+            never_updated=never_updated(at_path(variables["batch_stats"], path)),
+        )
+        for path in sorted(apart.samples, key=lambda path: order[written(path)])
+    )
+    findings = [finding for norm in reports for finding in judge(norm)]
+    findings.sort(key=lambda finding: not finding.serious)
+    return Report(reports, tuple(findings), outputs.batches, outputs.apart())
+
+
+def _moments(path: Path, record: Record, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    node = at_path(variables["batch_stats"], path)
+    affine = meta.unbox(at_path(variables.get("params", {}), path))
+    center, mean, m2, count = map(
+        _flat, (record.center, record.moments.mean, record.moments.m2, record.moments.count)
+    )
+    scale, bias = affine.get("scale"), affine.get("bias")
+    return {
+        "running_mean": _flat(node["mean"]),
+        "running_var": _flat(node["var"]),
+        "actual_mean": center + mean,
+        "actual_var": m2 / np.maximum(count, 1),
+        "scale": np.ones(len(mean)) if scale is None else _flat(scale),
+        "bias": np.zeros(len(mean)) if bias is None else _flat(bias),
+    }
+
+
+def _flat(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.float64).ravel()
+
+
+class _Watch(Edit):
+    """What only the modules know: their epsilon, and whose output they are given."""
+
+    called = CALLED
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.epsilon: dict[str, float] = {}
+        self.biased: dict[str, str] = {}
+        self._made: dict[int, tuple[Any, str]] = {}
+
+    def trace(self, call: Callable, variables: Any, batch: Any) -> None:
+        """Runs the model on shapes alone."""
+        run = lambda v, b: call(v, b, train=True, mutable=["batch_stats"])  # noqa: E731
+        with nn.intercept_methods(self._follow), editing(self):
+            jax.eval_shape(run, variables, batch)
+        self._made.clear()
+
+    def __call__(self, layer: Layer) -> Layer:
+        self.epsilon[layer.path] = float(layer.module.epsilon)
+        maker = self._made.get(id(layer.x))
+        if maker and layer.train and layer.module.axis in (-1, np.ndim(layer.x) - 1):
+            self.biased[layer.path] = maker[1]
+        return layer
+
+    def _follow(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)
+        linear = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense)
+        if isinstance(context.module, linear) and context.module.use_bias:
+            # The output is kept, so that its id is not given to another array meanwhile.
+            self._made[id(y)] = (y, written(context.module.path))
+        return y
+
+
+class _Apart:
+    """Batch by batch: how far both modes are apart, and how many samples a statistic has."""
+
+    def __init__(self, variables: Mapping[str, Any]):
+        self.stats = variables["batch_stats"]
+        self.squares: dict[Path, list[float]] = {}
+        self.samples: dict[Path, list[float]] = {}
+
+    def add(self, records: Mapping[Path, Record], epsilon: Mapping[str, float]) -> None:
+        for path, record in records.items():
+            count, mean, m2 = map(_flat, record.moments)
+            counted = count > 0
+            if not counted.any() or written(path) not in epsilon:
+                continue
+            node, floor = at_path(self.stats, path), epsilon[written(path)]
+            running = np.sqrt(_flat(node["var"]) + floor)
+            batch = np.sqrt(m2 / np.maximum(count, 1) + floor)
+            shift = (_flat(record.center) + mean - _flat(node["mean"])) / running
+            # With x = batch mean + batch deviation * z the one mode gives z, the other shift +
+            # batch / running * z.
+            squares = shift**2 + (batch / running - 1) ** 2
+            self.squares.setdefault(path, []).append(float(squares[counted].mean()))
+            samples = _samples(record)[counted] / _flat(record.batches)[counted]
+            self.samples.setdefault(path, []).append(float(np.median(samples)))
+
+
+def _samples(record: Record) -> np.ndarray:
+    """Effective samples: the variance over that of the mean.
+
+    The means of the examples vary by what of m2 lies between them; the mean of a batch varies by
+    that over the number of examples. Never fewer than the examples, nor more than the values.
+    """
+    m2, within, examples, count = map(
+        _flat, (record.moments.m2, record.within, record.examples, record.moments.count)
+    )
+    between = np.maximum(m2 - within, np.finfo(float).tiny)
+    return np.clip((examples - 1) * m2 / between, examples, np.maximum(count, examples))
+
+
+class _Outputs:
+    """How far the outputs of the model differ between the modes."""
+
+    def __init__(self, call: Callable, variables: Any):
+        self.run = jax.jit(lambda batch: call(variables, batch, train=False, mutable=False))
+        self.batches, self.squares, self.values = 0, 0.0, list[np.ndarray]()
+        self.comparable = True
+
+    def add(self, trained: Any, batch: Any) -> None:
+        served, trained = (jax.tree.leaves(out) for out in (self.run(batch), trained))
+        self.batches += 1
+        if [np.shape(leaf) for leaf in served] != [np.shape(leaf) for leaf in trained]:
+            self.comparable = False
+        if self.comparable:
+            t, s = (
+                np.concatenate([_flat(leaf) for leaf in leaves]) for leaves in (trained, served)
+            )
+            self.squares += float(np.sum((t - s) ** 2))
+            self.values.append(s)
+
+    def apart(self) -> float | None:
+        """The root mean square of the difference, relative to the deviation."""
+        values = np.concatenate(self.values) if self.comparable and self.values else np.zeros(0)
+        spread = float(np.std(values)) if values.size else 0.0
+        return float(np.sqrt(self.squares / values.size) / spread) if spread else None
+
+
+def _peek(batches: Any) -> tuple[list[Any] | None, Any]:
+    """The first batch, and an iterable that still has it."""
+    try:
+        walking = iter(batches)
+    except TypeError:
+        return None, batches  # The walk words it.
+    for first in walking:
+        return [first], chain([first], walking) if walking is batches else batches
+    return None, []
+
+
+def _first_replica(call: Callable, variables: Mapping[str, Any], batch: Any) -> Mapping[str, Any]:
+    """The variables as the model takes them: where pmap stacked them, those of one device."""
+    leaves = jax.tree.leaves(variables)
+    if len({np.shape(leaf)[:1] for leaf in leaves}) > 1 or np.ndim(leaves[0]) < 2:
+        return variables
+    run = lambda v: call(v, batch, train=True, mutable=["batch_stats"])  # noqa: E731
+    try:
+        jax.eval_shape(run, variables)
+    except Exception:
+        # Not as they are. If the model takes one of them, they are a stack.
+        one = jax.tree.map(lambda leaf: leaf[0], variables)
+        try:
+            jax.eval_shape(run, one)
+        except Exception:
+            return variables
+        return one
+    return variables
+
+
+def _devices_apart(node: Mapping[str, Any], stacked: bool) -> float:
+    """The largest difference between devices, in deviations."""
+    mean, var = (_replicas(node[name], stacked) for name in ("mean", "var"))
+    spread = np.maximum(var[0], np.finfo(np.float32).tiny)
+    means, variances = np.ptp(mean, axis=0) / np.sqrt(spread), np.ptp(var, axis=0) / spread
+    return float(max(means.max(), variances.max()))
+
+
+def _replicas(leaf: Any, stacked: bool) -> np.ndarray:
+    """The values of each device along the first axis; one where there is one alone."""
+    if stacked:
+        return np.asarray(leaf, np.float64)
+    if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        return np.stack([np.asarray(s.data, np.float64) for s in leaf.addressable_shards])
+    return np.asarray(leaf, np.float64)[None]

@@ -1,0 +1,125 @@
+"""From numbers to findings, with the reason of each bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import ceil
+
+import numpy as np
+
+from normjax.surgery._report import FEW_SAMPLES, Finding, NormReport
+
+# Nats, the mean over channels: variances that differ by the factor 1.8, or means by 0.45
+# deviations. Running averages of a healthy training stay below a tenth of it.
+STALE = 0.1
+# Outputs of a norm are of the size of its scale, which is about one.
+DEAD, EXPLODING = 1e-3, 100
+# Modes half a deviation apart, with statistics that are right on average.
+MODES_APART = 0.5
+# Devices that share statistics hold the same bits; this leaves room for sums in another order.
+DEVICES_APART = 1e-4
+
+
+def judge(norm: NormReport) -> Iterator[Finding]:
+    """All that is to be said about one layer."""
+
+    def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
+        return Finding(norm.path, kind, serious, what, remedy)
+
+    stats = (norm.running_mean, norm.running_var)
+    finite = all(np.isfinite(leaf).all() for leaf in stats)
+    divergence = float(norm.divergence.mean())
+    if norm.devices_apart > DEVICES_APART:
+        yield finding(
+            "devices differ",
+            f"the devices hold statistics up to {norm.devices_apart:.2g} deviations apart.",
+            "Train with axis_name= (or surgery.synchronize), and recompute.",
+            serious=True,
+        )
+    if not finite:
+        yield finding(
+            "not finite",
+            f"{np.sum(~np.isfinite(sum(stats)))} of {len(norm.shift)} channels have running "
+            "statistics that are NaN or infinite.",
+            "surgery.recompute, after surgery.reset; normjax.linen.BatchNorm takes in no NaN.",
+            serious=True,
+        )
+        return
+    if norm.never_updated:
+        yield finding(
+            "never updated",
+            "the running statistics are those of a new layer, mean 0 and variance 1.",
+            "Keep the updates of mutable=['batch_stats'] in training, or surgery.recompute.",
+            serious=True,
+        )
+    elif divergence > STALE:
+        worst = int(np.argmax(norm.divergence))
+        ratio = norm.actual_var[worst] / max(norm.running_var[worst], np.finfo(float).tiny)
+        yield finding(
+            "stale",
+            f"the running statistics are {divergence:.2g} nats from the actual ones; at worst, in "
+            f"channel {worst}, the mean is {norm.shift[worst]:.2g} deviations away and the "
+            f"variance {ratio:.2g} times as large.",
+            "surgery.recompute on data like those that are served.",
+            serious=True,
+        )
+    few = norm.samples < FEW_SAMPLES
+    if few:
+        yield finding(
+            "few samples",
+            f"a statistic rests on {norm.samples:.2g} effective samples, of {FEW_SAMPLES} wanted.",
+            f"Larger batches, sharing over {ceil(FEW_SAMPLES / norm.samples)} times as many "
+            "devices (surgery.synchronize), or group norm (surgery.convert).",
+        )
+    stale = norm.never_updated or divergence > STALE
+    if norm.modes_apart > MODES_APART and not (stale or few):
+        yield finding(
+            "modes apart",
+            f"training and evaluation put out values that differ by {norm.modes_apart:.2g} "
+            "deviations, though the statistics are right on average: batches differ.",
+            "Shuffle, so that a batch is like the data; or batch renormalization.",
+        )
+    yield from _channels(norm, finding)
+    if norm.redundant_bias is not None:
+        yield finding(
+            "redundant bias",
+            f"'{norm.redundant_bias}' has a bias, which this layer subtracts again.",
+            "use_bias=False there, unless something else takes its output.",
+        )
+
+
+def _channels(norm: NormReport, finding: Callable) -> Iterator[Finding]:
+    """Channels that are nearly constant, too large, or of the size of epsilon."""
+    size = np.hypot(norm.output_mean, norm.output_std)
+    dead = norm.output_std < DEAD
+    floor = (norm.running_var <= norm.epsilon) & ~dead
+    if norm.never_updated:
+        return
+    if dead.any():
+        constant = np.sum(dead & (np.abs(norm.scale) >= DEAD))
+        yield finding(
+            "dead channels",
+            f"{_few(dead)} put out a constant: {constant} have a constant input, "
+            f"{dead.sum() - constant} a scale of 0.",
+            "Prune them; if there are many, lower the learning rate or the weight decay of scale.",
+        )
+    if (size > EXPLODING).any():
+        yield finding(
+            "exploding",
+            f"{_few(size > EXPLODING)} put out values of the size {size.max():.2g}.",
+            "Look at scale and bias, and at running variances that are too small.",
+            serious=True,
+        )
+    if floor.any():
+        yield finding(
+            "epsilon floor",
+            f"{_few(floor)} have a variance not above epsilon = {norm.epsilon:.2g}, which then "
+            "decides the output.",
+            "A smaller epsilon, or inputs (weights before) of a larger scale.",
+        )
+
+
+def _few(chosen: np.ndarray) -> str:
+    numbers = np.flatnonzero(chosen)
+    listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    return f"{len(numbers)} of {len(chosen)} channels ({listed})"

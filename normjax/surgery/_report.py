@@ -1,0 +1,204 @@
+"""What a diagnosis found: as data, as a table, as a picture, as an assertion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+# The mean of 16 independent values is off by a quarter of a deviation, which is about where Wu,
+# He (2018, arXiv:1803.08494) see batch norm fall behind.
+FEW_SAMPLES = 16
+
+
+class Finding(NamedTuple):
+    """Something to be mended.
+
+    Attributes:
+        path: of the layer.
+        kind: a word or two.
+        serious: whether what is served is wrong, or may be.
+        what: the finding in words, with its number.
+        remedy: what to do.
+    """
+
+    path: str
+    kind: str
+    serious: bool
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class NormReport:
+    """One batch norm. Arrays have one value for each channel, in float64.
+
+    Attributes:
+        path: of the layer.
+        epsilon: what the layer adds to a variance.
+        running_mean, running_var: what it is served with.
+        actual_mean, actual_var: what it saw in the batches.
+        scale, bias: its parameters, ones and zeros where it has none.
+        shift: |actual - running mean| in running deviations.
+        divergence: of normal distributions with these moments, KL(actual || running), in nats.
+        modes_apart: root mean square of how far the normalized outputs of both modes differ.
+        samples: effective samples of a statistic in training: how many independent values would
+            give as good a mean. Neighboring positions of one image are not independent.
+        devices_apart: largest difference between statistics of the devices, in deviations.
+        redundant_bias: path of a layer before whose bias this one subtracts.
+        never_updated: whether the running statistics are those of a new layer.
+    """
+
+    path: str
+    epsilon: float
+    running_mean: np.ndarray
+    running_var: np.ndarray
+    actual_mean: np.ndarray
+    actual_var: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    modes_apart: float
+    samples: float
+    devices_apart: float = 0.0
+    redundant_bias: str | None = None
+    never_updated: bool = False
+    shift: np.ndarray = field(init=False)
+    divergence: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        spread = self.running_var + self.epsilon
+        with np.errstate(all="ignore"):
+            shift = np.abs(self.actual_mean - self.running_mean) / np.sqrt(spread)
+            ratio = (self.actual_var + self.epsilon) / spread
+            divergence = (ratio + shift**2 - 1 - np.log(ratio)) / 2
+        object.__setattr__(self, "shift", shift)
+        object.__setattr__(self, "divergence", divergence)
+
+    @property
+    def output_mean(self) -> np.ndarray:
+        """Of what the layer puts out when it is served."""
+        apart = (self.actual_mean - self.running_mean) / np.sqrt(self.running_var + self.epsilon)
+        return self.scale * apart + self.bias
+
+    @property
+    def output_std(self) -> np.ndarray:
+        """Likewise its deviation."""
+        return np.abs(self.scale) * np.sqrt(self.actual_var / (self.running_var + self.epsilon))
+
+
+class SeriousFindingError(RuntimeError):
+    """A diagnosis has findings that make what is served wrong."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All batch norms of a model, what was found, and what to do.
+
+    Attributes:
+        norms: one report for each layer.
+        findings: the serious ones first.
+        batches: how many were seen.
+        outputs_apart: how far the outputs of the model differ between training and evaluation,
+            relative to their deviation; dropout has a part in it. None if they cannot be compared.
+    """
+
+    norms: tuple[NormReport, ...]
+    findings: tuple[Finding, ...]
+    batches: int
+    outputs_apart: float | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Nothing was found."""
+        return not self.findings
+
+    def raise_if_serious(self) -> None:
+        """Fails with the report if there is a serious finding."""
+        if any(finding.serious for finding in self.findings):
+            raise SeriousFindingError(f"normjax.surgery.diagnose:\n{self}")
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[str]] = {norm.path: [] for norm in self.norms}
+        for finding in self.findings:
+            kinds[finding.path].append(finding.kind.upper() if finding.serious else finding.kind)
+        rows: list[tuple[str, ...]] = [
+            ("layer", "channels", "shift", "KL", "modes apart", "samples", "findings")
+        ]
+        for norm in self.norms:
+            numbers = (_rms(norm.shift), norm.divergence.mean(), norm.modes_apart, norm.samples)
+            rows.append(
+                (
+                    norm.path or "(the model)",
+                    str(len(norm.shift)),
+                    *(f"{number:.3g}" for number in numbers),
+                    ", ".join(kinds[norm.path]) or "ok",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines = [table[0], "-" * len(table[0]), *table[1:], "", self._summary()]
+        for finding in self.findings:
+            mark = "!" if finding.serious else "-"
+            lines += [
+                f"{mark} {finding.path or '(the model)'}: {finding.what}",
+                f"    {finding.remedy}",
+            ]
+        return "\n".join(lines)
+
+    def _summary(self) -> str:
+        serious = sum(finding.serious for finding in self.findings)
+        found = f"{len(self.findings)} findings, {serious} serious" if self.findings else "healthy"
+        apart = ""
+        if self.outputs_apart is not None:
+            apart = f"; outputs of training and evaluation differ by {self.outputs_apart:.2g}"
+        return f"{found}, from {self.batches} batches{apart}"
+
+    def plot(self) -> Any:
+        """Draws shift, ratio of the variances, and effective samples; returns the figure."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError(
+                "normjax.surgery: plot() needs matplotlib, which is not installed. "
+                "pip install matplotlib."
+            ) from None
+        figure = Figure(figsize=(12, 1.6 + 0.32 * len(self.norms)), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, sharey=True)
+        serious = {finding.path for finding in self.findings if finding.serious}
+        noted = {finding.path for finding in self.findings}
+        rows = range(len(self.norms))
+        for row, norm in zip(rows, self.norms, strict=True):
+            color = "C3" if norm.path in serious else "C1" if norm.path in noted else "C0"
+            spread = norm.running_var + norm.epsilon
+            apart = (norm.actual_mean - norm.running_mean) / np.sqrt(spread)
+            ratio = (norm.actual_var + norm.epsilon) / spread
+            dots = dict(s=14, color=color, alpha=0.6, linewidths=0)
+            left.scatter(apart, [row] * len(apart), **dots)
+            middle.scatter(ratio, [row] * len(ratio), **dots)
+            right.barh(row, norm.samples, color=color, height=0.6)
+        left.set_xscale("symlog", linthresh=1)
+        left.set(title="actual mean, in running deviations")
+        middle.set(title="actual / running variance", xscale="log")
+        right.set(title="effective samples of a statistic", xscale="log")
+        for axes, line, around in (
+            (left, 0, (-1, 1)),
+            (middle, 1, (0.1, 10)),
+            (right, FEW_SAMPLES, (1, 99)),
+        ):
+            low, high = axes.get_xlim()
+            axes.set_xlim(min(low, around[0]), max(high, around[1]))
+            axes.axvline(line, color="gray", lw=0.8, ls="--")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        left.set_yticks(rows, [norm.path or "(the model)" for norm in self.norms])
+        left.invert_yaxis()
+        figure.suptitle(f"{self._summary()} (red: serious, orange: to note)", fontsize=10)
+        return figure
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))

@@ -1,0 +1,301 @@
+"""Each failure is planted, and the report names it; a model that is well has a clean report."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import normjax.linen
+from normjax import surgery
+from tests.models import NORMS, ResNet, images
+
+pytestmark = pytest.mark.usefixtures("lenient")
+
+MODEL = ResNet()
+BATCHES = [images(seed=s, n=32) for s in range(100, 104)]
+
+
+def call(variables, batch, *, train, mutable=False):
+    return MODEL.apply(variables, batch, train, mutable=mutable)
+
+
+@pytest.fixture(scope="module")
+def well():
+    """Variables of a network that was trained to tell the sign of the first channel's mean."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return train()
+
+
+def train():
+    variables = MODEL.init(jax.random.key(0), images()[:1], False)
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 60))
+
+    @jax.jit
+    def step(variables, state, x):
+        def loss(params):
+            logits, updates = MODEL.apply(
+                {**variables, "params": params}, x, True, mutable=["batch_stats"]
+            )
+            labels = jnp.asarray(x[..., 0].mean((1, 2)) > 0.5, int)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), updates
+
+        gradient, updates = jax.grad(loss, has_aux=True)(variables["params"])
+        change, state = optimizer.update(gradient, state)
+        return {"params": optax.apply_updates(variables["params"], change), **updates}, state
+
+    state = optimizer.init(variables["params"])
+    for seed in range(60):
+        variables, state = step(variables, state, images(seed=seed, n=32))
+    return variables
+
+
+@pytest.fixture(scope="module")
+def report(well):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return surgery.diagnose(call, well, BATCHES)
+
+
+def kinds(report, path=None):
+    return {f.kind for f in report.findings if path in (None, f.path)}
+
+
+def edited(variables, path, collection="batch_stats", **changes):
+    """New variables with functions applied to some leaves of one layer."""
+
+    def change(names, leaf):
+        *layer, name = (key.key for key in names)
+        if layer == [collection, *path.split("/")] and name in changes:
+            return changes[name](leaf)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(change, variables)
+
+
+def test_diagnose_guarantee_healthy_is_clean(report):
+    assert report.healthy, str(report)
+    assert {norm.path for norm in report.norms} == NORMS
+    assert report.batches == 4
+    assert 0 < report.outputs_apart < 0.3
+    assert "healthy, from 4 batches" in str(report)
+    report.raise_if_serious()
+
+
+def test_the_numbers_are_those_of_float64(well, report):
+    """The first layer's input is a convolution of the images, in NumPy."""
+    kernel = np.asarray(well["params"]["stem"]["kernel"], np.float64)
+    x = np.concatenate([np.asarray(b, np.float64) for b in BATCHES])
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    y = sum(padded[:, i : i + 4, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3))
+    norm = next(norm for norm in report.norms if norm.path == "stem_bn")
+    mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
+    np.testing.assert_allclose(norm.actual_mean, mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(norm.actual_var, var, rtol=1e-5)
+    stats = well["batch_stats"]["stem_bn"]
+    spread = np.asarray(stats["var"], np.float64) + 1e-5
+    m, v = mean - np.asarray(stats["mean"]), var + 1e-5
+    np.testing.assert_allclose(norm.shift, np.abs(m) / np.sqrt(spread), rtol=1e-3, atol=1e-5)
+    kl = 0.5 * (v / spread + m**2 / spread - 1 - np.log(v / spread))
+    np.testing.assert_allclose(norm.divergence, kl, rtol=1e-3, atol=1e-5)
+    # Both modes side by side, on the images themselves.
+    apart = []
+    for batch in np.split(y, 4):
+        trained = (batch - batch.mean((0, 1, 2))) / np.sqrt(batch.var((0, 1, 2)) + 1e-5)
+        served = (batch - np.asarray(stats["mean"])) / np.sqrt(spread)
+        apart.append(np.mean((trained - served) ** 2))
+    np.testing.assert_allclose(norm.modes_apart, np.sqrt(np.mean(apart)), rtol=1e-2)
+
+
+def test_diagnose_guarantee_every_failure_has_a_name(well):
+    """One planted failure each; the layers beside it stay as they are judged without it."""
+    last = "block_1/last"
+    planted = {
+        "stale": edited(well, last, mean=lambda m: m + 3, var=lambda v: v / 4),
+        "never updated": surgery.reset(well, at=last),
+        "not finite": edited(well, last, mean=lambda m: m.at[1].set(jnp.nan)),
+        "dead channels": edited(well, last, "params", scale=lambda s: s.at[2].set(0.0)),
+        "exploding": edited(well, last, "params", bias=lambda b: b.at[2].set(1e3)),
+    }
+    for kind, variables in planted.items():
+        got = surgery.diagnose(call, variables, BATCHES, at=last)
+        assert kinds(got) == {kind}, str(got)
+        assert kind.lower() in str(got).lower()
+        if kind == "dead channels":
+            got.raise_if_serious()
+        else:
+            with pytest.raises(surgery.SeriousFindingError, match=f"{last}: "):
+                got.raise_if_serious()
+
+
+def test_another_domain_is_stale_and_recompute_mends_it(well):
+    other = [3 - 2 * batch for batch in BATCHES]
+    before = surgery.diagnose(call, well, other)
+    assert "stale" in kinds(before, "stem_bn")
+    assert before.outputs_apart > 0.3
+    after = surgery.diagnose(call, surgery.recompute(call, well, other), other)
+    assert "stale" not in kinds(after)
+
+
+class Net(nn.Module):
+    """One layer before one norm."""
+
+    layer: nn.Module
+    norm: nn.Module
+
+    @nn.compact
+    def __call__(self, x, train):
+        return self.norm(self.layer(x), use_running_average=not train)
+
+
+def single(norm, batches, layer=None, scale_input=1.0, healed=True):
+    """The report of one layer whose running statistics are those of the batches."""
+    model = Net(layer or nn.Dropout(0.0, deterministic=True), norm)
+    variables = model.init(jax.random.key(0), batches[0], False)
+
+    def run(variables, batch, *, train, mutable=False):
+        return model.apply(variables, batch * scale_input, train, mutable=mutable)
+
+    if healed:
+        variables = surgery.recompute(run, variables, batches)
+    return surgery.diagnose(run, variables, batches)
+
+
+def test_variance_at_the_epsilon_floor():
+    got = single(nn.BatchNorm(), BATCHES, scale_input=jnp.array([1.0, 1e-3]))
+    assert kinds(got) == {"epsilon floor"}
+    assert "1 of 2 channels (1)" in str(got)
+    assert not kinds(
+        single(nn.BatchNorm(epsilon=1e-9), BATCHES, scale_input=jnp.array([1.0, 1e-3]))
+    )
+
+
+def test_a_constant_input_is_a_dead_channel():
+    got = single(nn.BatchNorm(), BATCHES, scale_input=jnp.array([1.0, 0.0]))
+    assert kinds(got) == {"dead channels"}
+    assert "1 have a constant input, 0 a scale of 0" in str(got)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm, normjax.linen.BatchNorm])
+def test_few_samples_are_counted_by_what_they_are_worth(kind, rng):
+    independent = [jnp.asarray(rng.normal(size=(4, 8, 8, 3)), jnp.float32) for _ in range(8)]
+    assert not kinds(single(kind(), independent))
+    # All positions of an image alike: an image is worth one sample.
+    alike = [jnp.broadcast_to(batch[:, :1, :1], batch.shape) for batch in independent]
+    got = single(kind(), alike)
+    assert kinds(got) == {"few samples"}
+    assert got.norms[0].samples == 4
+    assert "4 times as many devices" in str(got)
+    assert "group norm" in str(got)
+    rows = [batch[:, 0, 0] for batch in independent]
+    assert single(kind(), rows).norms[0].samples == 4
+    assert not kinds(single(kind(), [jnp.concatenate(rows)]))
+
+
+def test_devices_that_share_have_the_samples_of_all(rng):
+    x = jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)
+    layer = nn.BatchNorm(axis_name="batch")
+    variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
+
+    def run(variables, batch, *, train, mutable=False):
+        local = partial(layer.apply, use_running_average=not train, mutable=mutable)
+        apply = jax.vmap(local, (None, 0), (0, None) if mutable else 0, axis_name="batch")
+        return apply(variables, batch.reshape(4, 8, 3))
+
+    got = surgery.diagnose(run, surgery.recompute(run, variables, [x]), [x])
+    assert got.norms[0].samples == 32
+    assert got.healthy, str(got)
+
+
+def test_modes_apart_where_batches_differ(rng):
+    sorted_by_class = [jnp.asarray(rng.normal(5 * k, 1, (64, 3)), jnp.float32) for k in range(4)]
+    got = single(nn.BatchNorm(), sorted_by_class)
+    assert kinds(got) == {"modes apart"}
+    assert got.norms[0].modes_apart > 1
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv(3, (3, 3)), nn.Dense(3), nn.ConvTranspose(3, (2, 2))], ids=["c", "d", "t"]
+)
+def test_a_redundant_bias_before(layer):
+    got = single(nn.BatchNorm(), BATCHES, layer=layer)
+    assert kinds(got) == {"redundant bias"}
+    assert "'layer' has a bias" in str(got)
+    got = single(nn.BatchNorm(), BATCHES, layer=layer.clone(use_bias=False))
+    assert got.healthy, str(got)
+
+
+def test_statistics_that_differ_between_devices(well):
+    """As pmap leaves them, and as arrays that claim to be replicated."""
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), well)
+    got = surgery.diagnose(call, stack, BATCHES)
+    assert got.healthy, str(got)
+    apart = edited(stack, "stem_bn", mean=lambda m: m.at[3].add(0.01))
+    got = surgery.diagnose(call, apart, BATCHES)
+    assert kinds(got) == {"devices differ"}
+    assert [finding.path for finding in got.findings] == ["stem_bn"]
+
+    mesh = Mesh(jax.devices()[:4], "d")
+    mean = well["batch_stats"]["stem_bn"]["mean"]
+    pieces = [jax.device_put(mean + 0.01 * (i == 2), d) for i, d in enumerate(mesh.devices.flat)]
+    planted = jax.make_array_from_single_device_arrays(mean.shape, NamedSharding(mesh, P()), pieces)
+    replicated = jax.device_put(well, NamedSharding(mesh, P()))
+    assert surgery.diagnose(call, replicated, BATCHES, at="stem_bn").healthy
+    got = surgery.diagnose(call, edited(replicated, "stem_bn", mean=lambda _: planted), BATCHES)
+    assert "devices differ" in kinds(got, "stem_bn")
+
+
+def test_diagnose_guarantee_pure(well):
+    before = jax.tree.map(np.array, well)
+    surgery.diagnose(call, well, iter(BATCHES), limit=1)
+    jax.tree.map(np.testing.assert_array_equal, well, before)
+
+
+def test_diagnose_edge_layer_in_evaluation_or_all_masked(well):
+    frozen = surgery.freeze(MODEL.apply, at="block_*")
+
+    def run(variables, batch, *, train, mutable=False):
+        return frozen(variables, batch, train, mutable=mutable)
+
+    got = surgery.diagnose(run, well, BATCHES, limit=1)
+    assert [norm.path for norm in got.norms] == ["stem_bn"]
+
+
+def test_diagnose_edge_model_compared_on_odd_outputs(well):
+    def run(variables, batch, *, train, mutable=False):
+        out = MODEL.apply(variables, batch, train, mutable=mutable)
+        return out if mutable else (out, out)
+
+    assert surgery.diagnose(run, well, BATCHES[:1]).outputs_apart is None
+
+
+def test_bad_input_is_worded(well):
+    cases = [
+        (ValueError, "diagnose: the batches are empty", (call, well, [])),
+        (ValueError, "the batches are empty", (call, well, iter([]))),
+        (TypeError, "batches is int", (call, well, 3)),
+        (ValueError, "no statistics of a batch norm", (call, {"params": {}}, BATCHES)),
+        (ValueError, "not finite", (call, well, [BATCHES[0] * jnp.nan])),
+        (ValueError, "batch 1 .* has the shapes", (call, well, [BATCHES[0], BATCHES[0][..., :1]])),
+    ]
+    for kind, message, arguments in cases:
+        with pytest.raises(kind, match=message):
+            surgery.diagnose(*arguments)
+    with pytest.raises(ValueError, match="matches no batch norm"):
+        surgery.diagnose(call, well, BATCHES, at="nowhere")
+
+
+def test_the_picture(report, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    figure = report.plot()
+    left, _, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == [n.path for n in report.norms]
+    assert [bar.get_width() for bar in right.patches] == [n.samples for n in report.norms]
+    figure.savefig(tmp_path / "report.png")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        report.plot()
