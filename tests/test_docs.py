@@ -89,6 +89,10 @@ def test_docstring_examples_run(name):
         "normjax.SpectralStats",
         "normjax.linen.ImmutableBatchStatsError",
         "normjax.surgery.FoldReport",
+        "normjax.surgery.Finding",
+        "normjax.surgery.NormReport",
+        "normjax.surgery.Report",
+        "normjax.surgery.SeriousFindingError",
     )
     assert tests or name in needs_none
     for test in tests:
@@ -100,7 +104,7 @@ PAGES = [
     "README.md",
     *(
         f"docs/{page}.md"
-        for page in ("which-norm", "accumulation", "devices", "scaling", "serving", "checkpoints")
+        for page in ("which-norm", "accumulation", "devices", "scaling", "serving", "checkpoints", "surgery")
     ),
 ]
 

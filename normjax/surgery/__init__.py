@@ -4,6 +4,7 @@ Works on plain trees of variables and on functions that run a model, `flax.linen
 included. Nothing is changed in place.
 """
 
+from normjax.surgery._convert import convert
 from normjax.surgery._decay import decay_mask
 from normjax.surgery._diagnose import diagnose
 from normjax.surgery._fold import FoldReport, fold
@@ -21,6 +22,7 @@ __all__ = [
     "NormReport",
     "Report",
     "SeriousFindingError",
+    "convert",
     "decay_mask",
     "diagnose",
     "export_keras",

@@ -1,0 +1,156 @@
+"""Variables of batch norms to those of group norms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
+from jax import Array
+
+from normjax import Moments, _checks, normalize
+from normjax._moments import collapse, wide
+from normjax.surgery._paths import At, Path, at_path, like, norms, written
+
+CALLED = "normjax.surgery.convert"
+# What Flax calls layers that were given no name: their class and a number.
+AUTOMATIC = re.compile(r"(BatchNorm|BatchRenorm)_(\d+)")
+
+
+def convert(
+    variables: Mapping[str, Any],
+    *,
+    num_groups: int | None = 32,
+    group_size: int | None = None,
+    at: At = None,
+    epsilon: float = 1e-5,
+) -> Mapping[str, Any]:
+    """Variables for the same model with group norm in the places of batch norm.
+
+        scale' = scale S / s,   bias' = bias + scale (M - running mean) / s
+
+    with s^2 = running var + epsilon, and M, S^2 the mean and the variance of all channels of a
+    group together. An example whose groups have these moments then comes out as before; copying
+    scale and bias would give that for no example. Fine-tune from there.
+
+    Args:
+        variables: all of the model with batch norm.
+        num_groups, group_size: as in `group_norm`, one of them; the other is None.
+        at: patterns over the paths of the layers, all if None.
+        epsilon: of the batch norms.
+
+    Returns:
+        New variables. Layers that Flax named by their class are called GroupNorm_0, GroupNorm_1
+        and so on, in their order; names that a person gave stay.
+
+    Guarantees:
+        typical examples come out as before: exact where an example's groups have the moments of
+            the running statistics.
+        nothing else: other parameters are the very arrays that came in.
+
+    Edge cases:
+        ===================================  ==================================================
+        no scale, no bias                    taken as 1 and 0; the group norm has both
+        none of the batch norms is left      there is no collection batch_stats any more
+        the others are renumbered            as Flax will count them
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `variables` is no dictionary.
+        ValueError: groups that do not divide the channels; no statistics; a pattern that matches
+            none; automatic names whose order among others cannot be known.
+
+    References:
+        Wu, He (2018), Group Normalization, arXiv:1803.08494.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> from normjax import surgery
+        >>> model = nn.Sequential([nn.Dense(4), nn.BatchNorm(use_running_average=True)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+        >>> twin = nn.Sequential([nn.Dense(4), nn.GroupNorm(num_groups=2)])
+        >>> twin.apply(surgery.convert(variables, num_groups=2), jnp.ones((2, 3))).shape
+        (2, 4)
+    """
+    chosen = norms(CALLED, variables, at)
+    names = _names(chosen, norms(CALLED, variables), variables.get("params", {}))
+    moved = {
+        kind: _moved(tree, names, () if kind == "params" else chosen)
+        for kind, tree in variables.items()
+    }
+    params = moved.get("params", {})
+    for path, node in chosen.items():
+        affine = meta.unbox(at_path(variables.get("params", {}), path))
+        new = _affine(path, node, affine, num_groups, group_size, epsilon)
+        params |= {(*names[path], name): value for name, value in new.items()}
+    trees = {kind: unflatten_dict(tree) for kind, tree in {**moved, "params": params}.items()}
+    if not trees["batch_stats"]:
+        del trees["batch_stats"]
+    return like(variables, trees)
+
+
+def _affine(
+    path: Path,
+    node: Mapping[str, Any],
+    affine: Mapping[str, Any],
+    num_groups: int | None,
+    group_size: int | None,
+    epsilon: float,
+) -> dict[str, Array]:
+    mean, var = (jnp.asarray(node[name]) for name in ("mean", "var"))
+    mean, var = mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype))
+    *lead, channels = mean.shape
+    called = f"{CALLED} at '{written(path)}'"
+    groups = _checks.number_of_groups(called, num_groups, group_size, channels)
+    # The moments of a group are those of its channels merged, all of one count.
+    stacked = (jnp.moveaxis(v.reshape(*lead, groups, -1), -1, 0) for v in (mean, var))
+    group = collapse(Moments(np.float32(1), *stacked))
+    center, spread = (
+        jnp.repeat(v, channels // groups, axis=-1) for v in (group.mean, group.variance())
+    )
+    scale = jnp.asarray(affine.get("scale", jnp.ones(mean.shape, mean.dtype)))
+    bias = jnp.asarray(affine.get("bias", jnp.zeros(mean.shape, mean.dtype)))
+    # Group norm sends M to 0 and M + S to 1; the batch norm says what is to become of these.
+    at_zero = normalize(center, mean, var, scale, bias, epsilon=epsilon)
+    slope = normalize(jnp.sqrt(spread), 0.0, var, scale, epsilon=epsilon)
+    return {"scale": slope.astype(scale.dtype), "bias": at_zero.astype(bias.dtype)}
+
+
+def _names(chosen: Collection[Path], known: Collection[Path], params: Any) -> dict[Path, Path]:
+    """New paths of all batch norms, those that stay what they are included."""
+    names = {path: path for path in known}
+    for parent in {path[:-1] for path in known if path}:
+        automatic = {p: AUTOMATIC.fullmatch(p[-1]) for p in known if p[:-1] == parent}
+        counted = [(m[1], int(m[2]), path) for path, m in automatic.items() if m]
+        converted = [path for _, _, path in sorted(counted) if path in chosen]
+        others = [name for name in at_path(params, parent) if re.fullmatch(r"GroupNorm_\d+", name)]
+        if converted and (others or len({p[-1].split("_")[0] for p in converted}) > 1):
+            among = sorted(others) or sorted(path[-1] for path in converted)
+            raise ValueError(
+                f"{CALLED}: '{written(parent)}' holds layers that Flax has numbered by their "
+                f"class, {among}, and how it would number them together with the converted ones "
+                "depends on their order in the code. Give the layers names."
+            )
+        names |= {path: (*parent, f"GroupNorm_{i}") for i, path in enumerate(converted)}
+        for kind in ("BatchNorm", "BatchRenorm"):
+            left = [p for k, _, p in sorted(counted) if k == kind and p not in chosen]
+            names |= {path: (*parent, f"{kind}_{i}") for i, path in enumerate(left)}
+    return names
+
+
+def _moved(
+    tree: Mapping[str, Any], names: Mapping[Path, Path], dropped: Collection[Path]
+) -> dict[Path, Any]:
+    """A collection by paths, its norms under their new names."""
+    if not isinstance(tree, Mapping):
+        return {}
+    flat = flatten_dict(dict(tree), keep_empty_nodes=True)
+    return {
+        (*names.get(path[:-1], path[:-1]), path[-1]): leaf
+        for path, leaf in flat.items()
+        if path[:-1] not in dropped and leaf is not empty_node
+    }
