@@ -333,3 +333,15 @@ def test_synchronize_edge_the_layer_has_an_axis_name():
 def test_synchronize_needs_a_bound_axis():
     with pytest.raises(NameError, match=r"axis_name='batch' is not bound"):
         run(surgery.synchronize(MODEL.apply, "batch"))
+
+
+def test_synchronized_layers_keep_the_moments_of_micro_batches():
+    """Accumulation, which layers of normjax do by themselves, goes on under the wrapper."""
+    layer = normjax.linen.BatchNorm(use_running_average=False)
+    x = images(n=4, offset=3.0)
+    variables = layer.init(jax.random.key(0), x)
+    apply = partial(surgery.synchronize(layer.apply, "batch"), mutable=["batch_moments"])
+    _, kept = jax.vmap(apply, (None, 0), axis_name="batch")(variables, x.reshape(2, 2, 4, 4, 2))
+    moments = kept["batch_moments"]["moments"]
+    np.testing.assert_array_equal(moments.count[0], 64)
+    close(moments.mean[1], np.asarray(x, np.float64).mean((0, 1, 2)))

@@ -19,15 +19,13 @@ from flax.core import meta
 from jax import lax
 
 import normjax.linen
-from normjax import BatchStats, batch_norm, batch_renorm
-from normjax.linen._params import as_mask, output_dtype
+from normjax import BatchStats
 from normjax.surgery._paths import chosen, expect_matches, written
 
+_OURS: Any = normjax.linen.BatchNorm
+
 # The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
-KINDS = {
-    inspect.unwrap(kind.__call__): kind
-    for kind in (nn.BatchNorm, normjax.linen.BatchNorm, normjax.linen.BatchRenorm)
-}
+KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, _OURS, normjax.linen.BatchRenorm)}
 
 
 class Layer(NamedTuple):
@@ -172,41 +170,37 @@ def _recognize(args: tuple, kwargs: dict[str, Any], context: Any) -> Layer | Non
 
 
 def _run(layer: Layer) -> Any:
-    """Runs a changed layer: by the functions of normjax, whichever library it comes from."""
-    module = layer.module
-    own: dict[str, Any] = {
-        name: getattr(module, name)
-        for name in ("ddof", "debias", "virtual_batch_size", "r_max", "d_max")
-        if hasattr(module, name)
-    }
-    function = batch_renorm if "r_max" in own else batch_norm
-    scale, bias = _affine(layer, "scale"), _affine(layer, "bias")
-    y, stats = function(
-        layer.x,
-        layer.stats(),
-        scale,
-        bias,
-        train=layer.train,
-        feature_axis=module.axis,
-        momentum=module.momentum,
-        epsilon=module.epsilon,
-        mask=as_mask(layer.mask),
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        dtype=output_dtype(module, layer.x, scale, bias),
-        **own,
-    )
-    if layer.train and stats is not None:
-        for name, value in stats._asdict().items():
-            if value is not None:
-                module.put_variable("batch_stats", name, value)
-    return y
+    """Runs a changed layer: by the code of normjax, whichever library it comes from."""
+    renorm = isinstance(layer.module, normjax.linen.BatchRenorm)
+    body: Any = inspect.unwrap((normjax.linen.BatchRenorm if renorm else _OURS).__call__)
+    vectors = {name: _held(layer, getattr(layer, name)) for name in ("scale", "bias")}
+    return body(_Edited(layer), layer.x, train=layer.train, mask=layer.mask, **vectors)
 
 
-def _affine(layer: Layer, name: str) -> Any:
-    value = getattr(layer, name)
-    if value is None and getattr(layer.module, f"use_{name}"):
-        value = _variable(layer.module, "params", name)
+class _Edited:
+    """A module as its code should see it: its variables, some of its fields in other values."""
+
+    use_running_average = None
+
+    def __init__(self, layer: Layer):
+        self._layer = layer
+        self.axis_name, self.axis_index_groups = layer.axis_name, layer.axis_index_groups
+
+    def __getattr__(self, name: str) -> Any:
+        # What a layer of Flax has no field for is as normjax has it by default.
+        held = hasattr(self._layer.module, name)
+        return getattr(self._layer.module if held else _OURS, name)
+
+    def param(self, *arguments: Any) -> Any:
+        """A frozen layer has parameters, and no gradient for them."""
+        return _held(self._layer, self._layer.module.param(*arguments))
+
+
+# The name that errors say.
+_Edited.__name__ = _OURS.__name__
+
+
+def _held(layer: Layer, value: Any) -> Any:
     return lax.stop_gradient(value) if layer.frozen and value is not None else value
 
 

@@ -59,6 +59,7 @@ class _Freeze(Edit):
     called = "normjax.surgery.freeze"
 
     def __call__(self, layer: Layer) -> Layer:
+        layer.stats()
         return layer._replace(train=False, frozen=True)
 
 
