@@ -77,7 +77,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=15, help="of training on the digits")
+    parser.add_argument("--epochs", type=int, default=12, help="of training on the digits")
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning in each domain")
     parser.add_argument("--batch-size", type=int, default=1, help="images in a fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
