@@ -104,7 +104,15 @@ PAGES = [
     "README.md",
     *(
         f"docs/{page}.md"
-        for page in ("which-norm", "accumulation", "devices", "scaling", "serving", "checkpoints", "surgery")
+        for page in (
+            "which-norm",
+            "accumulation",
+            "devices",
+            "scaling",
+            "serving",
+            "checkpoints",
+            "surgery",
+        )
     ),
 ]
 
