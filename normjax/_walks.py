@@ -72,7 +72,12 @@ def input_of_norm(x: Array) -> Array:
 
 def moments_of_norm(moments: Any) -> Any:
     """moments, under the name by which `norm_inputs_saveable` knows them."""
-    return checkpoint_name(moments, _MOMENTS)
+
+    def named(leaf: Any) -> Any:
+        # A count that is a constant is known in any case.
+        return checkpoint_name(leaf, _MOMENTS) if isinstance(leaf, Array) else leaf
+
+    return jax.tree.map(named, moments)
 
 
 def apart(operands: Any) -> Any:

@@ -195,7 +195,7 @@ def test_norm_inputs_saveable_guarantee_same_result(rng):
     for name, share in (("act", 0.7), ("policy", 0.75)):
         memory, (own_loss, own_gradients) = found[name]
         assert memory <= share * most
-        assert own_loss == pytest.approx(loss, rel=1e-5)
+        assert float(own_loss) == pytest.approx(float(loss), rel=1e-5)
         for a, b in zip(*map(jax.tree.leaves, (own_gradients, gradients)), strict=True):
             np.testing.assert_allclose(*map(np.asarray, (a, b)), rtol=1e-3, atol=1e-4)
 

@@ -25,7 +25,10 @@ from normjax.surgery._paths import chosen, expect_matches, written
 _OURS: Any = normjax.linen.BatchNorm
 
 # The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
-KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, _OURS, normjax.linen.BatchRenorm)}
+KINDS = {
+    inspect.unwrap(kind.__call__)
+    for kind in (nn.BatchNorm, _OURS, normjax.linen.BatchNormAct, normjax.linen.BatchRenorm)
+}
 
 
 class Layer(NamedTuple):
