@@ -25,6 +25,7 @@ bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results
 	$(BIN)/python -m benchmarks.models --out benchmarks/results
 	$(BIN)/python -m benchmarks.stack --out benchmarks/results
+	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.md
 
 # Made once, and anew when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -58,6 +58,22 @@ class Stack(nn.Module):
         return x
 
 
+class Scanned(nn.Module):
+    """The same by `nn.scan`, which every compiler takes layer by layer."""
+
+    block: Callable[..., nn.Module]
+    depth: int = DEPTH
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(module, x, _):
+            return module.block(name="block")(x), None
+
+        axes = {"params": 0, "batch_stats": 0}
+        scan = nn.scan(layer, axes, split_rngs={"params": True}, length=self.depth)
+        return scan(self, x, None)[0]
+
+
 def block(cls: type[nn.Module], norm: Callable[..., nn.Module]) -> Callable:
     """The variant that is a block of this class with this norm."""
     return lambda activation, dtype: partial(cls, norm, activation, dtype)
@@ -84,20 +100,22 @@ def main(
 ) -> list[steps.Step]:
     args = steps.arguments(__doc__.split("\n")[0], argv)
     machine.prepare()
-    x = np.random.default_rng(0).normal(0, 1, shape)
     found = []
-    for activation, function in ACTIVATIONS.items():
-        name = f"{depth} x (convolution, batch norm, {activation})"
-        variants = {
-            variant: lambda dtype, make=make, function=function: Stack(
-                make(function, jnp.dtype(dtype)), depth
-            )
-            for variant, make in VARIANTS.items()
-            if activation != "ReLU" or "Act" not in variant
-        }
-        if any(word in name for word in args.only):
-            for dtype in args.dtype:
-                found += steps.compare(name, variants, x, dtype, args.repeats, args.seconds)
+    for stack, how, scale in ((Stack, "", 1), (Scanned, ", nn.scan", 2)):
+        # Convolutions in a loop are slow on a CPU, and shares of memory are those of any size.
+        x = np.random.default_rng(0).normal(0, 1, (*(n // scale for n in shape[:3]), shape[3]))
+        for activation, function in ACTIVATIONS.items():
+            name = f"{depth} x (convolution, batch norm, {activation}){how}"
+            variants = {
+                variant: lambda dtype, stack=stack, make=make, function=function: stack(
+                    make(function, jnp.dtype(dtype)), depth
+                )
+                for variant, make in VARIANTS.items()
+                if activation != "ReLU" or "Act" not in variant
+            }
+            if any(word in name for word in args.only):
+                for dtype in args.dtype:
+                    found += steps.compare(name, variants, x, dtype, args.repeats, args.seconds)
     steps.write([*steps.report("Deep stacks", found, args.repeats)], args.out, "stack.md")
     return found
 

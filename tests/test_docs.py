@@ -112,6 +112,7 @@ PAGES = [
             "serving",
             "checkpoints",
             "surgery",
+            "memory",
         )
     ),
 ]
