@@ -16,7 +16,7 @@ from normjax.surgery._program import Equation
 ELEMENTWISE = {
     "abs", "add", "and", "cbrt", "ceil", "convert_element_type", "copy", "cos", "div", "eq", "erf",
     "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not", "or", "pow", "round",
+    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "round",
     "reduce_precision", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient",
     "sub", "tanh",
 }  # fmt: skip

@@ -99,7 +99,11 @@ def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
             given = tuple(map(read, eqn.invars))
             place = _place(where, eqn)
             body = _body(eqn)
-            if body is None:
+            results: Sequence[Slot]
+            if eqn.primitive.name == "name":
+                # Names are for checkpoints of a backward pass; a value by another name is it.
+                results = given
+            elif body is None:
                 name = eqn.primitive.name
                 written = tuple(next(slots) for _ in eqn.outvars)
                 avals = tuple(var.aval for var in eqn.outvars)
@@ -115,7 +119,7 @@ def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
                     place or name,
                 )
                 equations.append(Equation(*entry))
-                results: Sequence[Slot] = written
+                results = written
             else:
                 results = inline(body, given, place)
             known.update(zip(eqn.outvars, results, strict=True))
