@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 from collections.abc import Sequence
@@ -26,31 +25,18 @@ def cores() -> int:
 
 
 def prepare() -> None:
-    """Call it before anything else is measured or allocated."""
-    keep_freed_memory()
+    """Says so where nothing that is measured here could be believed."""
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"The machine is busy (load {load:.1f}): times will be off, PyTorch's most of all.")
-
-
-def keep_freed_memory() -> None:
-    """Has glibc hand freed memory out again; without it large arrays are fresh at each call.
-
-    The kernel clears fresh pages at a tenth of the speed of a copy, so that beyond 32 MB all
-    libraries would be measured by the time of their page faults.
-    """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        for option, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            libc.mallopt(option, value)
 
 
 def circumstances(peers: Sequence[str], repeats: int) -> str:
     libraries = ", ".join(dict.fromkeys(described(name) for name in peers))
     return (
         f"{date.today()}, {processor()} ({platform.machine()}, {cores()} cores), "
-        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls."
+        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls, memory "
+        "allocated as by default: fresh arrays cost their page faults, as they do in training."
     )
 
 

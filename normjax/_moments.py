@@ -113,7 +113,7 @@ def measure(
     mask = _checks.mask("normjax.measure", mask, x.shape)
     with jax.named_scope("normjax.measure"):
         count = _count(x, axes, mask)
-        mean, m2 = _mean_and_m2(x, mask, count, axes, centered)
+        mean, m2 = _mean_and_m2(x, mask, count, axes, centered, _is_minor(axes, x.ndim))
         mean, m2 = jnp.squeeze(mean, axes), jnp.squeeze(m2, axes)
         if mask is not None:
             count = jnp.squeeze(count, axes)
@@ -276,32 +276,33 @@ def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
     return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
 def _mean_and_m2(
-    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool, fused: bool
 ) -> tuple[Array, Array]:
     # The corrected two-pass algorithm: sums around the mean of a first sum mend what that sum
     # lost by rounding. It makes constant features exact, and no choice of data can break it, as
     # one can break a pivot that is taken from a part of x.
     dtype = wide(x.dtype)
     total = partial(jnp.sum, axis=axes, keepdims=True)
-    once, count = apart((x, jnp.asarray(count)))
-    once = once.astype(dtype)
+    once = (x if fused else apart((x, jnp.asarray(count)))[0]).astype(dtype)
     if not centered:
         m2 = total(_abs_square(_admitted(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
     divisor = _or_one(count).astype(dtype)
     rough = total(_admitted(once, mask)) / divisor
-    first, center, second, middle = apart((x, rough, x, rough))
+    # Alone, sums over rows fuse into one pass with all that follows, and gain by what they share.
+    walks = (x, rough, x, rough)
+    first, center, second, middle = walks if fused else apart(walks)
     rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
     squares = total(_abs_square(_deviation(second.astype(dtype), middle, mask)))
     return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
 
 
 @_mean_and_m2.defjvp
-def _mean_and_m2_jvp(axes, centered, primals, tangents):
+def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
     x, mask, count = primals
-    mean, m2 = moments_of_norm(_mean_and_m2(x, mask, count, axes, centered))
+    mean, m2 = moments_of_norm(_mean_and_m2(x, mask, count, axes, centered, False))
     d_x, _, _ = tangents
     kept = (x,)
     return (mean, m2), moment_tangents(kept, widened, mask, count, mean, d_x, axes, centered)
@@ -328,6 +329,11 @@ def moment_tangents(
     center = mean if centered else None
     products = diagonal(deviated, dx, mask, jnp.asarray(count), center, *kept)
     return d_mean, 2 * total(jnp.real(products))
+
+
+def _is_minor(axes: tuple[int, ...], rank: int) -> bool:
+    """Whether what is reduced lies in one piece."""
+    return axes == tuple(range(rank - len(axes), rank)) and len(axes) < rank
 
 
 def widened(x: Array) -> Array:
