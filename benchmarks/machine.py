@@ -35,8 +35,8 @@ def circumstances(peers: Sequence[str], repeats: int) -> str:
     libraries = ", ".join(dict.fromkeys(described(name) for name in peers))
     return (
         f"{date.today()}, {processor()} ({platform.machine()}, {cores()} cores), "
-        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls, memory "
-        "allocated as by default: fresh arrays cost their page faults, as they do in training."
+        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls. "
+        "Memory is allocated as by default: fresh arrays cost their page faults, as in training."
     )
 
 

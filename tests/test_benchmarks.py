@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import normjax.linen
-from benchmarks import calls, layers, machine, models, peers, speed, stack, steps, tables
+from benchmarks import calls, layers, models, peers, speed, stack, steps, tables
 
 QUICK = ["--repeats", "2", "--seconds", "0"]
 LAYER = layers.Layer("tiny", "layer_norm", (4, 8))
@@ -22,7 +22,6 @@ def small(lenient, monkeypatch):
     """Layers that take no time; and the rest of the test process is left as it is."""
     monkeypatch.setattr(speed, "LAYERS", (layers.Layer("tiny", "batch_norm", (4, 2, 8)), LAYER))
     monkeypatch.setattr(calls, "COMPILATIONS", 1)
-    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
