@@ -19,6 +19,7 @@ NORMS = {
 }
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler fuses other things")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_training_step_writes_nothing_of_the_size_of_x_but_its_results(norm, dtype):
