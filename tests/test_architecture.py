@@ -115,6 +115,16 @@ def test_loading_flax_would_be_found():
     assert loads_flax("import normjax.linen")
 
 
+def test_importing_everything_leaves_the_choice_of_devices_open():
+    """JAX takes no number of devices any more once anything has been computed."""
+    code = (
+        "import jax, normjax.linen, normjax.surgery\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\nassert jax.device_count() == 3"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=PACKAGE.parent)
+    assert done.returncode == 0
+
+
 @pytest.mark.parametrize("shell", SHELLS)
 def test_shells_hold_no_arithmetic(shell):
     assert not arithmetic(rooms()[shell])

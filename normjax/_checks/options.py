@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -14,7 +13,7 @@ from jax.typing import ArrayLike
 def _number(called: str, name: str, value: Any, expected: str) -> float | None:
     """A number as a float; None for a traced one, which is taken on trust."""
     kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
-    if not isinstance(value, kinds) or np.ndim(value) or jnp.iscomplexobj(value):
+    if not isinstance(value, kinds) or np.ndim(value) or np.iscomplexobj(value):
         got = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
         raise TypeError(f"{called}: {name} is {got}, expected {expected}.")
     return None if isinstance(value, jax.core.Tracer) else float(value)
