@@ -123,7 +123,7 @@ def apply(
 
 
 @partial(apply.defjvp, symbolic_zeros=True)
-def apply_jvp(out, primals, tangents):
+def _apply_jvp(out, primals, tangents):
     x, mask, *vectors = primals
     dx, _, *d_vectors = map(_given, tangents)
     y = apply(*primals, out)
