@@ -345,3 +345,22 @@ def test_synchronized_layers_keep_the_moments_of_micro_batches():
     moments = kept["batch_moments"]["moments"]
     np.testing.assert_array_equal(moments.count[0], 64)
     close(moments.mean[1], np.asarray(x, np.float64).mean((0, 1, 2)))
+
+
+def test_no_activation_is_dropped_by_an_edit():
+    """A layer that normalizes and activates is run by its own code, not by that of batch norm."""
+    model = normjax.linen.BatchNormAct(activation=normjax.ELU())
+    x = jnp.array([[-3.0, 1.0], [2.0, -4.0]])
+    variables = model.init(jax.random.key(0), x, train=False)
+    served = model.apply(variables, x, train=False)
+    frozen = surgery.freeze(model.apply)(variables, x, train=True, mutable=["batch_stats"])[0]
+    np.testing.assert_array_equal(frozen, served)
+    assert served.min() > -1
+
+    def shared(x, model=model):
+        apply = surgery.synchronize(model.apply, "d")
+        return apply(variables, x, train=True, mutable=["batch_stats"])[0]
+
+    whole = model.apply(variables, x, train=True, mutable=["batch_stats"])[0]
+    parts = jax.vmap(shared, axis_name="d")(x[:, None])
+    np.testing.assert_allclose(parts[:, 0], whole, rtol=1e-6)

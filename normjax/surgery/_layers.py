@@ -24,11 +24,11 @@ from normjax.surgery._paths import chosen, expect_matches, written
 
 _OURS: Any = normjax.linen.BatchNorm
 
+# Layers with code of their own before those that they extend.
+_OWN: Any = (normjax.linen.BatchNormAct, normjax.linen.BatchRenorm, _OURS)
+
 # The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
-KINDS = {
-    inspect.unwrap(kind.__call__)
-    for kind in (nn.BatchNorm, _OURS, normjax.linen.BatchNormAct, normjax.linen.BatchRenorm)
-}
+KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, *_OWN)}
 
 
 class Layer(NamedTuple):
@@ -174,8 +174,8 @@ def _recognize(args: tuple, kwargs: dict[str, Any], context: Any) -> Layer | Non
 
 def _run(layer: Layer) -> Any:
     """Runs a changed layer: by the code of normjax, whichever library it comes from."""
-    renorm = isinstance(layer.module, normjax.linen.BatchRenorm)
-    body: Any = inspect.unwrap((normjax.linen.BatchRenorm if renorm else _OURS).__call__)
+    kind = next((kind for kind in _OWN if isinstance(layer.module, kind)), _OURS)
+    body: Any = inspect.unwrap(kind.__call__)
     vectors = {name: _held(layer, getattr(layer, name)) for name in ("scale", "bias")}
     return body(_Edited(layer), layer.x, train=layer.train, mask=layer.mask, **vectors)
 
