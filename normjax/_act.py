@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._batch import check, enough, evaluate, with_kept
-from normjax._moments import Moments, measure, moment_tangents, synchronize, wide
+from normjax._moments import Moments, measured, moment_tangents, synchronize, wide, widened
 from normjax._normalize import apply, denormalize, normalized_tangent
 from normjax._stats import BatchStats, move
 from normjax._walks import diagonal
@@ -186,13 +186,14 @@ def keeping_batch_norm_act(
         x = given.x
         if given.mask is not None:
             x = jnp.where(given.mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-        own = measure(x, given.reduced, given.mask)
+        wide_x = widened(x)
+        own = measured(x, wide_x, given.reduced, given.mask)
         whole = share(own)
         known = vectors(whole)
-        z = activation(apply(x, None, *known, dtype)).astype(given.dtype)
+        z = activation(apply(x, wide_x, None, *known, dtype)).astype(given.dtype)
         # Now that the output is there the same values once more, with derivatives that need it.
-        moments = share(_measured(activation, given.reduced, x, z, known, given.mask, own))
-        z = _finished(activation, x, z, vectors(moments))
+        moments = share(_measured(activation, given.reduced, wide_x, z, known, given.mask, own))
+        z = _finished(activation, wide_x, z, vectors(moments))
         batch = with_kept(kept, whole)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
@@ -206,7 +207,7 @@ def _origin(activation: Invertible, z: Array, mean: Array, *rest: Any) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measured(
-    activation: Invertible, axes: Any, x: Array, z: Array, vectors: Any, mask: Any, own: Moments
+    activation: Invertible, axes: Any, wide_x: Array, z: Array, vectors: Any, mask: Any, own: Moments
 ) -> Moments:
     """The moments `own` of x, whose derivative takes x from z."""
     return own
@@ -224,7 +225,7 @@ def _measured_jvp(activation, axes, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _finished(activation: Invertible, x: Array, z: Array, vectors: Any) -> Array:
+def _finished(activation: Invertible, wide_x: Array, z: Array, vectors: Any) -> Array:
     """The output z of x, whose derivative takes x from z."""
     return z
 

@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measure, merge, synchronize, wide
-from normjax._normalize import normalize
+from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
+from normjax._normalize import normalized
 from normjax._stats import BatchStats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
@@ -273,6 +273,7 @@ class Given(NamedTuple):
     """Checked arguments; scale and bias in the rank of x."""
 
     x: Array
+    wide_x: Array
     stats: Any
     scale: Any
     bias: Any
@@ -316,13 +317,14 @@ def check(
     bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
-    return Given(input_of_norm(x), stats, scale, bias, mask, train, reduced, dtype)
+    x = input_of_norm(x)
+    return Given(x, widened(x), stats, scale, bias, mask, train, reduced, dtype)
 
 
 def _measure(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> Moments:
     """The moments of the batch, of all devices if the axis has a name."""
     enough(called, given, axis_name, axis_index_groups)
-    moments = measure(given.x, given.reduced, given.mask)
+    moments = measured(given.x, given.wide_x, given.reduced, given.mask)
     if axis_name is not None:
         moments = synchronize(moments, axis_name, axis_index_groups)
     return moments_of_norm(moments)
@@ -345,7 +347,7 @@ def with_kept(kept: Moments | None, batch: Moments) -> Moments:
 def _normalize(given: Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:
     mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
     options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
-    return normalize(given.x, mean, var, scale, bias, **options)
+    return normalized(given.x, given.wide_x, mean, var, scale, bias, **options)
 
 
 def evaluate(called: str, given: Given, epsilon: Any) -> Array:
@@ -353,7 +355,7 @@ def evaluate(called: str, given: Given, epsilon: Any) -> Array:
     with jax.named_scope(called):
         mean, var = (jnp.expand_dims(lax.stop_gradient(v), given.reduced) for v in given.stats[:2])
         options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
-        return normalize(given.x, mean, var, given.scale, given.bias, **options)
+        return normalized(given.x, given.wide_x, mean, var, given.scale, given.bias, **options)
 
 
 def _split(given: Given, ghosts: int) -> Given:
@@ -364,7 +366,7 @@ def _split(given: Given, ghosts: int) -> Given:
             return None
         return v.reshape(*((1, 1) if v.shape[0] == 1 else (ghosts, -1)), *v.shape[1:])
 
-    parts = {name: split(getattr(given, name)) for name in ("x", "scale", "bias", "mask")}
+    parts = {name: split(getattr(given, name)) for name in ("x", "wide_x", "scale", "bias", "mask")}
     return given._replace(**parts, reduced=tuple(a + 1 for a in given.reduced))
 
 

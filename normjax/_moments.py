@@ -14,9 +14,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._walks import apart, diagonal, moments_of_norm
+from normjax._walks import apart, diagonal, moments_of_norm, summed
 
 Count: TypeAlias = Array | np.ndarray | np.floating
+
+_HALF = (np.dtype(jnp.float16), np.dtype(jnp.bfloat16))
 
 
 class Moments(NamedTuple):
@@ -111,9 +113,21 @@ def measure(
     x = _checks.inexact("normjax.measure", "x", x)
     axes = _checks.axes("normjax.measure", "axis", axis, x.shape)
     mask = _checks.mask("normjax.measure", mask, x.shape)
+    return measured(x, widened(x), axes, mask, centered=centered)
+
+
+def measured(
+    x: Array, wide_x: Array, axes: tuple[int, ...], mask: Array | None, *, centered: bool = True
+) -> Moments:
+    """`measure` of what was checked; `wide_x` is `widened(x)`, along which x moves.
+
+    A norm that measures x and normalizes it gives one `wide_x` to both: their cotangents meet in
+    it, wide, and are rounded once. Rounding each takes 1.9 times as long on a CPU.
+    """
     with jax.named_scope("normjax.measure"):
         count = _count(x, axes, mask)
-        mean, m2 = _mean_and_m2(x, mask, count, axes, centered, _is_minor(axes, x.ndim))
+        fused = _is_minor(axes, x.ndim)
+        mean, m2 = _mean_and_m2(x, wide_x, mask, count, axes, centered, fused)
         mean, m2 = jnp.squeeze(mean, axes), jnp.squeeze(m2, axes)
         if mask is not None:
             count = jnp.squeeze(count, axes)
@@ -276,36 +290,40 @@ def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
     return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def _mean_and_m2(
-    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool, fused: bool
-) -> tuple[Array, Array]:
-    # The corrected two-pass algorithm: sums around the mean of a first sum mend what that sum
-    # lost by rounding. It makes constant features exact, and no choice of data can break it, as
-    # one can break a pivot that is taken from a part of x.
+    x: Array, wide_x: Array, mask: Array | None, count: Count, axes: tuple[int, ...],
+    centered: bool, fused: bool,
+) -> tuple[Array, Array]:  # fmt: skip
     dtype = wide(x.dtype)
-    total = partial(jnp.sum, axis=axes, keepdims=True)
+    total = partial(summed, axes=axes)
     once = (x if fused else apart((x, jnp.asarray(count)))[0]).astype(dtype)
     if not centered:
         m2 = total(_abs_square(_admitted(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
     divisor = _or_one(count).astype(dtype)
     rough = total(_admitted(once, mask)) / divisor
+    half = x.dtype in _HALF and not fused
+    pivot = _nearest(rough, x.dtype) if half else rough
     # Alone, sums over rows fuse into one pass with all that follows, and gain by what they share.
-    walks = (x, rough, x, rough)
+    walks = (x, pivot, x, pivot)
     first, center, second, middle = walks if fused else apart(walks)
-    rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
     squares = total(_abs_square(_deviation(second.astype(dtype), middle, mask)))
-    return rough + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
+    if half:
+        # No further from the pivot than the deviations from it are on average: a constant is one.
+        bound = jnp.sqrt(squares / divisor)
+        rest = jnp.minimum(jnp.maximum(rough - pivot, -bound), bound)
+    else:
+        rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
+    return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
 
 
 @_mean_and_m2.defjvp
 def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
-    x, mask, count = primals
-    mean, m2 = moments_of_norm(_mean_and_m2(x, mask, count, axes, centered, False))
-    d_x, _, _ = tangents
-    kept = (x,)
-    return (mean, m2), moment_tangents(kept, widened, mask, count, mean, d_x, axes, centered)
+    x, _, mask, count = primals
+    mean, m2 = moments_of_norm(_mean_and_m2(*primals, axes, centered, False))
+    _, dx, _, _ = tangents
+    return (mean, m2), moment_tangents((x,), widened, mask, count, mean, dx, axes, centered)
 
 
 def moment_tangents(
@@ -323,12 +341,18 @@ def moment_tangents(
         return jnp.conj(_deviation(read(*kept), mean, mask)) * _admitted(dx, mask)
 
     total = partial(jnp.sum, axis=axes, keepdims=True)
-    dx, d_mean = widened(dx), jnp.zeros_like(mean)
+    d_mean = jnp.zeros_like(mean)
     if centered:
         d_mean = total(diagonal(_admitted, dx, mask)) / _or_one(count).astype(mean.dtype)
     center = mean if centered else None
     products = diagonal(deviated, dx, mask, jnp.asarray(count), center, *kept)
     return d_mean, 2 * total(jnp.real(products))
+
+
+def _nearest(mean: Array, dtype: np.dtype) -> Array:
+    """The number of `dtype` nearest to the mean."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(mean, info.nexp, info.nmant)
 
 
 def _is_minor(axes: tuple[int, ...], rank: int) -> bool:

@@ -68,8 +68,25 @@ def normalize(
         >>> normjax.normalize(jnp.array([1.0, 3.0]), mean=2.0, var=4.0, epsilon=0.0)
         Array([-0.5,  0.5], dtype=float32)
     """
+    x = _checks.inexact("normjax.normalize", "x", x)
+    options: dict[str, Any] = dict(epsilon=epsilon, mask=mask, dtype=dtype)
+    return normalized(x, widened(x), mean, var, scale, bias, **options)
+
+
+def normalized(
+    x: Array,
+    wide_x: Array,
+    mean: ArrayLike | None,
+    var: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    epsilon: ArrayLike,
+    mask: ArrayLike | None,
+    dtype: DTypeLike | None,
+) -> Array:
+    """`normalize`, where x moves along `wide_x`, as in `measured`."""
     called = "normjax.normalize"
-    x = _checks.inexact(called, "x", x)
     _checks.epsilon(called, epsilon)
     out = _checks.output_dtype(called, dtype, x.dtype)
     mask = _checks.mask(called, mask, x.shape)
@@ -90,7 +107,7 @@ def normalize(
     real = jnp.finfo(widest).dtype
     spread = spread.astype(real) + jnp.asarray(epsilon, real)
     with jax.named_scope(called):
-        return apply(x, mask, center, spread, gain, shift, out)
+        return apply(x, wide_x, mask, center, spread, gain, shift, out)
 
 
 def denormalize(
@@ -104,9 +121,10 @@ def denormalize(
     return deviation * jnp.sqrt(var).astype(mean.dtype) + mean
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(6,))
+@partial(jax.custom_jvp, nondiff_argnums=(7,))
 def apply(
     x: Array,
+    wide_x: Array,
     mask: Array | None,
     mean: Array | None,
     var: Array,
@@ -124,8 +142,8 @@ def apply(
 
 @partial(apply.defjvp, symbolic_zeros=True)
 def _apply_jvp(out, primals, tangents):
-    x, mask, *vectors = primals
-    dx, _, *d_vectors = map(_given, tangents)
+    x, _, mask, *vectors = primals
+    _, dx, _, *d_vectors = map(_given, tangents)
     y = apply(*primals, out)
     return y, normalized_tangent((x,), widened, mask, vectors, dx, d_vectors, out)
 

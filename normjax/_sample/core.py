@@ -13,9 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measure, synchronize
-from normjax._normalize import normalize
-from normjax._walks import input_of_norm, moments_of_norm
+from normjax._moments import Moments, collapse, measured, synchronize, widened
+from normjax._normalize import normalized
+from normjax._walks import input_of_norm, moments_of_norm, written
 
 
 def layer_norm(
@@ -251,13 +251,14 @@ def _of_groups(moments: Moments, axis: int, groups: int) -> Moments:
     """For each feature the moments of its group."""
 
     def stacked(v: Any) -> Any:
-        return jnp.moveaxis(_split(v, axis, groups), axis + 1, 0)
+        return jnp.moveaxis(_split(written(v), axis, groups), axis + 1, 0)
 
     def spread(v: Any) -> Any:
         # By hand, since jnp.repeat asks where explicitly sharded features shall lie.
         size = mean.shape[axis] // groups
         shape = (*v.shape[: axis + 1], size, *v.shape[axis + 1 :])
-        return jnp.broadcast_to(jnp.expand_dims(v, axis + 1), shape).reshape(mean.shape)
+        whole = jnp.broadcast_to(jnp.expand_dims(v, axis + 1), shape)
+        return written(whole.reshape(mean.shape))
 
     count, mean, m2 = moments
     single = np.ndim(count) == 0
@@ -369,11 +370,13 @@ def within(
     dtype = _checks.output_dtype(called, dtype, x.dtype)
     with jax.named_scope(called):
         x = input_of_norm(x)
-        moments = pooled(measure(x, axes, mask, centered=centered))
+        wide_x = widened(x)
+        moments = pooled(measured(x, wide_x, axes, mask, centered=centered))
         if axis_name is not None:
             _checks.axis_size(called, axis_name, axis_index_groups)
             moments = synchronize(moments, axis_name, axis_index_groups)
         moments = moments_of_norm(moments)
         mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
         center = mean if centered else None
-        return normalize(x, center, var, scale, bias, epsilon=epsilon, mask=mask, dtype=dtype)
+        vectors = center, var, scale, bias
+        return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=mask, dtype=dtype)
