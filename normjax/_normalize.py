@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import wide, widened
-from normjax._walks import apart, diagonal, rounded_sum
+from normjax._walks import apart, diagonal, rounded_sum, written
 
 
 def normalize(
@@ -177,6 +177,7 @@ def normalized_tangent(
     if scale is None and _folds(d_bias, inv):
         shift, d_bias = _sum(shift, d_bias), None
 
+    slope, shift = (v if v is None else written(v) for v in (slope, shift))
     shape = np.broadcast_shapes(*(np.shape(v) for v in kept))
 
     def deviated(t, mask, mean, *kept):
@@ -185,8 +186,10 @@ def normalized_tangent(
         return _deviation(_admit(x, x, mask).astype(number), mean) * t
 
     def standardized(t, mask, inv, mean, *kept):
+        # t times the vector comes first: the CPU takes up to 5 times as long for a sum over rows
+        # of a product of two arrays that is then multiplied by a vector.
         inv, mean, kept = apart((inv, mean, kept))
-        return deviated(t, mask, mean, *kept) * inv
+        return deviated(t * inv, mask, mean, *kept)
 
     def admitted(t, mask, *kept):
         return _admit(t, read(*kept), mask)

@@ -237,8 +237,10 @@ def _written_transposed(cotangent: Any, vector: Any) -> list[Any]:
 def _divided_by_one(vector: Array) -> Array:
     if jnp.iscomplexobj(vector):
         return lax.complex(_divided_by_one(vector.real), _divided_by_one(vector.imag))
+    end = jnp.full_like(vector, jnp.inf, shape=())
     # Of full shape, since a division by a broadcast number becomes a product.
-    return vector / lax.optimization_barrier(jnp.ones_like(vector))
+    ones = lax.optimization_barrier(jnp.ones_like(vector))
+    return lax.clamp(-end, vector, end) / ones
 
 
 _written_p = Primitive("written")
