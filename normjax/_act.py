@@ -15,7 +15,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._batch import check, enough, evaluate, with_kept
-from normjax._moments import Moments, measured, moment_tangents, synchronize, wide, widened
+from normjax._moments import (
+    Moments,
+    measured,
+    moment_tangents,
+    or_one,
+    synchronize,
+    wide,
+    widened,
+)
 from normjax._normalize import apply, denormalize, normalized_tangent
 from normjax._stats import BatchStats, move
 from normjax._walks import diagonal
@@ -207,8 +215,9 @@ def _origin(activation: Invertible, z: Array, mean: Array, *rest: Any) -> Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _measured(
-    activation: Invertible, axes: Any, wide_x: Array, z: Array, vectors: Any, mask: Any, own: Moments
-) -> Moments:
+    activation: Invertible, axes: Any, wide_x: Array, z: Array, vectors: Any, mask: Any,
+    own: Moments,
+) -> Moments:  # fmt: skip
     """The moments `own` of x, whose derivative takes x from z."""
     return own
 
@@ -218,8 +227,9 @@ def _measured_jvp(activation, axes, primals, tangents):
     _, z, vectors, mask, own = primals
     origin = partial(_origin, activation)
     mean = jnp.expand_dims(own.mean, axes)
-    count = own.count if np.ndim(own.count) == 0 else jnp.expand_dims(own.count, axes)
-    moved = moment_tangents((z, *vectors), origin, mask, count, mean, tangents[0], axes)
+    divisor = or_one(own.count)
+    divisor = divisor if np.ndim(divisor) == 0 else jnp.expand_dims(divisor, axes)
+    moved = moment_tangents((z, *vectors), origin, mask, divisor, mean, tangents[0], axes)
     d_mean, d_m2 = (jnp.squeeze(d, axes) for d in moved)
     return own, Moments(jnp.zeros_like(own.count), d_mean, d_m2)
 

@@ -62,7 +62,8 @@ class Moments(NamedTuple):
         normalizes an empty feature must not poison a gradient by it.
         """
         freedom = self.count - ddof
-        return self.m2 / _or_one(freedom) * (freedom > 0).astype(self.m2.dtype)
+        where = np.where if isinstance(freedom, np.generic) else jnp.where
+        return self.m2 / where(freedom > 0, freedom, np.inf).astype(self.m2.dtype)
 
 
 def measure(
@@ -126,9 +127,10 @@ def measured(
     """
     with jax.named_scope("normjax.measure"):
         count = _count(x, axes, mask)
-        fused = _is_minor(axes, x.ndim)
-        mean, m2 = _mean_and_m2(x, wide_x, mask, count, axes, centered, fused)
-        mean, m2 = jnp.squeeze(mean, axes), jnp.squeeze(m2, axes)
+        # Alone, a sum over what lies in one piece fuses into one pass with all that follows.
+        fused = x.dtype not in _HALF and axes == tuple(range(1, x.ndim))[-len(axes) :]
+        mean, m2 = _mean_and_m2(x, wide_x, mask, or_one(count), axes, centered, fused)
+        mean, m2 = (jnp.squeeze(v, axes) for v in (mean, m2))
         if mask is not None:
             count = jnp.squeeze(count, axes)
             alike = np.size(count) == 1
@@ -250,7 +252,8 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     """The one merge formula; `total` says what is summed over: pieces, devices, steps."""
     count, mean, m2 = moments
     pooled_count = total(count)
-    divisor = _or_one(pooled_count).astype(mean.dtype)
+    entries = or_one(pooled_count)
+    divisor = entries.astype(mean.dtype)
     # An empty whole has mean 0: its weighted sum is 0 already.
     rough = moments_of_norm(total(_scaled(mean, count)) / divisor)
     # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
@@ -259,7 +262,7 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
     lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
-    squares = moments_of_norm(squares - _abs_square(rest) * divisor.real)
+    squares = moments_of_norm(squares - _abs_square(rest) * entries)
     return Moments(pooled_count, rough + rest, jnp.maximum(squares, 0))
 
 
@@ -275,7 +278,7 @@ def _between_jvp(primals, tangents):
     # would find that zero by communicating it: one more reduction over the devices.
     count, mean, pooled_mean = primals
     slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
-    return _between(*primals), jnp.real(slope * tangents[1])
+    return _between(*primals), _real(slope * tangents[1])
 
 
 def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
@@ -292,42 +295,44 @@ def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
 def _mean_and_m2(
-    x: Array, wide_x: Array, mask: Array | None, count: Count, axes: tuple[int, ...],
+    x: Array, wide_x: Array, mask: Array | None, divisor: Count, axes: tuple[int, ...],
     centered: bool, fused: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
+    # The corrected two-pass algorithm: sums around what a first sum found mend what that lost by
+    # rounding. It makes constants exact, and no choice of data can break it, as one can break a
+    # pivot that is taken from a part of x.
     dtype = wide(x.dtype)
     total = partial(summed, axes=axes)
-    once = (x if fused else apart((x, jnp.asarray(count)))[0]).astype(dtype)
+    once = (x if fused else apart((x, jnp.asarray(divisor)))[0]).astype(dtype)
     if not centered:
         m2 = total(_abs_square(_admitted(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
-    divisor = _or_one(count).astype(dtype)
-    rough = total(_admitted(once, mask)) / divisor
-    half = x.dtype in _HALF and not fused
-    pivot = _nearest(rough, x.dtype) if half else rough
-    # Alone, sums over rows fuse into one pass with all that follows, and gain by what they share.
+    rough = total(_admitted(once, mask)) / divisor.astype(dtype)
+    half = x.dtype in _HALF
+    # Half precision is spared one sum: rounded to the dtype of x, the pivot lies on one grid with
+    # x, where (mean - pivot)^2 <= var, and a constant is its own pivot.
+    info = jnp.finfo(x.dtype)
+    pivot = lax.reduce_precision(rough, info.nexp, info.nmant) if half else rough
     walks = (x, pivot, x, pivot)
     first, center, second, middle = walks if fused else apart(walks)
     squares = total(_abs_square(_deviation(second.astype(dtype), middle, mask)))
     if half:
-        # No further from the pivot than the deviations from it are on average: a constant is one.
-        bound = jnp.sqrt(squares / divisor)
-        rest = jnp.minimum(jnp.maximum(rough - pivot, -bound), bound)
+        rest = jnp.where(squares > 0, rough - pivot, jnp.zeros((), dtype))
     else:
-        rest = total(_deviation(first.astype(dtype), center, mask)) / divisor
-    return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor.real, 0)
+        rest = total(_deviation(first.astype(dtype), center, mask)) / divisor.astype(dtype)
+    return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor, 0)
 
 
 @_mean_and_m2.defjvp
 def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
-    x, _, mask, count = primals
+    x, _, mask, divisor = primals
     mean, m2 = moments_of_norm(_mean_and_m2(*primals, axes, centered, False))
     _, dx, _, _ = tangents
-    return (mean, m2), moment_tangents((x,), widened, mask, count, mean, dx, axes, centered)
+    return (mean, m2), moment_tangents((x,), widened, mask, divisor, mean, dx, axes, centered)
 
 
 def moment_tangents(
-    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, count: Count,
+    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, divisor: Count,
     mean: Array, dx: Array, axes: tuple[int, ...], centered: bool = True,
 ) -> tuple[Array, Array]:  # fmt: skip
     """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
@@ -336,28 +341,16 @@ def moment_tangents(
     mean is constant. The x is `read(*kept)`, and only what is kept is there for the backward pass.
     """
 
-    def deviated(dx, mask, count, mean, *kept):
-        _, mean, kept = apart((count, mean, kept))
+    def deviated(dx, mask, divisor, mean, *kept):
+        _, mean, kept = apart((divisor, mean, kept))
         return jnp.conj(_deviation(read(*kept), mean, mask)) * _admitted(dx, mask)
 
-    total = partial(jnp.sum, axis=axes, keepdims=True)
-    d_mean = jnp.zeros_like(mean)
+    total, d_mean = partial(jnp.sum, axis=axes, keepdims=True), jnp.zeros_like(mean)
     if centered:
-        d_mean = total(diagonal(_admitted, dx, mask)) / _or_one(count).astype(mean.dtype)
-    center = mean if centered else None
-    products = diagonal(deviated, dx, mask, jnp.asarray(count), center, *kept)
-    return d_mean, 2 * total(jnp.real(products))
-
-
-def _nearest(mean: Array, dtype: np.dtype) -> Array:
-    """The number of `dtype` nearest to the mean."""
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(mean, info.nexp, info.nmant)
-
-
-def _is_minor(axes: tuple[int, ...], rank: int) -> bool:
-    """Whether what is reduced lies in one piece."""
-    return axes == tuple(range(rank - len(axes), rank)) and len(axes) < rank
+        d_mean = total(dx if mask is None else diagonal(_admitted, dx, mask))
+        d_mean = d_mean / divisor.astype(mean.dtype)
+    products = diagonal(deviated, dx, mask, divisor, mean if centered else None, *kept)
+    return d_mean, 2 * total(_real(products))
 
 
 def widened(x: Array) -> Array:
@@ -377,9 +370,10 @@ def _deviation(x: Array, center: Array | None, mask: Array | None) -> Array:
     return (x if mask is None else jnp.where(mask, x, center)) - center
 
 
-def _or_one(count: Count) -> Array:
-    """What to divide by: an empty sum is 0 already and stays so."""
-    return jnp.where(count > 0, count, jnp.ones((), count.dtype))
+def or_one(count: Count) -> Count:
+    """What to divide by: an empty sum is 0 already and stays so. A constant stays one."""
+    where = np.where if isinstance(count, np.generic) else jnp.where
+    return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
 
 
 def _stack(leaves: Sequence[ArrayLike], shape: tuple[int, ...]) -> Array:
@@ -400,3 +394,7 @@ def _scaled(mean: Array, count: Count) -> Array:
 
 def _abs_square(x: Array) -> Array:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+
+def _real(x: Array) -> Array:
+    return x.real if jnp.iscomplexobj(x) else x

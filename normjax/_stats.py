@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -137,15 +138,18 @@ def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> Arra
 
 def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
     dtype = wide(old.dtype, batch.dtype)
-    keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
+    old, batch = old.astype(dtype), batch.astype(dtype)
     # Nothing of the old is kept where its weight is 0, not even a NaN.
-    kept = jnp.where(keep == 0, jnp.zeros((), dtype), keep * old.astype(dtype))
-    return kept + step * batch.astype(dtype)
+    if isinstance(step, (int, float)):
+        return batch * step + old * (1 - step) if step != 1 else batch
+    keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
+    return jnp.where(keep == 0, jnp.zeros((), dtype), keep * old) + step * batch
 
 
-def _choose(taken: ArrayLike, new: Array, old: Array) -> Array:
-    # Adding zeros gives old the layout of the batch's statistics: with explicit sharding there is
-    # no selection between arrays that lie differently on the devices.
-    alike = old.astype(new.dtype) + jnp.zeros_like(taken, new.dtype)
-    aligned = new + jnp.zeros_like(taken, new.dtype)
-    return lax.stop_gradient(jnp.where(taken, aligned, alike))
+def _choose(taken: Any, new: Array, old: Array) -> Array:
+    old = old.astype(new.dtype)
+    if len({jax.typeof(v).update(dtype=new.dtype, weak_type=False) for v in (taken, new, old)}) > 1:
+        # There is no selection between arrays that lie differently on the devices. Adding zeros
+        # gives old the layout of the batch's statistics.
+        old, new = (v + jnp.zeros_like(taken, new.dtype) for v in (old, new))
+    return lax.stop_gradient(jnp.where(taken, new, old))

@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 _INPUT, _MOMENTS = "normjax.input", "normjax.moments"
@@ -230,6 +231,7 @@ mlir.register_lowering(
     mlir.lower_fun(lambda *operands, function: function(*operands), multiple_results=False),
 )
 
+
 def _written_transposed(cotangent: Any, vector: Any) -> list[Any]:
     return [cotangent if isinstance(cotangent, ad.Zero) else written(cotangent)]
 
@@ -262,6 +264,6 @@ batching.primitive_batchers[_apart_p] = lambda operands, axes: (_apart_p.bind(*o
 mlir.register_lowering(_apart_p, lambda context, *operands: operands)
 mlir.register_lowering(
     _apart_p,
-    mlir.lower_fun(lambda *operands: lax.optimization_barrier(operands), multiple_results=True),
+    lambda context, *operands: stablehlo.OptimizationBarrierOp(operands).results,
     platform="cpu",
 )
