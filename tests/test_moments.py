@@ -33,6 +33,27 @@ def test_measure_equals_the_oracle(rng, axis):
     np.testing.assert_allclose(got.m2, m2, rtol=8 * reference.EPS["float32"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("entries", [3, 1000, 200_000])
+def test_half_precision_is_measured_without_a_correction(rng, dtype, entries):
+    """Constants exactly, all else within 16 eps (1 + |mean| / deviation)."""
+    constants = jnp.asarray([1.1, 1234.5, 6e4, 1e-3], dtype)
+    got = measure(jnp.broadcast_to(constants, (entries, 4)), 0)
+    np.testing.assert_array_equal(got.mean, constants.astype(jnp.float32))
+    np.testing.assert_array_equal(got.m2, 0)
+
+    normal = rng.normal(size=(entries, 1)) + np.asarray([0, 3, 100, 1000])
+    nearly = np.where(np.arange(entries)[:, None] == 0, 1.0, np.asarray(constants, np.float64))
+    for data in (normal, nearly):
+        x = np.asarray(jnp.asarray(data, dtype)).astype(np.float64)
+        _, mean, m2 = moments_of(x, (0,))
+        got, deviation = measure(jnp.asarray(x, dtype), 0), np.sqrt(m2 / entries).ravel()
+        keep = deviation > 0
+        unit = (1 + np.abs(mean.ravel()) / np.where(keep, deviation, 1)) * 2.0**-23
+        assert np.all((np.abs(got.mean - mean.ravel()) <= 16 * unit * deviation)[keep])
+        assert np.all((np.abs(got.m2 / m2.ravel() - 1) <= 16 * unit)[keep])
+
+
 def test_measure_keeps_statistics_wide():
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         got = measure(jnp.ones((3, 2), dtype), 0)

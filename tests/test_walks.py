@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import normjax
-from normjax._walks import apart, rounded_sum
+from normjax._walks import apart, rounded_sum, written
+from tests import reference
 
 NORMS = {
     "batch": ((32, 8, 8, 16), lambda x, s, b: normjax.batch_norm(x, None, s, b, train=True)[0]),
@@ -76,3 +77,50 @@ def test_apart_is_the_identity_in_every_transformation(rng):
         np.testing.assert_allclose(transform(f)(x), transform(plain)(x), rtol=1e-6)
     each = jax.vmap(lambda row: apart((row, row[0]))[0])(x)
     np.testing.assert_array_equal(each, x)
+
+
+def test_written_is_the_identity_in_every_transformation(rng):
+    v = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32).at[0, :3].set([np.inf, -np.inf, np.nan])
+    np.testing.assert_array_equal(jax.jit(written)(v), v)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(written))(v), v)
+    np.testing.assert_array_equal(jax.jit(lambda v: jax.vjp(written, v)[1](v)[0])(v), v)
+    np.testing.assert_array_equal(jax.jit(lambda v: jax.jvp(written, (v,), (v,))[1])(v), v)
+    z = jnp.asarray([1 + 2j, np.inf - 1j], jnp.complex64)
+    np.testing.assert_array_equal(jax.jit(written)(z), z)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler fuses other things")
+def test_no_walk_over_x_spreads_the_vectors_of_groups():
+    x = jnp.ones((4, 16, 16, 30), jnp.bfloat16)
+    program = jax.jit(partial(normjax.group_norm, num_groups=6)).lower(x).compile().as_text()
+    walks = [part for part in program.split("\n}") if "f32[4,16,16,30]" in part]
+    assert walks
+    assert not [part for part in walks if "f32[4,6,5]" in part]
+
+
+ROUNDED = {
+    "batch": (
+        lambda x: normjax.batch_norm(x, None, train=True, feature_axis=1)[0],
+        dict(axes=(0, 2)),
+    ),
+    "layer": (partial(normjax.layer_norm, axis=(1, 2), epsilon=1e-5), dict(axes=(1, 2))),
+    "rms": (
+        partial(normjax.rms_norm, axis=(1, 2), epsilon=1e-5),
+        dict(axes=(1, 2), centered=False),
+    ),
+    "group": (
+        partial(normjax.group_norm, num_groups=4, feature_axis=1, epsilon=1e-5),
+        dict(axes=(2,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", ROUNDED)
+def test_a_half_precision_gradient_is_rounded_once(norm, rng):
+    """What two walks send back to x meets in float32: not beyond half a unit in the last place."""
+    function, options = ROUNDED[norm]
+    x, dy = (jnp.asarray(rng.normal(size=(65, 4, 9)), jnp.bfloat16) for _ in range(2))
+    got = jax.vjp(function, x)[1](dy)[0]
+    exact = reference.standardized(x, 1.0, 0.0, dy, **options).dx
+    half_a_unit = 2.0 ** (np.frexp(exact)[1] - 9)
+    assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= 1.01 * half_a_unit + 1e-6)
