@@ -129,8 +129,8 @@ def measured(
         count = _count(x, axes, mask)
         # Alone, a sum over what lies in one piece fuses into one pass with all that follows.
         fused = x.dtype not in _HALF and axes == tuple(range(1, x.ndim))[-len(axes) :]
-        mean, m2 = _mean_and_m2(x, wide_x, mask, or_one(count), axes, centered, fused)
-        mean, m2 = (jnp.squeeze(v, axes) for v in (mean, m2))
+        both = _jitted_mean_and_m2(x, wide_x, mask, or_one(count), axes, centered, fused)
+        mean, m2 = (jnp.squeeze(v, axes) for v in both)
         if mask is not None:
             count = jnp.squeeze(count, axes)
             alike = np.size(count) == 1
@@ -278,7 +278,7 @@ def _between_jvp(primals, tangents):
     # would find that zero by communicating it: one more reduction over the devices.
     count, mean, pooled_mean = primals
     slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
-    return _between(*primals), _real(slope * tangents[1])
+    return _between(*primals), jnp.real(slope * tangents[1])
 
 
 def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
@@ -323,6 +323,10 @@ def _mean_and_m2(
     return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor, 0)
 
 
+# Layers of one shape are traced once.
+_jitted_mean_and_m2 = jax.jit(_mean_and_m2, static_argnums=(4, 5, 6))
+
+
 @_mean_and_m2.defjvp
 def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
     x, _, mask, divisor = primals
@@ -350,7 +354,7 @@ def moment_tangents(
         d_mean = total(dx if mask is None else diagonal(_admitted, dx, mask))
         d_mean = d_mean / divisor.astype(mean.dtype)
     products = diagonal(deviated, dx, mask, divisor, mean if centered else None, *kept)
-    return d_mean, 2 * total(_real(products))
+    return d_mean, 2 * total(jnp.real(products))
 
 
 def widened(x: Array) -> Array:
@@ -394,7 +398,3 @@ def _scaled(mean: Array, count: Count) -> Array:
 
 def _abs_square(x: Array) -> Array:
     return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
-
-
-def _real(x: Array) -> Array:
-    return x.real if jnp.iscomplexobj(x) else x

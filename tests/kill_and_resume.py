@@ -19,13 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("process 0", "process 1", "launcher", "all")
-# Machine code that is compiled in half the time and not the fastest; it has to run for seconds.
-QUICK = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 # Far above what a start takes, for a slow machine: it only bounds a hang.
 LIMIT = 600
 
@@ -36,7 +30,7 @@ def start(folder, *options):
     return subprocess.Popen(
         [*command, "--save-every", "1", "--checkpoints", str(folder), *options],
         cwd=ROOT,
-        env=QUICK,
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

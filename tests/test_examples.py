@@ -18,7 +18,7 @@ def test_the_example_ends_with_the_numbers_of_pmap(name):
     ran = subprocess.run(
         [sys.executable, f"examples/{name}.py", "--smoke"],
         cwd=ROOT,
-        env=kill_and_resume.QUICK,
+        env=kill_and_resume.ENVIRONMENT,
         check=False,
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.kill_and_resume import QUICK
+from tests.kill_and_resume import ENVIRONMENT
 from tests.worker import AXES, CASES, DTYPES, HEARTBEAT, MOMENTUM, WAYS, make_inputs, results
 
 # Far above the ten seconds that it takes, for a slow machine: it only bounds a hang.
@@ -40,7 +40,7 @@ def started(count, folder):
             command = [sys.executable, "-m", "tests.worker", address, str(count), str(index)]
             workers.append(
                 subprocess.Popen(
-                    [*command, str(folder)], cwd=root, env=QUICK, stdout=log, stderr=log
+                    [*command, str(folder)], cwd=root, env=ENVIRONMENT, stdout=log, stderr=log
                 )
             )
             log.close()
