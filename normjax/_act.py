@@ -26,7 +26,7 @@ from normjax._moments import (
 )
 from normjax._normalize import apply, denormalize, normalized_tangent
 from normjax._stats import BatchStats, move
-from normjax._walks import diagonal
+from normjax._walks import after, apart, diagonal
 
 
 class Invertible(Protocol):
@@ -60,10 +60,10 @@ class LeakyReLU:
 
     def inverse(self, z: Array) -> Array:
         """The y of which it made z."""
-        # Without a selection, which XLA's CPU compiler does not fuse into a sum.
-        return (jnp.minimum if self.negative_slope <= 1 else jnp.maximum)(
-            z, z / self.negative_slope
-        )
+        # Without a selection, which XLA's CPU compiler does not fuse into a sum, and with a slope
+        # of its own, since one that layers share is written to memory in the shape of z.
+        z, slope = apart((z, jnp.full((), self.negative_slope, z.dtype)))
+        return (jnp.minimum if self.negative_slope <= 1 else jnp.maximum)(z, z / slope)
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,9 @@ def keeping_batch_norm_act(
     return z, stats, batch
 
 
-def _origin(activation: Invertible, z: Array, mean: Array, *rest: Any) -> Array:
-    """The x of which z was made."""
-    return denormalize(activation.inverse(z.astype(mean.dtype)), mean, *rest)
+def _origin(activation: Invertible, t: Array, z: Array, mean: Array, *rest: Any) -> Array:
+    """The x of which z was made, computed when t is there."""
+    return denormalize(activation.inverse(after(z, t).astype(mean.dtype)), mean, *rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -247,7 +247,8 @@ def _finished_jvp(activation, primals, tangents):
     dtype = vectors[0].dtype
 
     def activated(dy, z):
-        return jax.jvp(activation, (activation.inverse(z.astype(dtype)),), (dy,))[1]
+        y = activation.inverse(after(z, dy).astype(dtype))
+        return jax.jvp(activation, (y,), (dy,))[1]
 
     kept, origin = (z, *vectors), partial(_origin, activation)
     dy = normalized_tangent(kept, origin, None, vectors, dx, d_vectors, dtype)

@@ -323,16 +323,16 @@ def _mean_and_m2(
     return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor, 0)
 
 
-# Layers of one shape are traced once.
 _jitted_mean_and_m2 = jax.jit(_mean_and_m2, static_argnums=(4, 5, 6))
 
 
 @_mean_and_m2.defjvp
 def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
-    x, _, mask, divisor = primals
+    (x, _, mask, divisor), dx = primals, tangents[1]
     mean, m2 = moments_of_norm(_mean_and_m2(*primals, axes, centered, False))
-    _, dx, _, _ = tangents
-    return (mean, m2), moment_tangents((x,), widened, mask, divisor, mean, dx, axes, centered)
+    return (mean, m2), moment_tangents(
+        (x,), lambda _, x: widened(x), mask, divisor, mean, dx, axes, centered
+    )
 
 
 def moment_tangents(
@@ -342,12 +342,12 @@ def moment_tangents(
     """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
 
     The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the
-    mean is constant. The x is `read(*kept)`, and only what is kept is there for the backward pass.
+    mean is constant. The x is `read(dx, *kept)`; only what is kept is there for the backward pass.
     """
 
     def deviated(dx, mask, divisor, mean, *kept):
         _, mean, kept = apart((divisor, mean, kept))
-        return jnp.conj(_deviation(read(*kept), mean, mask)) * _admitted(dx, mask)
+        return jnp.conj(_deviation(read(dx, *kept), mean, mask)) * _admitted(dx, mask)
 
     total, d_mean = partial(jnp.sum, axis=axes, keepdims=True), jnp.zeros_like(mean)
     if centered:

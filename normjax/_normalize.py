@@ -149,7 +149,7 @@ def _apply_jvp(out, primals, tangents):
     x, _, mask, *vectors = primals
     _, dx, _, *d_vectors = map(_given, tangents)
     y = apply(*primals, out)
-    return y, normalized_tangent((x,), widened, mask, vectors, dx, d_vectors, out)
+    return y, normalized_tangent((x,), lambda _, x: widened(x), mask, vectors, dx, d_vectors, out)
 
 
 def normalized_tangent(
@@ -162,7 +162,7 @@ def normalized_tangent(
 
         dy = (dx inv + (x - mean) d_inv - d_mean inv) scale + (x - mean) inv d_scale + d_bias
 
-    The x is `read(*kept)`, and only what is kept is there for the backward pass.
+    The x is `read(t, *kept)` beside a tangent t; only what is kept is there for the backward pass.
     """
     mean, var, scale, _ = vectors
     d_mean, d_var, d_scale, d_bias = d_vectors
@@ -186,7 +186,7 @@ def normalized_tangent(
 
     def deviated(t, mask, mean, *kept):
         mean, kept = apart((mean, kept))
-        x = read(*kept)
+        x = read(t, *kept)
         return _deviation(_admit(x, x, mask).astype(number), mean) * t
 
     def standardized(t, mask, inv, mean, *kept):
@@ -196,7 +196,7 @@ def normalized_tangent(
         return deviated(t * inv, mask, mean, *kept)
 
     def admitted(t, mask, *kept):
-        return _admit(t, read(*kept), mask)
+        return _admit(t, read(t, *kept), mask)
 
     if dx is not None:
         dx = dx.astype(number)

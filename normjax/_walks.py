@@ -104,6 +104,16 @@ def summed(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
+def after(x: Array, t: Array) -> Array:
+    """x as it is, of the shape of t, and not before t is there.
+
+    On the CPU, whose compiler would compute early what depends on x alone and hold it until t
+    comes: an entry of x is multiplied by a one that XLA takes for a function of t. LLVM, which
+    compiles the loop, knows better and leaves nothing of it.
+    """
+    return _after_p.bind(x, t)
+
+
 def written(vector: Array) -> Array:
     """A vector as it is, and in memory before a walk reads it; so is the cotangent of it.
 
@@ -254,6 +264,27 @@ mlir.register_lowering(_written_p, lambda context, vector: [vector])
 mlir.register_lowering(
     _written_p, mlir.lower_fun(_divided_by_one, multiple_results=False), platform="cpu"
 )
+
+
+def _times_one(x: Array, t: Array) -> Array:
+    # A one for each call: shared by several it would be written, in the shape of x.
+    t, one = lax.optimization_barrier((t, jnp.ones((), t.dtype)))
+    return x * jnp.maximum(jnp.minimum(t, one), one).astype(x.dtype)
+
+
+def _after_batched(operands: Any, axes: Any) -> Any:
+    x, t = _in_front(operands, axes)
+    shape = np.broadcast_shapes(x.shape, t.shape)
+    return _after_p.bind(jnp.broadcast_to(x, shape), jnp.broadcast_to(t, shape)), 0
+
+
+_after_p = Primitive("after")
+_after_p.def_impl(lambda x, t: x)
+_after_p.def_abstract_eval(lambda x, t: x)
+ad.primitive_jvps[_after_p] = lambda primals, tangents: (_after_p.bind(*primals), tangents[0])
+batching.primitive_batchers[_after_p] = _after_batched
+mlir.register_lowering(_after_p, lambda context, x, t: [x])
+mlir.register_lowering(_after_p, mlir.lower_fun(_times_one, multiple_results=False), platform="cpu")
 
 _apart_p = Primitive("apart")
 _apart_p.multiple_results = True
