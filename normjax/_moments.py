@@ -323,7 +323,7 @@ def _mean_and_m2(
     return pivot + rest, jnp.maximum(squares - _abs_square(rest) * divisor, 0)
 
 
-_jitted_mean_and_m2 = jax.jit(_mean_and_m2, static_argnums=(4, 5, 6))
+_jitted_mean_and_m2 = jax.jit(_mean_and_m2, static_argnums=(4, 5, 6), inline=True)
 
 
 @_mean_and_m2.defjvp

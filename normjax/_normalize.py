@@ -141,7 +141,7 @@ def apply(
 
 
 # Layers of one shape are traced once: a ResNet-50 compiles in 1.1 and not 1.2 times the time.
-_jitted_apply = jax.jit(apply, static_argnums=7)
+_jitted_apply = jax.jit(apply, static_argnums=7, inline=True)
 
 
 @partial(apply.defjvp, symbolic_zeros=True)
