@@ -140,7 +140,7 @@ def apply(
     return (y if bias is None else y + bias).astype(out)
 
 
-# Layers of one shape are traced once: a ResNet-50 compiles in 1.1 and not 1.2 times the time.
+# Layers of one shape are traced once: a ResNet-50 compiles in 1.1 and not 1.2 of Flax's time.
 _jitted_apply = jax.jit(apply, static_argnums=7, inline=True)
 
 

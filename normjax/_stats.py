@@ -141,6 +141,7 @@ def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
     old, batch = old.astype(dtype), batch.astype(dtype)
     # Nothing of the old is kept where its weight is 0, not even a NaN.
     if isinstance(step, (int, float)):
+        step = float(step)  # a NumPy number would widen what it is multiplied with
         return batch * step + old * (1 - step) if step != 1 else batch
     keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
     return jnp.where(keep == 0, jnp.zeros((), dtype), keep * old) + step * batch

@@ -105,13 +105,15 @@ def summed(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def after(x: Array, t: Array) -> Array:
-    """x as it is, of the shape of t, and not before t is there.
+    """x as it is, broadcast to the shape of t, and not before t is there.
 
     On the CPU, whose compiler would compute early what depends on x alone and hold it until t
-    comes: an entry of x is multiplied by a one that XLA takes for a function of t. LLVM, which
-    compiles the loop, knows better and leaves nothing of it.
+    comes: an entry of x is multiplied by a one that is computed from t. Where t is NaN x becomes
+    NaN, and so would be the product with t for which it is read.
     """
-    return _after_p.bind(x, t)
+    # Under vmap x may be that of all examples, and t of each.
+    shape = np.broadcast_shapes(x.shape, t.shape)
+    return _after_p.bind(jnp.broadcast_to(x, shape), jnp.broadcast_to(t, shape))
 
 
 def written(vector: Array) -> Array:
@@ -249,6 +251,7 @@ def _written_transposed(cotangent: Any, vector: Any) -> list[Any]:
 def _divided_by_one(vector: Array) -> Array:
     if jnp.iscomplexobj(vector):
         return lax.complex(_divided_by_one(vector.real), _divided_by_one(vector.imag))
+    # Clamped at infinity, which changes nothing: no sum that runs as a library call takes it in.
     end = jnp.full_like(vector, jnp.inf, shape=())
     # Of full shape, since a division by a broadcast number becomes a product.
     ones = lax.optimization_barrier(jnp.ones_like(vector))
@@ -273,9 +276,7 @@ def _times_one(x: Array, t: Array) -> Array:
 
 
 def _after_batched(operands: Any, axes: Any) -> Any:
-    x, t = _in_front(operands, axes)
-    shape = np.broadcast_shapes(x.shape, t.shape)
-    return _after_p.bind(jnp.broadcast_to(x, shape), jnp.broadcast_to(t, shape)), 0
+    return after(*_in_front(operands, axes)), 0
 
 
 _after_p = Primitive("after")

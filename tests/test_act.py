@@ -235,3 +235,18 @@ def test_norm_inputs_saveable_guarantee_nothing_twice(data):
 def test_bad_input_is_named(call, match):
     with pytest.raises((TypeError, ValueError), match=match):
         call()
+
+
+@pytest.mark.parametrize("activation", [LeakyReLU(0.1), ELU()])
+@pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd])
+def test_its_jacobians_are_those_of_norm_and_activation(rng, activation, jacobian):
+    """Many tangents beside one output."""
+    x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+
+    def one(x):
+        return normjax.batch_norm_act(x, None, train=True, activation=activation)[0]
+
+    def two(x):
+        return activation(normjax.batch_norm(x, None, train=True)[0])
+
+    np.testing.assert_allclose(jax.jit(jacobian(one))(x), jacobian(two)(x), atol=1e-5)
