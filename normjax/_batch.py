@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
-from normjax._normalize import normalized
+from normjax._normalize import normalized, standardize
 from normjax._stats import BatchStats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
@@ -222,14 +222,13 @@ def keeping_batch_norm(
     ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
-            batch = moments = _measure(called, given, axis_name, axis_index_groups)
+            y, batch = _standardize(called, given, epsilon, axis_name, axis_index_groups)
         else:
             given = _split(given, ghosts)
-            moments = _measure(called, given, None, None)
+            y, moments = _standardize(called, given, epsilon, None, None)
             batch = collapse(moments)
             if axis_name is not None:
                 batch = synchronize(batch, axis_name, axis_index_groups)
-        y = _normalize(given, moments, given.scale, given.bias, epsilon)
         batch = with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
@@ -255,7 +254,13 @@ def keeping_batch_renorm(
     r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
     d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
     with jax.named_scope(called):
-        moments = _measure(called, given, axis_name, axis_index_groups)
+        enough(called, given, axis_name, axis_index_groups)
+        x = input_of_norm(x)
+        wide_x = widened(x)
+        moments = measured(x, wide_x, given.reduced, given.mask)
+        if axis_name is not None:
+            moments = synchronize(moments, axis_name, axis_index_groups)
+        moments = moments_of_norm(moments)
         r, d = _correction(moments, given.stats, epsilon, r_max, d_max)
         # xhat r + d comes before scale and bias, in the widest dtype of the four.
         vectors = [v for v in (r, d, given.scale, given.bias) if v is not None]
@@ -263,8 +268,8 @@ def keeping_batch_renorm(
         r, d = (jnp.expand_dims(v, given.reduced).astype(dtype) for v in (r, d))
         gain = jnp.ones((), dtype) if given.scale is None else given.scale.astype(dtype)
         bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
-        scale, bias = r * gain, d * gain + bias
-        y = _normalize(given, moments, scale, bias, epsilon)
+        mean, var = moments.mean, moments.variance()
+        y = _normalize(given, x, wide_x, mean, var, r * gain, d * gain + bias, epsilon)
         batch = with_kept(kept, moments)
         return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
 
@@ -273,7 +278,6 @@ class Given(NamedTuple):
     """Checked arguments; scale and bias in the rank of x."""
 
     x: Array
-    wide_x: Array
     stats: Any
     scale: Any
     bias: Any
@@ -317,17 +321,17 @@ def check(
     bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
-    x = input_of_norm(x)
-    return Given(x, widened(x), stats, scale, bias, mask, train, reduced, dtype)
+    return Given(x, stats, scale, bias, mask, train, reduced, dtype)
 
 
-def _measure(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> Moments:
-    """The moments of the batch, of all devices if the axis has a name."""
+def _standardize(
+    called: str, given: Given, epsilon: Any, axis_name: Any, axis_index_groups: Any
+) -> tuple[Array, Moments]:
     enough(called, given, axis_name, axis_index_groups)
-    moments = measured(given.x, given.wide_x, given.reduced, given.mask)
-    if axis_name is not None:
-        moments = synchronize(moments, axis_name, axis_index_groups)
-    return moments_of_norm(moments)
+    return standardize(
+        given.x, given.scale, given.bias, given.mask, epsilon=epsilon, axes=given.reduced,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=given.dtype,
+    )  # fmt: skip
 
 
 def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> None:
@@ -344,18 +348,20 @@ def with_kept(kept: Moments | None, batch: Moments) -> Moments:
     return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 
 
-def _normalize(given: Given, moments: Moments, scale: Any, bias: Any, epsilon: Any) -> Array:
-    mean, var = (jnp.expand_dims(v, given.reduced) for v in (moments.mean, moments.variance()))
-    options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
-    return normalized(given.x, given.wide_x, mean, var, scale, bias, **options)
-
-
 def evaluate(called: str, given: Given, epsilon: Any) -> Array:
     """By the running statistics, which no gradient reaches."""
     with jax.named_scope(called):
-        mean, var = (jnp.expand_dims(lax.stop_gradient(v), given.reduced) for v in given.stats[:2])
-        options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
-        return normalized(given.x, given.wide_x, mean, var, given.scale, given.bias, **options)
+        x = input_of_norm(given.x)
+        mean, var = lax.stop_gradient(given.stats[:2])
+        return _normalize(given, x, widened(x), mean, var, given.scale, given.bias, epsilon)
+
+
+def _normalize(
+    given: Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any, epsilon: Any
+) -> Array:
+    mean, var = (jnp.expand_dims(v, given.reduced) for v in (mean, var))
+    options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
+    return normalized(x, wide_x, mean, var, scale, bias, **options)
 
 
 def _split(given: Given, ghosts: int) -> Given:
@@ -366,7 +372,7 @@ def _split(given: Given, ghosts: int) -> Given:
             return None
         return v.reshape(*((1, 1) if v.shape[0] == 1 else (ghosts, -1)), *v.shape[1:])
 
-    parts = {name: split(getattr(given, name)) for name in ("x", "wide_x", "scale", "bias", "mask")}
+    parts = {name: split(getattr(given, name)) for name in ("x", "scale", "bias", "mask")}
     return given._replace(**parts, reduced=tuple(a + 1 for a in given.reduced))
 
 

@@ -303,7 +303,7 @@ def _mean_and_m2(
     # pivot that is taken from a part of x.
     dtype = wide(x.dtype)
     total = partial(summed, axes=axes)
-    once = (x if fused else apart((x, jnp.asarray(divisor)))[0]).astype(dtype)
+    once = (x if fused else apart(x)).astype(dtype)
     if not centered:
         m2 = total(_abs_square(_admitted(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
@@ -345,15 +345,15 @@ def moment_tangents(
     mean is constant. The x is `read(dx, *kept)`; only what is kept is there for the backward pass.
     """
 
-    def deviated(dx, mask, divisor, mean, *kept):
-        _, mean, kept = apart((divisor, mean, kept))
+    def deviated(dx, mask, mean, *kept):
+        mean, kept = apart((mean, kept), walk=3)
         return jnp.conj(_deviation(read(dx, *kept), mean, mask)) * _admitted(dx, mask)
 
     total, d_mean = partial(jnp.sum, axis=axes, keepdims=True), jnp.zeros_like(mean)
     if centered:
         d_mean = total(dx if mask is None else diagonal(_admitted, dx, mask))
         d_mean = d_mean / divisor.astype(mean.dtype)
-    products = diagonal(deviated, dx, mask, divisor, mean if centered else None, *kept)
+    products = diagonal(deviated, dx, mask, mean if centered else None, *kept)
     return d_mean, 2 * total(jnp.real(products))
 
 

@@ -14,8 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import wide, widened
-from normjax._walks import apart, diagonal, rounded_sum, written
+from normjax._moments import Moments, measured, synchronize, wide, widened
+from normjax._walks import apart, diagonal, input_of_norm, moments_of_norm, rounded_sum, written
 
 
 def normalize(
@@ -71,6 +71,53 @@ def normalize(
     x = _checks.inexact("normjax.normalize", "x", x)
     options: dict[str, Any] = dict(epsilon=epsilon, mask=mask, dtype=dtype)
     return normalized(x, widened(x), mean, var, scale, bias, **options)
+
+
+def standardize(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    mask: Array | None,
+    *,
+    epsilon: ArrayLike,
+    axes: tuple[int, ...],
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    dtype: np.dtype,
+    centered: bool = True,
+    pooled: Callable[[Moments], Moments] | None = None,
+) -> tuple[Array, Moments]:
+    """The one way through the house: measure, pool, share, normalize. Returns y and the moments.
+
+    All is checked before. What is no array, `pooled` included, is hashed: calls alike are traced
+    once.
+    """
+    names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
+    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+    how = axes, names, groups, dtype, centered, pooled
+    # Around the call: jax.vmap meets what it cannot share when the function has been traced.
+    with _checks.grouped("normjax.synchronize", axis_name, axis_index_groups):
+        return _standardize(x, scale, bias, mask, epsilon, *how)
+
+
+@partial(jax.jit, static_argnums=range(5, 11))
+def _standardize(
+    x: Array, scale: Any, bias: Any, mask: Any, epsilon: Any, axes: tuple[int, ...],
+    axis_name: Any, axis_index_groups: Any, dtype: np.dtype, centered: bool, pooled: Any,
+) -> tuple[Array, Moments]:  # fmt: skip
+    # A function of its own for checkpoint policies too: where the function that makes what a policy
+    # keeps goes on to use it, JAX rounds it (reduce_precision), and XLA's CPU compiler then holds
+    # x and the rounded x. A stack of convolutions took 1.4 times the memory.
+    x = input_of_norm(x)
+    wide_x = widened(x)
+    moments = measured(x, wide_x, axes, mask, centered=centered)
+    moments = moments if pooled is None else pooled(moments)
+    if axis_name is not None:
+        moments = synchronize(moments, axis_name, axis_index_groups)
+    moments = moments_of_norm(moments)
+    mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
+    vectors = mean if centered else None, var, scale, bias
+    return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=mask, dtype=dtype), moments
 
 
 def normalized(
@@ -135,8 +182,11 @@ def apply(
     """The map itself; vectors in the rank of x and in one dtype, epsilon added to `var`."""
     number = _number(x, mean, var, scale, bias)
     gain = lax.rsqrt(var).astype(number)
-    gain = gain if scale is None else gain * scale
+    if scale is not None and _folds(scale, gain):
+        gain, scale = gain * scale, None
+    # A product of two vectors that has the size of x would be an operation more for each entry.
     y = _deviation(_admit(x, x, mask).astype(number), mean) * gain
+    y = y if scale is None else y * scale
     return (y if bias is None else y + bias).astype(out)
 
 
@@ -185,7 +235,7 @@ def normalized_tangent(
     shape = np.broadcast_shapes(*(np.shape(v) for v in kept))
 
     def deviated(t, mask, mean, *kept):
-        mean, kept = apart((mean, kept))
+        mean, kept = apart((mean, kept), walk=2)
         x = read(t, *kept)
         return _deviation(_admit(x, x, mask).astype(number), mean) * t
 

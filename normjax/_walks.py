@@ -35,8 +35,7 @@ def norm_inputs_saveable(primitive: Any, *values: Any, **params: Any) -> Any:
     Of convolution, norm and activation the convolution's output is kept; the backward pass
     normalizes and activates it anew, which is elementwise, and convolves and measures nothing
     twice. For any activation and any norm of this library. It pays where activations fill the
-    memory; XLA's CPU compiler undoes part of it outside of `nn.scan`, by finding what was computed
-    before.
+    memory.
 
     Args:
         primitive, values, params: what JAX asks a policy about.
@@ -81,15 +80,15 @@ def moments_of_norm(moments: Any) -> Any:
     return jax.tree.map(named, moments)
 
 
-def apart(operands: Any) -> Any:
+def apart(operands: Any, walk: int = 1) -> Any:
     """A tree of operands as it is, for one walk; no other walk shares what is computed of it.
 
     A barrier on the CPU. Elsewhere nothing: on a GPU sums of one operand are best fused, which a
     barrier would forbid. Calls with equal operands count as one, so walks over the same arrays
-    take their copies in one call or beside other operands.
+    take their copies in one call, beside other operands that they use, or with another number.
     """
     leaves, structure = jax.tree.flatten(operands)
-    return jax.tree.unflatten(structure, _apart_p.bind(*leaves))
+    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, walk=walk))
 
 
 def summed(x: Array, axes: tuple[int, ...]) -> Array:
@@ -98,10 +97,13 @@ def summed(x: Array, axes: tuple[int, ...]) -> Array:
     Between axes that are kept, as in instance norm, XLA's CPU compiler takes up to 1.8 times as
     long for one sum over two axes as for a sum over the last and then one over what is left.
     """
-    last = max(axes, default=0)
-    if len(axes) > 1 and 0 not in axes and last < x.ndim - 1:
-        x = apart(jnp.sum(x, last, keepdims=True))
+    if _in_two_steps(axes, x.ndim):
+        x = apart(jnp.sum(x, max(axes), keepdims=True))
     return jnp.sum(x, axes, keepdims=True)
+
+
+def _in_two_steps(axes: tuple[int, ...], rank: int) -> bool:
+    return len(axes) > 1 and 0 not in axes and max(axes) < rank - 1
 
 
 def after(x: Array, t: Array) -> Array:
@@ -157,16 +159,25 @@ def _wholes(
 ) -> list[Array]:
     """The terms broadcast to `shape`, of the type that they and what is `beside` have together."""
     dtype, point = terms[0].dtype, (1,) * len(shape)
-    wholes = [jnp.broadcast_to(term, shape) for term in terms]
+    wholes = [_spread(term, shape) for term in terms]
     full = [*wholes, *(v for v in beside if np.shape(v) == shape)]
     if len({jax.typeof(v).update(dtype=dtype, weak_type=False) for v in full}) == 1:
         return wholes
     # Meshes and devices type arrays by where they lie and vary. Added zeros make the types alike;
     # that of devices while a vector is a vector, because the transpose of it sums over devices.
     nil = reduce(jnp.add, (jnp.zeros_like(v, dtype, point) for v in (*terms, *beside)))
-    wholes = [jnp.broadcast_to(term + nil, shape) for term in terms]
+    wholes = [_spread(term + nil, shape) for term in terms]
     nil = reduce(jnp.add, (jnp.zeros_like(v, dtype) for v in (*wholes, *full)))
     return [whole + nil for whole in wholes]
+
+
+def _spread(term: Array, shape: tuple[int, ...]) -> Array:
+    """`term` broadcast to `shape` in such steps that the transpose sums as `summed` does."""
+    axes = tuple(a for a, n in enumerate(jnp.shape(term)) if n != shape[a])
+    if _in_two_steps(axes, len(shape)):
+        row = tuple(1 if a == max(axes) else n for a, n in enumerate(shape))
+        term = written(jnp.broadcast_to(term, row))
+    return jnp.broadcast_to(term, shape)
 
 
 def _rounded_sum(*terms: Array, dtype: np.dtype) -> Array:
@@ -287,15 +298,27 @@ batching.primitive_batchers[_after_p] = _after_batched
 mlir.register_lowering(_after_p, lambda context, x, t: [x])
 mlir.register_lowering(_after_p, mlir.lower_fun(_times_one, multiple_results=False), platform="cpu")
 
+
+def _barriers(context: Any, *operands: Any, walk: int) -> Any:
+    # XLA merges equal barriers and drops operands that nobody uses; a barrier behind a barrier is
+    # another one.
+    copies: Any = operands
+    for _ in range(walk):
+        copies = stablehlo.OptimizationBarrierOp(copies).results
+    return copies
+
+
 _apart_p = Primitive("apart")
 _apart_p.multiple_results = True
-_apart_p.def_impl(lambda *operands: operands)
-_apart_p.def_abstract_eval(lambda *operands: operands)
-ad.primitive_jvps[_apart_p] = lambda primals, tangents: (_apart_p.bind(*primals), tangents)
-batching.primitive_batchers[_apart_p] = lambda operands, axes: (_apart_p.bind(*operands), axes)
-mlir.register_lowering(_apart_p, lambda context, *operands: operands)
-mlir.register_lowering(
-    _apart_p,
-    lambda context, *operands: stablehlo.OptimizationBarrierOp(operands).results,
-    platform="cpu",
+_apart_p.def_impl(lambda *operands, walk: operands)
+_apart_p.def_abstract_eval(lambda *operands, walk: operands)
+ad.primitive_jvps[_apart_p] = lambda primals, tangents, walk: (
+    _apart_p.bind(*primals, walk=walk),
+    tangents,
 )
+batching.primitive_batchers[_apart_p] = lambda operands, axes, walk: (
+    _apart_p.bind(*operands, walk=walk),
+    axes,
+)
+mlir.register_lowering(_apart_p, lambda context, *operands, walk: operands)
+mlir.register_lowering(_apart_p, _barriers, platform="cpu")

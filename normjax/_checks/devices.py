@@ -30,7 +30,9 @@ def axis_size(
 
 @contextmanager
 def grouped(
-    called: str, axis_name: str | Sequence[str], axis_index_groups: Sequence[Sequence[int]] | None
+    called: str,
+    axis_name: str | Sequence[str] | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Iterator[None]:
     """Words what JAX raises when it cannot share over groups of `axis_name`."""
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measured, synchronize, widened
-from normjax._normalize import normalized
-from normjax._walks import input_of_norm, moments_of_norm, written
+from normjax._moments import Moments, collapse
+from normjax._normalize import standardize
+from normjax._walks import written
 
 
 def layer_norm(
@@ -235,7 +235,7 @@ def group_norm(
         return within(called, split(x), *vectors, mask=split(mask), **options).reshape(x.shape)
     # Merging what was measured for each feature is faster than measuring groups: x need not be
     # seen in another shape, and sums over a few neighbors at a time are slow.
-    pooled = partial(_of_groups, axis=feature - sum(a < feature for a in spatial), groups=groups)
+    pooled = _OfGroups(feature - sum(a < feature for a in spatial), groups)
     return within(called, x, scale, bias, spatial, mask=mask, pooled=pooled, **options)
 
 
@@ -247,24 +247,29 @@ def _split(v: Any, axis: int, groups: int) -> Any:
     return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
 
 
-def _of_groups(moments: Moments, axis: int, groups: int) -> Moments:
+class _OfGroups(NamedTuple):
     """For each feature the moments of its group."""
 
-    def stacked(v: Any) -> Any:
-        return jnp.moveaxis(_split(written(v), axis, groups), axis + 1, 0)
+    axis: int
+    groups: int
 
-    def spread(v: Any) -> Any:
+    def __call__(self, moments: Moments) -> Moments:
+        count, mean, m2 = moments
+        single = np.ndim(count) == 0
+        count = count if single else self._stacked(count)
+        merged = collapse(Moments(count, self._stacked(mean), self._stacked(m2)))
+        count = merged.count if single else self._spread(merged.count, mean.shape)
+        return Moments(count, *(self._spread(v, mean.shape) for v in merged[1:]))
+
+    def _stacked(self, v: Any) -> Any:
+        return jnp.moveaxis(_split(written(v), self.axis, self.groups), self.axis + 1, 0)
+
+    def _spread(self, v: Any, shape: tuple[int, ...]) -> Any:
         # By hand, since jnp.repeat asks where explicitly sharded features shall lie.
-        size = mean.shape[axis] // groups
-        shape = (*v.shape[: axis + 1], size, *v.shape[axis + 1 :])
-        whole = jnp.broadcast_to(jnp.expand_dims(v, axis + 1), shape)
-        return written(whole.reshape(mean.shape))
-
-    count, mean, m2 = moments
-    single = np.ndim(count) == 0
-    merged = collapse(Moments(count if single else stacked(count), stacked(mean), stacked(m2)))
-    count = merged.count if single else spread(merged.count)
-    return Moments(count, spread(merged.mean), spread(merged.m2))
+        size = shape[self.axis] // self.groups
+        apart = (*v.shape[: self.axis + 1], size, *v.shape[self.axis + 1 :])
+        whole = jnp.broadcast_to(jnp.expand_dims(v, self.axis + 1), apart)
+        return written(whole.reshape(shape))
 
 
 def instance_norm(
@@ -350,8 +355,8 @@ def affine(
 def within(
     called: str,
     x: Array,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
+    scale: Any,
+    bias: Any,
     axes: tuple[int, ...],
     *,
     centered: bool = True,
@@ -360,7 +365,7 @@ def within(
     axis_name: Any,
     axis_index_groups: Any,
     dtype: DTypeLike | None,
-    pooled: Callable[[Moments], Moments] = lambda moments: moments,
+    pooled: Any = None,
 ) -> Array:
     """Measure, share where the reduced axes are split over devices, normalize."""
     _checks.epsilon(called, epsilon)
@@ -368,15 +373,9 @@ def within(
     _checks.something(called, x.shape, axes)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
+    if axis_name is not None:
+        _checks.axis_size(called, axis_name, axis_index_groups)
+    options: dict[str, Any] = dict(epsilon=epsilon, dtype=dtype, centered=centered, pooled=pooled)
+    where: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
     with jax.named_scope(called):
-        x = input_of_norm(x)
-        wide_x = widened(x)
-        moments = pooled(measured(x, wide_x, axes, mask, centered=centered))
-        if axis_name is not None:
-            _checks.axis_size(called, axis_name, axis_index_groups)
-            moments = synchronize(moments, axis_name, axis_index_groups)
-        moments = moments_of_norm(moments)
-        mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
-        center = mean if centered else None
-        vectors = center, var, scale, bias
-        return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=mask, dtype=dtype)
+        return standardize(x, scale, bias, mask, axes=axes, **options, **where)[0]
