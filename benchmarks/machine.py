@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 from collections.abc import Sequence
@@ -31,12 +32,25 @@ def prepare() -> None:
         print(f"The machine is busy (load {load:.1f}): times will be off, PyTorch's most of all.")
 
 
+def keep_freed_memory() -> None:
+    """Arrays of one layer get memory that was used before, as those of a layer in a network do.
+
+    By default glibc returns freed memory to the system or not, by what was freed before: the same
+    step of batch norm took 8 ms in one place of a run and 24 in another, most of it page faults.
+    """
+    # From malloc.h: never map an array on its own, never trim the heap, and have one heap.
+    mmap_max, trim_threshold, arena_max = -4, -1, -8
+    with contextlib.suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
+            mallopt(option, value)
+
+
 def circumstances(peers: Sequence[str], repeats: int) -> str:
     libraries = ", ".join(dict.fromkeys(described(name) for name in peers))
     return (
         f"{date.today()}, {processor()} ({platform.machine()}, {cores()} cores), "
-        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls. "
-        "Memory is allocated as by default: fresh arrays cost their page faults, as in training."
+        f"jax {jax.__version__}, {libraries}; medians of at least {repeats} interleaved calls."
     )
 
 
