@@ -1,5 +1,6 @@
 """Walks: nothing of the size of x is written beside the results, and both operations are linear."""
 
+import re
 from functools import partial
 
 import jax
@@ -96,6 +97,20 @@ def test_no_walk_over_x_spreads_the_vectors_of_groups():
     walks = [part for part in program.split("\n}") if "f32[4,16,16,30]" in part]
     assert walks
     assert not [part for part in walks if "f32[4,6,5]" in part]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler fuses other things")
+def test_sums_between_kept_axes_take_two_steps_backwards_too():
+    """Each sum over both axes is one of what a sum over the last axis has left."""
+
+    def step(x, dy):
+        y, pullback = jax.vjp(normjax.instance_norm, x)
+        return y, pullback(dy)
+
+    x = jnp.ones((4, 16, 16, 8))
+    program = jax.jit(step).lower(x, x).compile().as_text()
+    sums = re.findall(r" reduce\(.*?dimensions=\{([\d,]+)\}", program)
+    assert sums.count("2") == sums.count("1,2") == 5
 
 
 ROUNDED = {
