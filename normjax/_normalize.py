@@ -1,4 +1,4 @@
-"""Normalization by given moments: the affine map, its derivative and the dtype policy."""
+"""From x to y: measured, shared, normalized; the affine map, its derivative, the dtype policy."""
 
 from __future__ import annotations
 
