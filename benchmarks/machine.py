@@ -35,8 +35,9 @@ def prepare() -> None:
 def keep_freed_memory() -> None:
     """Arrays of one layer get memory that was used before, as those of a layer in a network do.
 
-    By default glibc returns freed memory to the system or not, by what was freed before: the same
-    step of batch norm took 8 ms in one place of a run and 24 in another, most of it page faults.
+    By default glibc returns freed memory to the system or not, by what was freed before, and page
+    faults come and go: between three runs the time of a training step differed by up to 2.9 times,
+    and by up to 1.6 times so.
     """
     # From malloc.h: never map an array on its own, never trim the heap, and have one heap.
     mmap_max, trim_threshold, arena_max = -4, -1, -8
