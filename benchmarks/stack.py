@@ -36,7 +36,9 @@ class Block(nn.Module):
         return self.activation(x)
 
 
-class InvertibleBlock(nn.Module):
+class ActivatedBlock(nn.Module):
+    """Norm and activation in one module."""
+
     activation: Callable
     dtype: Any
 
@@ -84,7 +86,7 @@ VARIANTS = {
     "flax.linen": block(Block, nn.BatchNorm),
     "normjax.linen": block(Block, normjax.linen.BatchNorm),
     "normjax.linen.BatchNormAct": lambda activation, dtype: partial(
-        InvertibleBlock, activation, dtype
+        ActivatedBlock, activation, dtype
     ),
     "normjax.linen, norm_inputs_saveable": block(
         nn.remat(Block, policy=normjax.norm_inputs_saveable), normjax.linen.BatchNorm
@@ -111,7 +113,6 @@ def main(
                     make(function, jnp.dtype(dtype)), depth
                 )
                 for variant, make in VARIANTS.items()
-                if activation != "ReLU" or "Act" not in variant
             }
             if any(word in name for word in args.only):
                 for dtype in args.dtype:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
-from normjax._normalize import normalized, standardize
+from normjax._normalize import Activation, normalized, standardize
 from normjax._stats import BatchStats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
@@ -207,29 +207,37 @@ def keeping_batch_norm(
     x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any,
     feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
     virtual_batch_size: Any, axis_name: Any, axis_index_groups: Any, dtype: Any,
+    activation: Activation | None = None,
 ) -> tuple[Array, Any, Moments | None]:  # fmt: skip
     """`batch_norm` whose statistics move by the moments of the batch and those kept before it.
 
     Returns `(y, stats, moments)`; the moments of both, or None where the batch was not measured.
+    With an activation it is `batch_norm_act`.
     """
     called = "normjax.batch_norm"
-    given = check(
+    if activation is not None:
+        called = "normjax.batch_norm_act"
+        # An activation needs an order, which complex numbers have not.
+        x = _checks.inexact(called, "x", x, real=True)
+        _checks.activation(called, activation)
+    given = _check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if stats is not None and not train:
-        return evaluate(called, given, epsilon), stats, None
+        return _evaluate(called, given, epsilon, activation), stats, None
     ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
-            y, batch = _standardize(called, given, epsilon, axis_name, axis_index_groups)
+            where = axis_name, axis_index_groups
+            y, batch = _standardize(called, given, epsilon, *where, activation)
         else:
             given = _split(given, ghosts)
-            y, moments = _standardize(called, given, epsilon, None, None)
+            y, moments = _standardize(called, given, epsilon, None, None, activation)
             batch = collapse(moments)
             if axis_name is not None:
                 batch = synchronize(batch, axis_name, axis_index_groups)
-        batch = with_kept(kept, batch)
+        batch = _with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
     return y.reshape(jnp.shape(x)), stats, batch
@@ -245,16 +253,16 @@ def keeping_batch_renorm(
     # Bounds need an order, which complex numbers have not.
     x = _checks.inexact(called, "x", x, real=True)
     _checks.batch_stats(called, stats, BatchStats, "BatchStats")
-    given = check(
+    given = _check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if not train:
-        return evaluate(called, given, epsilon), stats, None
+        return _evaluate(called, given, epsilon), stats, None
     r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
     d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
     with jax.named_scope(called):
-        enough(called, given, axis_name, axis_index_groups)
+        _enough(called, given, axis_name, axis_index_groups)
         x = input_of_norm(x)
         wide_x = widened(x)
         moments = measured(x, wide_x, given.reduced, given.mask)
@@ -270,11 +278,11 @@ def keeping_batch_renorm(
         bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
         mean, var = moments.mean, moments.variance()
         y = _normalize(given, x, wide_x, mean, var, r * gain, d * gain + bias, epsilon)
-        batch = with_kept(kept, moments)
+        batch = _with_kept(kept, moments)
         return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
 
 
-class Given(NamedTuple):
+class _Given(NamedTuple):
     """Checked arguments; scale and bias in the rank of x."""
 
     x: Array
@@ -287,11 +295,11 @@ class Given(NamedTuple):
     dtype: Any
 
 
-def check(
+def _check(
     called: str, x: Any, stats: Any, scale: Any, bias: Any, train: Any, feature_axis: Any,
     momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any, axis_name: Any,
     axis_index_groups: Any, dtype: Any,
-) -> Given:  # fmt: skip
+) -> _Given:  # fmt: skip
     """Everything that can be wrong is found before anything is computed."""
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape)
@@ -321,20 +329,22 @@ def check(
     bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
-    return Given(x, stats, scale, bias, mask, train, reduced, dtype)
+    return _Given(x, stats, scale, bias, mask, train, reduced, dtype)
 
 
 def _standardize(
-    called: str, given: Given, epsilon: Any, axis_name: Any, axis_index_groups: Any
-) -> tuple[Array, Moments]:
-    enough(called, given, axis_name, axis_index_groups)
+    called: str, given: _Given, epsilon: Any, axis_name: Any, axis_index_groups: Any,
+    activation: Activation | None,
+) -> tuple[Array, Moments]:  # fmt: skip
+    _enough(called, given, axis_name, axis_index_groups)
     return standardize(
         given.x, given.scale, given.bias, given.mask, epsilon=epsilon, axes=given.reduced,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=given.dtype,
+        activation=activation,
     )  # fmt: skip
 
 
-def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> None:
+def _enough(called: str, given: _Given, axis_name: Any, axis_index_groups: Any) -> None:
     """One value has no variance to train by."""
     shared = 1
     if axis_name is not None:
@@ -343,28 +353,34 @@ def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) ->
         _checks.entries(called, given.x.shape, given.reduced, shared)
 
 
-def with_kept(kept: Moments | None, batch: Moments) -> Moments:
+def _with_kept(kept: Moments | None, batch: Moments) -> Moments:
     """What the statistics take in: a state, which no gradient reaches."""
     return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 
 
-def evaluate(called: str, given: Given, epsilon: Any) -> Array:
+def _evaluate(
+    called: str, given: _Given, epsilon: Any, activation: Activation | None = None
+) -> Array:
     """By the running statistics, which no gradient reaches."""
     with jax.named_scope(called):
         x = input_of_norm(given.x)
         mean, var = lax.stop_gradient(given.stats[:2])
-        return _normalize(given, x, widened(x), mean, var, given.scale, given.bias, epsilon)
+        affine = given.scale, given.bias
+        return _normalize(given, x, widened(x), mean, var, *affine, epsilon, activation)
 
 
 def _normalize(
-    given: Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any, epsilon: Any
-) -> Array:
+    given: _Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any,
+    epsilon: Any, activation: Activation | None = None,
+) -> Array:  # fmt: skip
     mean, var = (jnp.expand_dims(v, given.reduced) for v in (mean, var))
-    options: dict[str, Any] = dict(epsilon=epsilon, mask=given.mask, dtype=given.dtype)
+    options: dict[str, Any] = dict(
+        epsilon=epsilon, mask=given.mask, dtype=given.dtype, activation=activation
+    )
     return normalized(x, wide_x, mean, var, scale, bias, **options)
 
 
-def _split(given: Given, ghosts: int) -> Given:
+def _split(given: _Given, ghosts: int) -> _Given:
     """Gives the virtual batches an axis of their own, before that of their examples."""
 
     def split(v: Any) -> Any:

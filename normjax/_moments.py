@@ -330,31 +330,19 @@ _jitted_mean_and_m2 = jax.jit(_mean_and_m2, static_argnums=(4, 5, 6), inline=Tru
 def _mean_and_m2_jvp(axes, centered, _, primals, tangents):
     (x, _, mask, divisor), dx = primals, tangents[1]
     mean, m2 = moments_of_norm(_mean_and_m2(*primals, axes, centered, False))
-    return (mean, m2), moment_tangents(
-        (x,), lambda _, x: widened(x), mask, divisor, mean, dx, axes, centered
-    )
 
-
-def moment_tangents(
-    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, divisor: Count,
-    mean: Array, dx: Array, axes: tuple[int, ...], centered: bool = True,
-) -> tuple[Array, Array]:  # fmt: skip
-    """d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)), linear in dx.
-
-    The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the
-    mean is constant. The x is `read(dx, *kept)`; only what is kept is there for the backward pass.
-    """
-
-    def deviated(dx, mask, mean, *kept):
-        mean, kept = apart((mean, kept), walk=3)
-        return jnp.conj(_deviation(read(dx, *kept), mean, mask)) * _admitted(dx, mask)
+    # d mean = sum(dx) / count and d m2 = 2 sum(Re(conj(x - mean) dx)). The term with d mean is
+    # missing from d m2 because the deviations sum to zero. Around zero the mean is constant.
+    def deviated(dx, mask, mean, x):
+        mean, x = apart((mean, x), walk=3)
+        return jnp.conj(_deviation(widened(x), mean, mask)) * _admitted(dx, mask)
 
     total, d_mean = partial(jnp.sum, axis=axes, keepdims=True), jnp.zeros_like(mean)
     if centered:
         d_mean = total(dx if mask is None else diagonal(_admitted, dx, mask))
         d_mean = d_mean / divisor.astype(mean.dtype)
-    products = diagonal(deviated, dx, mask, mean if centered else None, *kept)
-    return d_mean, 2 * total(jnp.real(products))
+    products = diagonal(deviated, dx, mask, mean if centered else None, x)
+    return (mean, m2), (d_mean, 2 * total(jnp.real(products)))
 
 
 def widened(x: Array) -> Array:

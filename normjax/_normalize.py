@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._moments import Moments, measured, synchronize, wide, widened
 from normjax._walks import apart, diagonal, input_of_norm, moments_of_norm, rounded_sum, written
+
+Activation: TypeAlias = Callable[[Array], Array]
 
 
 def normalize(
@@ -86,24 +88,26 @@ def standardize(
     dtype: np.dtype,
     centered: bool = True,
     pooled: Callable[[Moments], Moments] | None = None,
+    activation: Activation | None = None,
 ) -> tuple[Array, Moments]:
     """The one way through the house: measure, pool, share, normalize. Returns y and the moments.
 
-    All is checked before. What is no array, `pooled` included, is hashed: calls alike are traced
-    once.
+    All is checked before. Arguments that are not arrays, `pooled` and `activation` included, are
+    static; equal ones share a trace.
     """
     names = tuple(axis_name) if isinstance(axis_name, list) else axis_name
     groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
-    how = axes, names, groups, dtype, centered, pooled
+    how = axes, names, groups, dtype, centered, pooled, activation
     # Around the call: jax.vmap meets what it cannot share when the function has been traced.
     with _checks.grouped("normjax.synchronize", axis_name, axis_index_groups):
         return _standardize(x, scale, bias, mask, epsilon, *how)
 
 
-@partial(jax.jit, static_argnums=range(5, 11))
+@partial(jax.jit, static_argnums=range(5, 12))
 def _standardize(
     x: Array, scale: Any, bias: Any, mask: Any, epsilon: Any, axes: tuple[int, ...],
     axis_name: Any, axis_index_groups: Any, dtype: np.dtype, centered: bool, pooled: Any,
+    activation: Activation | None,
 ) -> tuple[Array, Moments]:  # fmt: skip
     # A function of its own for checkpoint policies too: where the function that makes what a policy
     # keeps goes on to use it, JAX rounds it (reduce_precision), and XLA's CPU compiler then holds
@@ -117,7 +121,8 @@ def _standardize(
     moments = moments_of_norm(moments)
     mean, var = (jnp.expand_dims(v, axes) for v in (moments.mean, moments.variance()))
     vectors = mean if centered else None, var, scale, bias
-    return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=mask, dtype=dtype), moments
+    options: dict[str, Any] = dict(epsilon=epsilon, mask=mask, dtype=dtype, activation=activation)
+    return normalized(x, wide_x, *vectors, **options), moments
 
 
 def normalized(
@@ -131,8 +136,9 @@ def normalized(
     epsilon: ArrayLike,
     mask: ArrayLike | None,
     dtype: DTypeLike | None,
+    activation: Activation | None = None,
 ) -> Array:
-    """`normalize`, where x moves along `wide_x`, as in `measured`."""
+    """`normalize` and an activation, where x moves along `wide_x`, as in `measured`."""
     called = "normjax.normalize"
     _checks.epsilon(called, epsilon)
     out = _checks.output_dtype(called, dtype, x.dtype)
@@ -154,21 +160,10 @@ def normalized(
     real = jnp.finfo(widest).dtype
     spread = spread.astype(real) + jnp.asarray(epsilon, real)
     with jax.named_scope(called):
-        return _jitted_apply(x, wide_x, mask, center, spread, gain, shift, out)
+        return _jitted_apply(x, wide_x, mask, center, spread, gain, shift, out, activation)
 
 
-def denormalize(
-    y: Array, mean: Array, var: Array, scale: Array | None, bias: Array | None
-) -> Array:
-    """The x of which `apply` made `y`; the mean where a scale of 0 has left nothing of it."""
-    deviation = y if bias is None else y - bias
-    if scale is not None:
-        lost = scale == 0
-        deviation = deviation * (jnp.where(lost, 0, 1 / jnp.where(lost, 1, scale)))
-    return deviation * jnp.sqrt(var).astype(mean.dtype) + mean
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(7,))
+@partial(jax.custom_jvp, nondiff_argnums=(7, 8))
 def apply(
     x: Array,
     wide_x: Array,
@@ -178,6 +173,7 @@ def apply(
     scale: Array | None,
     bias: Array | None,
     out: np.dtype,
+    activation: Activation | None,
 ) -> Array:
     """The map itself; vectors in the rank of x and in one dtype, epsilon added to `var`."""
     number = _number(x, mean, var, scale, bias)
@@ -187,36 +183,47 @@ def apply(
     # A product of two vectors that has the size of x would be an operation more for each entry.
     y = _deviation(_admit(x, x, mask).astype(number), mean) * gain
     y = y if scale is None else y * scale
-    return (y if bias is None else y + bias).astype(out)
+    y = y if bias is None else y + bias
+    return (y if activation is None else activation(y)).astype(out)
 
 
 # Layers of one shape are traced once: a ResNet-50 compiles in 1.1 and not 1.2 of Flax's time.
-_jitted_apply = jax.jit(apply, static_argnums=7, inline=True)
+_jitted_apply = jax.jit(apply, static_argnums=(7, 8), inline=True)
 
 
 @partial(apply.defjvp, symbolic_zeros=True)
-def _apply_jvp(out, primals, tangents):
+def _apply_jvp(out, activation, primals, tangents):
     x, _, mask, *vectors = primals
     _, dx, _, *d_vectors = map(_given, tangents)
-    y = apply(*primals, out)
-    return y, normalized_tangent((x,), lambda _, x: widened(x), mask, vectors, dx, d_vectors, out)
+    y = apply(*primals, out, activation)
+    dy = _normalized_tangent(x, mask, vectors, dx, d_vectors, out)
+    if activation is None:
+        return y, dy
+
+    def activated(dy, x, mask, *vectors):
+        # y is computed anew from x: kept, it would be one more array of the size of x.
+        x, vectors = apart((x, vectors), walk=4)
+        y = apply(x, widened(x), mask, *vectors, _number(x, *vectors), None)
+        # Under vmap dy may be that of each example, and x of all.
+        y = jnp.broadcast_to(y, dy.shape)
+        return jax.jvp(activation, (y,), (dy.astype(y.dtype),))[1].astype(out)
+
+    return y, diagonal(activated, dy, x, mask, *vectors)
 
 
-def normalized_tangent(
-    kept: tuple[Any, ...], read: Callable[..., Array], mask: Array | None, vectors: Sequence[Any],
-    dx: Array | None, d_vectors: Sequence[Any], out: np.dtype,
+def _normalized_tangent(
+    x: Array, mask: Array | None, vectors: Sequence[Any], dx: Array | None,
+    d_vectors: Sequence[Any], out: np.dtype,
 ) -> Array:  # fmt: skip
     """The derivative of y, linear in the tangents; what is None there is zero and costs nothing.
 
     With inv = var^(-1/2), for which d inv = -inv (inv dvar inv) / 2:
 
         dy = (dx inv + (x - mean) d_inv - d_mean inv) scale + (x - mean) inv d_scale + d_bias
-
-    The x is `read(t, *kept)` beside a tangent t; only what is kept is there for the backward pass.
     """
     mean, var, scale, _ = vectors
     d_mean, d_var, d_scale, d_bias = d_vectors
-    number = _number(*kept, *vectors)
+    number = _number(x, *vectors)
     # The powers of inv are applied one by one, because var^(-3/2) alone leaves the range of
     # float32 for x of the size 1e15.
     inv = lax.rsqrt(var).astype(number)
@@ -232,28 +239,26 @@ def normalized_tangent(
         shift, d_bias = _sum(shift, d_bias), None
 
     slope, shift = _outside(slope), _outside(shift)
-    shape = np.broadcast_shapes(*(np.shape(v) for v in kept))
 
-    def deviated(t, mask, mean, *kept):
-        mean, kept = apart((mean, kept), walk=2)
-        x = read(t, *kept)
+    def deviated(t, mask, mean, x):
+        mean, x = apart((mean, x), walk=2)
         return _deviation(_admit(x, x, mask).astype(number), mean) * t
 
-    def standardized(t, mask, inv, mean, *kept):
+    def standardized(t, mask, inv, mean, x):
         # t times the vector comes first: the CPU takes up to 5 times as long for a sum over rows
         # of a product of two arrays that is then multiplied by a vector.
-        inv, mean, kept = apart((inv, mean, kept))
-        return deviated(t * inv, mask, mean, *kept)
+        inv, mean, x = apart((inv, mean, x))
+        return deviated(t * inv, mask, mean, x)
 
-    def admitted(t, mask, *kept):
-        return _admit(t, read(t, *kept), mask)
+    def admitted(t, mask, x):
+        return _admit(t, x, mask)
 
     if dx is not None:
         dx = dx.astype(number)
-        dx = dx if mask is None else diagonal(admitted, dx, mask, *kept)
+        dx = dx if mask is None else diagonal(admitted, dx, mask, x)
     within = [
         _product(dx, apart(inv)),
-        slope if slope is None else diagonal(deviated, slope, mask, mean, *kept, shape=shape),
+        slope if slope is None else diagonal(deviated, slope, mask, mean, x, shape=x.shape),
         shift,
     ]
     if scale is not None:
@@ -261,11 +266,11 @@ def normalized_tangent(
         within = [_product(term, s) for term, s in zip(within, own, strict=True)]
     beyond = d_scale
     if d_scale is not None:
-        beyond = diagonal(standardized, d_scale, mask, inv, mean, *kept, shape=shape)
+        beyond = diagonal(standardized, d_scale, mask, inv, mean, x, shape=x.shape)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
     if not terms:
-        return jnp.zeros(shape, out)
-    return rounded_sum(shape, out, *terms)
+        return jnp.zeros(x.shape, out)
+    return rounded_sum(x.shape, out, *terms)
 
 
 def _folds(vector: Array | None, statistic: Array) -> bool:

@@ -106,18 +106,6 @@ def _in_two_steps(axes: tuple[int, ...], rank: int) -> bool:
     return len(axes) > 1 and 0 not in axes and max(axes) < rank - 1
 
 
-def after(x: Array, t: Array) -> Array:
-    """x as it is, broadcast to the shape of t, and not before t is there.
-
-    On the CPU, whose compiler would compute early what depends on x alone and hold it until t
-    comes: an entry of x is multiplied by a one that is computed from t. Where t is NaN x becomes
-    NaN, and so would be the product with t for which it is read.
-    """
-    # Under vmap x may be that of all examples, and t of each.
-    shape = np.broadcast_shapes(x.shape, t.shape)
-    return _after_p.bind(jnp.broadcast_to(x, shape), jnp.broadcast_to(t, shape))
-
-
 def written(vector: Array) -> Array:
     """A vector as it is, and in memory before a walk reads it; so is the cotangent of it.
 
@@ -278,25 +266,6 @@ mlir.register_lowering(_written_p, lambda context, vector: [vector])
 mlir.register_lowering(
     _written_p, mlir.lower_fun(_divided_by_one, multiple_results=False), platform="cpu"
 )
-
-
-def _times_one(x: Array, t: Array) -> Array:
-    # A one for each call: shared by several it would be written, in the shape of x.
-    t, one = lax.optimization_barrier((t, jnp.ones((), t.dtype)))
-    return x * jnp.maximum(jnp.minimum(t, one), one).astype(x.dtype)
-
-
-def _after_batched(operands: Any, axes: Any) -> Any:
-    return after(*_in_front(operands, axes)), 0
-
-
-_after_p = Primitive("after")
-_after_p.def_impl(lambda x, t: x)
-_after_p.def_abstract_eval(lambda x, t: x)
-ad.primitive_jvps[_after_p] = lambda primals, tangents: (_after_p.bind(*primals), tangents[0])
-batching.primitive_batchers[_after_p] = _after_batched
-mlir.register_lowering(_after_p, lambda context, x, t: [x])
-mlir.register_lowering(_after_p, mlir.lower_fun(_times_one, multiple_results=False), platform="cpu")
 
 
 def _barriers(context: Any, *operands: Any, walk: int) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import normjax
-from normjax._walks import after, apart, rounded_sum, written
+from normjax._walks import apart, rounded_sum, written
 from tests import reference
 
 NORMS = {
@@ -139,29 +139,3 @@ def test_a_half_precision_gradient_is_rounded_once(norm, rng):
     exact = reference.standardized(x, 1.0, 0.0, dy, **options).dx
     half_a_unit = 2.0 ** (np.frexp(exact)[1] - 9)
     assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= 1.01 * half_a_unit + 1e-6)
-
-
-def test_after_is_the_identity_in_every_transformation(rng):
-    x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
-    t = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32).at[0, :2].set([np.inf, -np.inf])
-    np.testing.assert_array_equal(jax.jit(after)(x, t), x)
-    np.testing.assert_array_equal(jax.jit(after)(x.astype(jnp.bfloat16), t), x.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(jax.jit(jax.vmap(after, (0, None)))(x, t[0]), x)
-    value, tangent = jax.jit(lambda x, t: jax.jvp(after, (x, t), (2 * x, t)))(x, t)
-    np.testing.assert_array_equal(value, x)
-    np.testing.assert_array_equal(tangent, 2 * x)
-
-
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler schedules otherwise")
-def test_what_is_computed_from_the_output_waits_for_the_gradient():
-    """Layers written one after another: x is not computed from z before dz is there."""
-
-    def loss(x, scale):
-        for _ in range(8):
-            x = normjax.batch_norm_act(x, None, scale, train=True, activation=normjax.ELU())[0]
-            x = jnp.roll(x, 1, axis=1)
-        return jnp.sum(x * x)
-
-    x, scale = jnp.ones((8, 64, 32)), jnp.ones(32)
-    memory = jax.jit(jax.grad(loss, (0, 1))).lower(x, scale).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 14 * x.nbytes

@@ -22,17 +22,16 @@ from normjax._checks.arrays import (
 )
 from normjax._checks.devices import axis_size, grouped, groups
 from normjax._checks.options import (
+    activation,
     batch_stats,
     bound,
     count,
     ddof,
     epsilon,
-    invertible,
     mode,
     moments,
     momentum,
     moves,
-    no_virtual_batches,
     only_matrix,
     running_layer,
     same_shape,
@@ -44,6 +43,7 @@ from normjax._checks.options import (
 )
 
 __all__ = [
+    "activation",
     "affine",
     "alike",
     "axes",
@@ -60,14 +60,12 @@ __all__ = [
     "grouped",
     "groups",
     "inexact",
-    "invertible",
     "mask",
     "matrix",
     "mode",
     "moments",
     "momentum",
     "moves",
-    "no_virtual_batches",
     "number_of_groups",
     "only_matrix",
     "output_dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -28,29 +29,32 @@ def epsilon(called: str, value: ArrayLike) -> None:
 
 
 def slope(called: str, name: str, value: float) -> None:
-    """How steep an activation is below zero; a flat one has no inverse."""
-    expected = "a finite number above 0, without which it has no inverse"
+    """The size of an activation below zero."""
+    expected = "a finite number above 0"
     number = _number(called, name, value, expected)
     if number is not None and not 0 < number < float("inf"):
         raise ValueError(f"{called}: {name}={value}, expected {expected}.")
 
 
-def invertible(called: str, value: Any) -> None:
-    """An activation that can be computed backwards."""
-    if not callable(value) or not callable(getattr(value, "inverse", None)):
+def activation(called: str, value: Any) -> None:
+    """A function that maps each entry by itself, which a number stands for here."""
+    if not (isinstance(value, Hashable) and callable(value)):
         raise TypeError(
-            f"{called}: activation={value!r} has no inverse, from which the backward pass would "
-            "take what it needs. Pass normjax.LeakyReLU() or normjax.ELU(); for another one use "
-            "batch_norm, and normjax.norm_inputs_saveable as the policy of nn.remat."
+            f"{called}: activation={value!r}, expected a hashable function, for example "
+            "normjax.LeakyReLU() or jax.nn.gelu."
         )
-
-
-def no_virtual_batches(called: str, value: int | None) -> None:
-    """An output of one batch says nothing about the statistics of its parts."""
-    if value is not None:
-        raise ValueError(
-            f"{called}: virtual_batch_size={value}, expected None. Use BatchNorm and an activation "
-            "after it to normalize virtual batches."
+    number = jax.ShapeDtypeStruct((), np.float32)
+    try:
+        result = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(value, number))
+    except Exception as error:
+        raise TypeError(
+            f"{called}: activation={value!r} fails for a single number, expected an elementwise "
+            f"function such as jax.nn.gelu: {error}"
+        ) from error
+    if result != (number.shape, number.dtype):
+        raise TypeError(
+            f"{called}: activation={value!r} returns (shape, dtype) {result} for a float32 "
+            "number, expected a float32 number. Pass an elementwise function such as jax.nn.gelu."
         )
 
 

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._act import LeakyReLU, keeping_batch_norm_act
+from normjax._act import LeakyReLU
 from normjax._batch import keeping_batch_norm, keeping_batch_renorm
 from normjax._moments import Moments
 from normjax._stats import BatchStats
@@ -128,14 +128,14 @@ class BatchNorm(nn.Module):
 
 
 class BatchNormAct(BatchNorm):
-    """`normjax.batch_norm_act` as a module: `BatchNorm` and an activation that can be inverted.
+    """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
 
-    Variables are those of `BatchNorm`, so a checkpoint of one loads in the other. In training it
-    keeps its output alone, which the next layer keeps anyway; see `normjax.batch_norm_act`.
+    Variables are those of `BatchNorm`, so a checkpoint of one loads in the other. For the backward
+    pass it keeps its input alone; see `normjax.batch_norm_act`.
 
-    Attributes are those of `BatchNorm` without `virtual_batch_size`, and
-        activation: `normjax.LeakyReLU()`, `normjax.ELU()`, or another with `__call__` and
-            `inverse`.
+    Attributes are those of `BatchNorm`, and
+        activation: a hashable elementwise function, for example `normjax.LeakyReLU()`,
+            `normjax.ELU()` or `jax.nn.gelu`.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -147,7 +147,7 @@ class BatchNormAct(BatchNorm):
         Array([-0.63,  1.  ], dtype=float32)
     """
 
-    activation: Any = LeakyReLU()
+    activation: Callable[[Array], Array] = LeakyReLU()
 
     @nn.compact
     def __call__(
@@ -161,8 +161,11 @@ class BatchNormAct(BatchNorm):
         bias: ArrayLike | None = None,
     ) -> Array:
         """Normalizes and activates `x`; arguments, result and errors as in `BatchNorm`."""
-        _checks.no_virtual_batches("normjax.linen.BatchNormAct", self.virtual_batch_size)
-        function = partial(keeping_batch_norm_act, activation=self.activation)
+        function = partial(
+            keeping_batch_norm,
+            virtual_batch_size=self.virtual_batch_size,
+            activation=self.activation,
+        )
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
