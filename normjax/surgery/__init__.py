@@ -15,6 +15,7 @@ from normjax.surgery._recompute import recompute
 from normjax.surgery._report import Finding, NormReport, Report, SeriousFindingError
 from normjax.surgery._reset import reset
 from normjax.surgery._torch import export_torch, import_torch, torch_fields
+from normjax.surgery._torchvision import torchvision_rules
 
 __all__ = [
     "Finding",
@@ -37,4 +38,5 @@ __all__ = [
     "reset",
     "synchronize",
     "torch_fields",
+    "torchvision_rules",
 ]

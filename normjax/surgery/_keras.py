@@ -7,35 +7,59 @@ from typing import Any
 
 import numpy as np
 
-from normjax.surgery._rules import SAME, Dialect, Layout, Rule, give_out, take_in
+from normjax.surgery._rules import ANY, VECTOR, Dialect, Layout, Rule, give_out, take_in
+
+INPUTS = ("query", "key", "value")
 
 
 def _turned(w: np.ndarray) -> np.ndarray:
     return np.flip(np.swapaxes(w, -1, -2), tuple(range(w.ndim - 2)))
 
 
-# (*window, out, in), turned around as in PyTorch; (*window, features, 1) for each feature alone.
-CONV_TRANSPOSE = Layout(lambda w, _: _turned(w), _turned)
-DEPTHWISE = Layout(lambda w, _: np.swapaxes(w, -1, -2), lambda w: np.swapaxes(w, -1, -2))
+CONV = Layout("*window in out", "*window in out")
+# Turned around as in PyTorch.
+CONV_TRANSPOSE = Layout("*window in out", "*window out in", lambda w, _: _turned(w), _turned)
+DEPTHWISE = Layout(
+    "*window 1 features",
+    "*window features 1",
+    lambda w, _: np.swapaxes(w, -1, -2),
+    lambda w: np.swapaxes(w, -1, -2),
+)
+DENSE = Layout("in out", "in out")
+EMBEDDING = Layout("entries features", "entries features")
+# The features of a layer norm may lie on several axes, in one order in both.
+FEATURES = Layout("*features", "*features")
+HEADS = Layout("in heads features", "in heads features")
+HEADS_BIAS = Layout("heads features", "heads features")
+OUT = Layout("heads features out", "heads features out")
 
-BIAS = {("params", "bias"): ("bias", SAME)}
-LINEAR = {("params", "kernel"): ("kernel", SAME), **BIAS}
-AFFINE = {("params", "scale"): ("gamma", SAME), ("params", "bias"): ("beta", SAME)}
+BIAS = {("params", "bias"): ("bias", VECTOR)}
+AFFINE = {("params", "scale"): ("gamma", VECTOR), ("params", "bias"): ("beta", VECTOR)}
 KERAS = Dialect(
     {
-        "dense": LINEAR,
-        "conv": LINEAR,
+        "dense": {("params", "kernel"): ("kernel", DENSE), **BIAS},
+        "conv": {("params", "kernel"): ("kernel", CONV), **BIAS},
         "conv_transpose": {("params", "kernel"): ("kernel", CONV_TRANSPOSE), **BIAS},
         "depthwise_conv": {("params", "kernel"): ("kernel", DEPTHWISE), **BIAS},
-        "embedding": {("params", "embedding"): ("embeddings", SAME)},
+        "embedding": {("params", "embedding"): ("embeddings", EMBEDDING)},
+        "attention": {
+            **{("params", f"{n}/kernel"): (f"{n}/kernel", HEADS) for n in INPUTS},
+            **{("params", f"{n}/bias"): (f"{n}/bias", HEADS_BIAS) for n in INPUTS},
+            ("params", "out/kernel"): ("attention_output/kernel", OUT),
+            ("params", "out/bias"): ("attention_output/bias", VECTOR),
+        },
+        "parameter": {("params", ""): ("", ANY)},
         "batch_norm": {
             **AFFINE,
-            ("batch_stats", "mean"): ("moving_mean", SAME),
-            ("batch_stats", "var"): ("moving_variance", SAME),
+            ("batch_stats", "mean"): ("moving_mean", VECTOR),
+            ("batch_stats", "var"): ("moving_variance", VECTOR),
         },
-        "layer_norm": AFFINE,
+        "layer_norm": {
+            ("params", "scale"): ("gamma", FEATURES),
+            ("params", "bias"): ("beta", FEATURES),
+        },
         "group_norm": AFFINE,
-        "rms_norm": {("params", "scale"): ("scale", SAME)},
+        "rms_norm": {("params", "scale"): ("scale", FEATURES)},
     },
     separator="/",
 )

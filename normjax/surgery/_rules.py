@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,13 +19,46 @@ Rule = tuple[str, str, str]
 
 
 class Layout(NamedTuple):
-    """How an array is laid out in Flax, given the leaf to fill, and back."""
+    """The axes of an array in Flax and in the other library, and the way from one to the other.
 
+    Attributes:
+        here: the axes in Flax, as "*window in out": a name for each axis, "*" before one that
+            stands for one or more, "1" for an axis of size 1, and "..." for any axes or none.
+        there: the axes in the other library, in words.
+        inward: the other library's array as Flax has it, given the leaf to fill.
+        outward: Flax's array as the other library has it.
+        part: which third of the other library's array it is; None for all of it.
+    """
+
+    here: str
+    there: str
     inward: Callable[[np.ndarray, Any], np.ndarray] = lambda array, _: array
     outward: Callable[[np.ndarray], np.ndarray] = lambda array: array
+    part: int | None = None
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a leaf of this shape has the axes of `here`."""
+        axes = self.here.split()
+        if axes == ["..."]:
+            return True
+        several = any(axis.startswith("*") for axis in axes)
+        if len(shape) < len(axes) or (len(shape) > len(axes) and not several):
+            return False
+        # "*" is the first axis if there is one, so names are counted from the last.
+        pairs = zip(reversed(axes), reversed(shape), strict=False)
+        return all(size == 1 for axis, size in pairs if axis == "1")
+
+    def shape_there(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the other library's array for a leaf of this shape."""
+        there = self.outward(np.broadcast_to(np.int8(0), shape)).shape
+        return there if self.part is None else (PARTS * there[0], *there[1:])
 
 
-SAME = Layout()
+# Query, key and value, where they are one array.
+PARTS = 3
+
+VECTOR = Layout("features", "features")
+ANY = Layout("...", "the same axes")
 
 # For each (collection, name) of a Flax layer the other library's name and layout.
 Kind = Mapping[tuple[str, str], tuple[str, Layout]]
@@ -44,7 +78,13 @@ class Dialect(NamedTuple):
     optional: tuple[str, ...] = ()
 
     def join(self, module: str, name: str) -> str:
-        return f"{module}{self.separator}{name}" if module else name
+        return self.separator.join(filter(None, (module, name)))
+
+    def owns(self, name: str) -> bool:
+        """Whether a layer of some kind holds an array of this name in Flax."""
+        return any(
+            name == held.rpartition("/")[2] for kind in self.kinds.values() for _, held in kind
+        )
 
 
 class Place(NamedTuple):
@@ -55,7 +95,7 @@ class Place(NamedTuple):
     rule: Rule | None = None
     module: str = ""
     name: str | None = None
-    layout: Layout = SAME
+    layout: Layout = ANY
 
 
 def take_in(
@@ -63,24 +103,30 @@ def take_in(
 ) -> Any:
     """The variables with the arrays of `state` in their places."""
     places = _places(called, dialect, variables, rules)
-    given = {name: as_numpy(array) for name, array in state.items()}
     named = [place for place in places if place.name is not None]
-    missing = [f"{p.name} (for {p.path})" for p in named if p.name not in given]
-    used = {place.name for place in named}
+    names = {place.name: place.path for place in reversed(named)}
+    missing = {name: path for name, path in reversed(names.items()) if name not in state}
+    given = {name: as_numpy(state[name]) for name in names if name in state}
     free = _free(dialect, places)
-    left = [name for name in given if name not in used and not free(name)]
-    arrays = [_laid_out(place, given) for place in places]
-    differing = [
-        f"{place.name} gives {np.shape(array)} for {place.path} of {place.leaf.shape}"
-        for place, array in zip(places, arrays, strict=True)
-        if np.shape(array) != place.leaf.shape
-    ]
     _complain(
         f"{called}: the state does not fit the variables",
-        {"missing in the state": missing, "left over in it": left, "of other shapes": differing},
-        "Mend the rules or the fields of the model; a rule of kind 'keep' leaves a module as it "
-        "is. Nothing was changed.",
+        {
+            "missing in the state": [f"{name} (for {path})" for name, path in missing.items()],
+            "left over in it": [str(n) for n in state if n not in names and not free(str(n))],
+            "no arrays": [
+                f"{n} is {type(state[n]).__name__}" for n in given if not _holds(given[n])
+            ],
+            "of other shapes": [
+                _differs(place, given[place.name])
+                for place in named
+                if place.name in given
+                and given[place.name].shape != place.layout.shape_there(place.leaf.shape)
+            ],
+        },
+        f"{_cause(dialect, list(missing), state)}Mend the rules or the fields of the model; a rule "
+        "of kind 'keep' leaves a module as it is. Nothing was changed.",
     )
+    arrays = [place.leaf if place.name is None else _laid_out(place, given) for place in places]
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
 
 
@@ -88,25 +134,85 @@ def give_out(
     called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
     """The arrays of the variables by the names of the other library."""
-    places = _places(called, dialect, variables, rules)
+    found: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for place in _places(called, dialect, variables, rules):
+        if place.name is None:
+            continue
+        array = np.asarray(place.leaf)
+        if not _holds(array):
+            raise ValueError(
+                f"{called}: {place.path} is {type(place.leaf).__name__}, expected an array. Pass "
+                "variables that model.init returned or that were trained."
+            )
+        found.setdefault(place.name, []).append(
+            (place.layout.part or 0, place.layout.outward(array))
+        )
+    # A copy in order: files are written from memory without regard to strides, and PyTorch wants
+    # memory that it may write to.
     return {
-        # A copy in order: files are written from memory without regard to strides, and PyTorch
-        # wants memory that it may write to.
-        place.name: np.array(place.layout.outward(np.asarray(place.leaf)), order="C")
-        for place in places
-        if place.name is not None
+        name: np.array(_joined(called, name, parts), order="C") for name, parts in found.items()
     }
 
 
-def _laid_out(place: Place, given: Mapping[str, np.ndarray]) -> Any:
-    """The array of a place as Flax has it, or what is there if none is given."""
-    if place.name is None or place.name not in given:
-        return place.leaf
-    array = given[place.name]
-    try:
-        return place.layout.inward(array, place.leaf)
-    except (ValueError, IndexError):  # of another rank, and reported with its shape
-        return array
+def _joined(called: str, name: str, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    """The array of a name; query, key and value one below the other where it holds all three."""
+    arrays = [array for _, array in sorted(parts, key=lambda part: part[0])]
+    if len({array.shape for array in arrays}) > 1:
+        raise ValueError(
+            f"{called}: query, key and value of {name} have shapes "
+            f"{', '.join(str(array.shape) for array in arrays)}, expected one shape, since they "
+            "are one array there."
+        )
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _laid_out(place: Place, given: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The array of a place as Flax has it."""
+    array, part = given[str(place.name)], place.layout.part
+    array = array if part is None else np.split(array, PARTS)[part]
+    return place.layout.inward(array, place.leaf)
+
+
+def _differs(place: Place, array: np.ndarray) -> str:
+    """How the array of a place differs from what its kind takes."""
+    kind = place.rule[2] if place.rule else KEEP
+    return (
+        f"{place.name} gives {array.shape} for {place.path} of {place.leaf.shape}, expected "
+        f"{place.layout.shape_there(place.leaf.shape)}, since {kind} is ({place.layout.there}) "
+        f"there and ({place.layout.here}) here"
+    )
+
+
+def _holds(array: np.ndarray) -> bool:
+    """Whether these are numbers; NumPy makes an array of anything."""
+    return array.dtype.kind not in "OSUMm"
+
+
+def _cause(dialect: Dialect, missing: Sequence[str], state: Mapping[str, Any]) -> str:
+    """Where most of the missing arrays are: a level deeper, or under longer or shorter names."""
+    levels = {"state": state}
+    levels |= {f"state[{k!r}]": held for k, held in state.items() if isinstance(held, Mapping)}
+    found: Counter[tuple[str, str, str]] = Counter()
+    for level, held in levels.items():
+        for key, name in itertools.product(map(str, held), missing):
+            if key == name:
+                found[level, "", ""] += 1
+            elif key.endswith(dialect.separator + name):
+                prefix = key.removesuffix(name)
+                found[level, f"begin with {prefix!r}", f"name.removeprefix({prefix!r})"] += 1
+            elif name.endswith(dialect.separator + key):
+                prefix = name.removesuffix(key)
+                found[level, f"lack {prefix!r}", f"{prefix!r} + name"] += 1
+            elif key == f"{name}:0":
+                found[level, "end in ':0'", "name.removesuffix(':0')"] += 1
+    if not found:
+        return ""
+    (level, how, change), times = found.most_common(1)[0]
+    if 2 * times <= len(missing):
+        return ""
+    passed = f"{{{change}: array for name, array in {level}.items()}}" if change else level
+    where = f"{level}, where they {how}" if how else level
+    return f"{times} of the {len(missing)} missing names are in {where}: pass {passed}. "
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -124,12 +230,12 @@ def as_numpy(array: Any) -> np.ndarray:
 
 def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]) -> list[Place]:
     """The place of every leaf; an error if there is a leaf or a rule without the other."""
-    for rule in rules:
-        if rule[2] not in (*dialect.kinds, KEEP):
-            raise ValueError(
-                f"{called}: the rule {rule} has kind {rule[2]!r}, expected one of "
-                f"{', '.join(dialect.kinds)} or {KEEP}."
-            )
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"{called}: variables is {type(variables).__name__}, expected the collections of a "
+            "Flax model, as {'params': ..., 'batch_stats': ...}. Pass what model.init returns."
+        )
+    rules = _checked(called, dialect, rules)
     patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
@@ -137,8 +243,11 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
         _place(called, dialect, patterns, path, leaf)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
     ]
-    named = Counter(place.name for place in places if place.name is not None)
-    modules = sorted({"/".join(path.split("/")[1:-1]) for path in paths})
+    named = [place for place in places if place.name is not None]
+    times = Counter((place.name, place.layout.part) for place in named)
+    parts = Counter(place.name for place in named if place.layout.part is not None)
+    modules = {re.sub(r"\d+", "*", "/".join(path.split("/")[1:-1])) for path in paths}
+    hint = "" if "params" in variables else " Pass all that model.init returns, 'params' included."
     _complain(
         f"{called}: the rules do not fit the variables",
         {
@@ -146,11 +255,41 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
                 str(rule) for rule in rules if rule not in [place.rule for place in places]
             ],
             "variables without a rule": [place.path for place in places if place.rule is None],
-            "names given twice": [name for name, times in sorted(named.items()) if times > 1],
+            "variables of another kind": [
+                _misfit(dialect, place)
+                for place in named
+                if not place.layout.takes(place.leaf.shape)
+            ],
+            "names given twice": sorted({str(name) for (name, _), n in times.items() if n > 1}),
+            "names given in part": [str(name) for name, n in parts.items() if n % PARTS],
         },
-        f"The modules are: {', '.join(map(repr, modules))}.",
+        f"The modules are: {_few([repr(module) for module in sorted(modules)], 10)}.{hint}",
     )
     return places
+
+
+def _checked(called: str, dialect: Dialect, rules: Any) -> list[Rule]:
+    """The rules as a list of three names each."""
+    wanted = "(module of Flax, module of the other library, kind)"
+    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+        raise TypeError(
+            f"{called}: rules is {type(rules).__name__}, expected a list of rules {wanted}. Pass "
+            f"for example [('Conv_{{i}}', 'conv{{i+1}}', 'conv')]."
+        )
+    rules = list(rules)
+    for rule in rules:
+        is_rule = isinstance(rule, (tuple, list)) and [type(part) for part in rule] == [str] * 3
+        if not is_rule:
+            raise TypeError(
+                f"{called}: rules holds {rule!r}, expected three strings, {wanted}. Pass a list "
+                "of such rules, also for a single one."
+            )
+        if rule[2] not in (*dialect.kinds, KEEP):
+            raise ValueError(
+                f"{called}: the rule {rule} has kind {rule[2]!r}, expected one of "
+                f"{', '.join(dialect.kinds)} or {KEEP}."
+            )
+    return [(here, there, kind) for here, there, kind in rules]
 
 
 def _place(
@@ -161,27 +300,53 @@ def _place(
     leaf: Any,
 ) -> Place:
     """By the first rule that fits."""
-    collection, _, rest = path.partition("/")
-    parents, _, leaf_name = rest.rpartition("/")
+    collection, *parts = path.split("/")
+    # A leaf is named by itself, by its module, or, as in attention, by the module of its module.
+    splits = [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts), -1, -1)][:3]
     for rule, pattern in patterns:
-        match = pattern.fullmatch(parents)
-        if match is None:
-            continue
-        module = _name(called, rule, match.groupdict())
-        if rule[2] == KEEP:
-            return Place(leaf, path, rule, module)
-        if entry := dialect.kinds[rule[2]].get((collection, leaf_name)):
-            name = dialect.join(module, entry[0])
-            return Place(leaf, path, rule, module, name, entry[1])
+        for depth, (parents, leaf_name) in enumerate(splits):
+            match = pattern.fullmatch(parents)
+            if match is None:
+                continue
+            # What layers hold is named by its layer: "a/{b}" is no rule for the kernel of a.
+            held_by_a_layer = depth == 0 and dialect.owns(parts[-1])
+            if rule[2] == KEEP:
+                if depth < 2 and not held_by_a_layer:
+                    return Place(leaf, path, rule, _name(called, rule, match.groupdict()))
+            elif depth == 0 and parts[-1] == "kernel":
+                continue  # The layout of a kernel differs, so it is never a bare parameter.
+            elif entry := dialect.kinds[rule[2]].get((collection, leaf_name)):
+                module = _name(called, rule, match.groupdict())
+                return Place(leaf, path, rule, module, dialect.join(module, entry[0]), entry[1])
     return Place(leaf, path)
+
+
+def _misfit(dialect: Dialect, place: Place) -> str:
+    """Why a leaf is not of the kind that its rule says, and of which it may be."""
+    kind = place.rule[2] if place.rule else KEEP
+    leaf_name = place.path.rpartition("/")[2]
+    others = [
+        name
+        for name, entries in dialect.kinds.items()
+        for (_, last), (_, layout) in entries.items()
+        if last == leaf_name and layout.takes(place.leaf.shape)
+    ]
+    text = f"{place.path} has shape {place.leaf.shape}, and {kind} takes ({place.layout.here})"
+    return f"{text}, unlike {' and '.join(others)}" if others else text
 
 
 def _free(dialect: Dialect, places: Sequence[Place]) -> Callable[[str], bool]:
     """Which names need no place: optional ones, and those of a module that is kept."""
     optional = {dialect.join(p.module, extra) for p in places for extra in dialect.optional}
     kept = {p.module for p in places if p.rule is not None and p.rule[2] == KEEP}
-    inside = tuple(dialect.join(module, "") for module in kept)
-    return lambda name: name in optional or name in kept or name.startswith(inside)
+    inside = tuple(f"{module}{dialect.separator}" for module in kept if module)
+
+    def free(name: str) -> bool:
+        # What the model holds beside its modules has no separator in its name.
+        at_root = "" in kept and dialect.separator not in name
+        return at_root or name in optional or name in kept or name.startswith(inside)
+
+    return free
 
 
 def _regex(pattern: str) -> str:
@@ -215,10 +380,15 @@ def _name(called: str, rule: Rule, values: Mapping[str, str]) -> str:
     return re.sub(r"\{(\w+)([+-]\d+)?\}", fill, rule[1])
 
 
-def _complain(sentence: str, problems: Mapping[str, Iterable[str]], remedy: str) -> None:
-    """Raises with all that is wrong at once."""
-    found = {what: list(items) for what, items in problems.items()}
-    if not any(found.values()):
+def _complain(sentence: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:
+    """Raises with all that is wrong at once, the first of each."""
+    if not any(problems.values()):
         return
-    lines = [f"  {what}: {', '.join(items)}" for what, items in found.items() if items]
+    lines = [f"  {what}: {_few(items)}" for what, items in problems.items() if items]
     raise ValueError("\n".join([f"{sentence}:", *lines, remedy]))
+
+
+def _few(items: Sequence[str], most: int = 5) -> str:
+    """The first of many, and how many there are."""
+    more = f", ... ({len(items)} in all)" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -10,48 +10,102 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._rules import SAME, Dialect, Layout, Rule, give_out, take_in
+from normjax.surgery._rules import ANY, VECTOR, Dialect, Kind, Layout, Rule, give_out, take_in
 
 
 def _axes(array: np.ndarray) -> tuple[int, ...]:
     return tuple(range(array.ndim - 2))
 
 
-TRANSPOSED = Layout(lambda w, _: w.T, lambda w: w.T)
-# (out, in, *window) and (*window, in, out).
+LINEAR = Layout("in out", "out in", lambda w, _: w.T, lambda w: w.T)
 CONV = Layout(
-    lambda w, _: np.moveaxis(w, (1, 0), (-2, -1)), lambda w: np.moveaxis(w, (-1, -2), (0, 1))
+    "*window in out",
+    "out in *window",
+    lambda w, _: np.moveaxis(w, (1, 0), (-2, -1)),
+    lambda w: np.moveaxis(w, (-1, -2), (0, 1)),
 )
-# (in, out, *window) and (*window, in, out), which Flax does not turn around and PyTorch does.
+# Flax does not turn the window around, and PyTorch does.
 CONV_TRANSPOSE = Layout(
+    "*window in out",
+    "in out *window",
     lambda w, _: np.flip(np.moveaxis(w, (0, 1), (-2, -1)), _axes(w)),
     lambda w: np.moveaxis(np.flip(w, _axes(w)), (-2, -1), (0, 1)),
 )
+EMBEDDING = Layout("entries features", "entries features")
+# The features of a layer norm may lie on several axes, in one order in both.
+FEATURES = Layout("*features", "*features")
 # One number for a module there, one for each feature here.
 COUNT = Layout(
+    "*features",
+    "",
     lambda n, leaf: np.full(leaf.shape, n, leaf.dtype),
     lambda count: np.asarray(count.max(initial=0), np.int64),
 )
 
+
+def _heads(part: int) -> tuple[Layout, Layout]:
+    """Kernel and bias of query, key or value, the parts of one array in PyTorch."""
+    kernel = Layout(
+        "in heads features",
+        "3*heads*features in",
+        lambda w, leaf: w.T.reshape(leaf.shape),
+        lambda w: w.reshape(w.shape[0], w.shape[1] * w.shape[2]).T,
+        part,
+    )
+    bias = Layout(
+        "heads features",
+        "3*heads*features",
+        lambda b, leaf: b.reshape(leaf.shape),
+        lambda b: b.ravel(),
+        part,
+    )
+    return kernel, bias
+
+
+OUT = Layout(
+    "heads features out",
+    "out heads*features",
+    lambda w, leaf: w.T.reshape(leaf.shape),
+    lambda w: w.reshape(w.shape[0] * w.shape[1], w.shape[2]).T,
+)
+
+
+def _attention() -> Kind:
+    """`MultiHeadDotProductAttention` of Flax and `MultiheadAttention` of PyTorch."""
+    entries = {
+        ("params", "out/kernel"): ("out_proj.weight", OUT),
+        ("params", "out/bias"): ("out_proj.bias", VECTOR),
+    }
+    for part, name in enumerate(("query", "key", "value")):
+        kernel, bias = _heads(part)
+        entries["params", f"{name}/kernel"] = ("in_proj_weight", kernel)
+        entries["params", f"{name}/bias"] = ("in_proj_bias", bias)
+    return entries
+
+
 BATCH_NORMS = ("BatchNorm", "SyncBatchNorm")
-BIAS = {("params", "bias"): ("bias", SAME)}
-AFFINE = {("params", "scale"): ("weight", SAME), **BIAS}
+NORMS = (*BATCH_NORMS, "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm")
+BIAS = {("params", "bias"): ("bias", VECTOR)}
+AFFINE = {("params", "scale"): ("weight", VECTOR), **BIAS}
+AFFINE_OF_AXES = {("params", "scale"): ("weight", FEATURES), ("params", "bias"): ("bias", FEATURES)}
 TORCH = Dialect(
     {
-        "linear": {("params", "kernel"): ("weight", TRANSPOSED), **BIAS},
+        "linear": {("params", "kernel"): ("weight", LINEAR), **BIAS},
         "conv": {("params", "kernel"): ("weight", CONV), **BIAS},
         "conv_transpose": {("params", "kernel"): ("weight", CONV_TRANSPOSE), **BIAS},
-        "embedding": {("params", "embedding"): ("weight", SAME)},
+        "embedding": {("params", "embedding"): ("weight", EMBEDDING)},
+        "attention": _attention(),
+        "parameter": {("params", ""): ("", ANY)},
         "batch_norm": {
             **AFFINE,
-            ("batch_stats", "mean"): ("running_mean", SAME),
-            ("batch_stats", "var"): ("running_var", SAME),
+            ("batch_stats", "mean"): ("running_mean", VECTOR),
+            ("batch_stats", "var"): ("running_var", VECTOR),
             ("batch_stats", "count"): ("num_batches_tracked", COUNT),
         },
-        "layer_norm": AFFINE,
+        "layer_norm": AFFINE_OF_AXES,
         "group_norm": AFFINE,
         "instance_norm": AFFINE,
-        "rms_norm": AFFINE,
+        "rms_norm": AFFINE_OF_AXES,
     },
     separator=".",
     optional=("num_batches_tracked",),
@@ -199,13 +253,40 @@ def torch_fields(module: Any) -> dict[str, Any]:
         >>> surgery.torch_fields(BatchNorm2d(momentum=0.1, eps=1e-5, weight=1, bias=1))["momentum"]
         0.9
     """
-    kind = type(module).__name__.rstrip("123d")
-    if kind not in (*BATCH_NORMS, "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"):
+    called = f"surgery.torch_fields: module is {type(module).__name__}"
+    # Bases are compared by name: PyTorch is never imported here.
+    bases = [base.__name__.strip("_123d") for base in type(module).__mro__]
+    kind = next((base for base in bases if base in NORMS), None)
+    if kind is None:
         raise TypeError(
-            f"surgery.torch_fields: module is {type(module).__name__}, expected a BatchNorm, "
-            "SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm or RMSNorm of torch.nn. Pass the "
-            "norm itself, for example model.bn1."
+            f"{called}, expected a BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm "
+            "or RMSNorm of torch.nn, or a module that extends one. Pass the norm itself, for "
+            "example model.bn1."
         )
+    tracks = getattr(module, "track_running_stats", kind in BATCH_NORMS)
+    if kind in BATCH_NORMS and not tracks:
+        raise ValueError(
+            f"{called} with track_running_stats=False, expected True: without running statistics "
+            "it takes those of the batch in evaluation too, for which there is no field. Call "
+            "normjax.linen.BatchNorm with train=True in evaluation too."
+        )
+    if kind == "InstanceNorm" and tracks:
+        raise ValueError(
+            f"{called} with track_running_stats=True, expected False: in evaluation it is a batch "
+            "norm by running statistics, which normjax.linen.InstanceNorm does not keep. For "
+            "evaluation alone, use normjax.linen.BatchNorm and the kind batch_norm."
+        )
+    try:
+        return _fields(kind, module)
+    except AttributeError as error:
+        raise TypeError(
+            f"{called}, which lacks a field of {kind} of torch.nn ({error}). Give the fields of "
+            "normjax.linen yourself."
+        ) from None
+
+
+def _fields(kind: str, module: Any) -> dict[str, Any]:
+    """The fields of a norm of this kind."""
     uses = {
         "use_scale": module.weight is not None,
         "use_bias": getattr(module, "bias", None) is not None,
@@ -218,14 +299,17 @@ def torch_fields(module: Any) -> dict[str, Any]:
         return fields
     if kind == "GroupNorm":
         return {"num_groups": module.num_groups, **fields}
-    if kind in ("LayerNorm", "RMSNorm"):
-        axes = tuple(range(-len(module.normalized_shape), 0))
-        fields |= {"reduction_axes": axes, "feature_axes": axes}
+    axes = tuple(range(-len(module.normalized_shape), 0))
+    fields |= {"reduction_axes": axes, "feature_axes": axes}
     if kind == "RMSNorm":
         del fields["use_bias"]
         fields["epsilon"] = float(jnp.finfo("float32").eps) if module.eps is None else module.eps
     return fields
 
+
+# How files of torch.save begin, as zip archives and before PyTorch 1.6. A safetensors file begins
+# with the length of its header, for which these would be too large.
+PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
 
 # As safetensors names them.
 DTYPES = {
@@ -239,6 +323,14 @@ DTYPES = {
 
 def _read(called: str, path: str) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file."""
+    is_file = Path(path).is_file()
+    data = Path(path).read_bytes() if is_file else b""
+    if data.startswith(PICKLES):
+        raise ValueError(
+            f"{called}: {path!r} is not a safetensors file but a pickle of PyTorch, which is never "
+            "read here, since a pickle may run any code. Pass torch.load(path, weights_only=True), "
+            "or the state dict in it."
+        )
     try:
         import safetensors
     except ImportError:
@@ -246,15 +338,17 @@ def _read(called: str, path: str) -> dict[str, np.ndarray]:
             f"{called}: {path!r} is a path, which needs safetensors. Install it with "
             "pip install 'normjax[safetensors]', or pass a mapping of names to arrays."
         ) from None
-    data = Path(path).read_bytes()
+    if not is_file:
+        raise FileNotFoundError(
+            f"{called}: {path!r} is no file, expected a safetensors file. Pass its path, or a "
+            "mapping of names to arrays."
+        )
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        kind = "a pickle of PyTorch" if data[:2] in (b"PK", b"\x80\x02") else "something else"
         raise ValueError(
-            f"{called}: {path!r} is not a safetensors file ({error}) but {kind}, expected "
-            "safetensors, since a pickle may run any code. Save it where you trust it: "
-            "safetensors.torch.save_file(model.state_dict(), path)."
+            f"{called}: {path!r} is not a safetensors file but something else ({error}), expected "
+            "a file of safetensors.torch.save_file(model.state_dict(), path)."
         ) from None
     unknown = sorted({entry["dtype"] for _, entry in entries} - set(DTYPES))
     if unknown:
