@@ -126,7 +126,7 @@ def torchvision_rules(family: str) -> list[Rule]:
         >>> surgery.torchvision_rules("vgg")
         [('features_{i}', 'features.{i}', 'conv'), ('classifier_{i}', 'classifier.{i}', 'linear')]
     """
-    if family not in FAMILIES:
+    if family not in tuple(FAMILIES):
         raise ValueError(
             f"surgery.torchvision_rules: family is {family!r}, expected one of "
             f"{', '.join(FAMILIES)}. For another model, write its rules after one of these."
