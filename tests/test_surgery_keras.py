@@ -109,3 +109,19 @@ def test_a_keras_model_agrees_with_its_twin():
     want = np.asarray(model(x, training=False))
     got = jax.jit(Twin().apply)(variables, x)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("lenient")
+@pytest.mark.filterwarnings("ignore")
+def test_attention_of_keras_gives_the_same_numbers():
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="Keras is not installed")
+    layer = keras.layers.MultiHeadAttention(2, 2, name="attention")
+    x = np.random.default_rng(1).normal(size=(2, 3, 4)).astype(np.float32)
+    want = np.asarray(layer(x, x))
+    weights = {w.path: np.asarray(w) for w in layer.weights}
+    model = nn.MultiHeadDotProductAttention(2)
+    empty = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(x))
+    filled = surgery.import_keras(empty, weights, [("", "attention", "attention")])
+    got = model.apply(filled, x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())

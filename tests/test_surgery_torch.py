@@ -27,16 +27,7 @@ def same_bits(got, want):
         assert got[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
 
 
-# The rules of torchvision's ResNet-18 and -34, on the left the names of the Flax model below.
-RESNET = [
-    ("conv1", "conv1", "conv"),
-    ("bn1", "bn1", "batch_norm"),
-    ("layer{i}_{j}/conv{k}", "layer{i}.{j}.conv{k}", "conv"),
-    ("layer{i}_{j}/bn{k}", "layer{i}.{j}.bn{k}", "batch_norm"),
-    ("layer{i}_{j}/Conv_0", "layer{i}.{j}.downsample.0", "conv"),
-    ("layer{i}_{j}/BatchNorm_0", "layer{i}.{j}.downsample.1", "batch_norm"),
-    ("fc", "fc", "linear"),
-]
+RESNET = surgery.torchvision_rules("resnet")
 BATCH_NORM = {"momentum": 0.9, "epsilon": 1e-5, "ddof": 1}
 
 
@@ -57,7 +48,8 @@ class Block(nn.Module):
         y = nn.relu(norm("bn1")(conv("conv1", 3, self.stride)(x), train=train))
         y = norm("bn2")(conv("conv2", 3, 1)(y), train=train)
         if self.stride > 1:
-            x = norm(None)(conv(None, 1, self.stride)(x), train=train)
+            x = conv("downsample_0", 1, self.stride)(x)
+            x = norm("downsample_1")(x, train=train)
         return nn.relu(x + y)
 
 
@@ -364,14 +356,17 @@ def test_a_safetensors_file_round_trips(tmp_path):
 
 
 def test_a_pickle_is_never_read(torch, tmp_path):
-    pytest.importorskip("safetensors", reason="safetensors is not installed")
     path = tmp_path / "model.pth"
     torch.save({"a.weight": torch.ones(3, 2)}, path)
     text = message(surgery.import_torch, HEAD, path, DENSE)
-    assert "is not a safetensors file" in text
-    assert "a pickle of PyTorch" in text
+    assert "is not a safetensors file but a pickle of PyTorch" in text
+    assert "Pass torch.load(path, weights_only=True)" in text
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
     path.write_bytes(b"no header at all")
     assert "but something else" in message(surgery.import_torch, HEAD, path, DENSE)
+    missing = tmp_path / "no.safetensors"
+    text = message(surgery.import_torch, HEAD, missing, DENSE, error=FileNotFoundError)
+    assert "surgery.import_torch: " in text
 
 
 def test_a_path_without_safetensors_is_an_error(monkeypatch):
@@ -387,9 +382,71 @@ def test_a_path_without_safetensors_is_an_error(monkeypatch):
     assert "pip install 'normjax[safetensors]'" in text
 
 
-def test_a_module_for_a_state_is_an_error(torch):
+def test_other_kinds_of_input_are_errors(torch):
     text = message(surgery.import_torch, HEAD, torch.nn.Linear(2, 3), DENSE, error=TypeError)
     assert "state is Linear, expected a mapping" in text
+    assert text.endswith("Pass model.state_dict().")
+    text = message(surgery.import_torch, nn.Dense(3), STATE, DENSE, error=TypeError)
+    assert "variables is Dense, expected the collections of a Flax model" in text
+    text = message(surgery.import_torch, HEAD["params"], STATE, DENSE)
+    assert text.endswith("Pass all that model.init returns, 'params' included.")
+    for rules, got in (
+        ({"a": "a"}, "rules is dict, expected a list of rules"),
+        ("a", "rules is str, expected a list"),
+        (None, "rules is NoneType, expected a list"),
+        (DENSE[0], "rules holds '{name}', expected three strings"),
+        ([("a", "a")], "rules holds ('a', 'a'), expected three strings"),
+        ([("a", "a", None)], "rules holds ('a', 'a', None), expected three strings"),
+    ):
+        assert got in message(surgery.import_torch, HEAD, STATE, rules, error=TypeError)
+        assert got in message(surgery.export_torch, HEAD, rules, error=TypeError)
+    filled = surgery.import_torch(HEAD, STATE, (rule for rule in DENSE))
+    assert (filled["params"]["a"]["bias"] == 1).all()
+    text = message(surgery.import_torch, HEAD, {**STATE, "a.bias": "ones"}, DENSE)
+    assert "no arrays: a.bias is str" in text
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, HEAD))
+    assert "params/a/bias is ShapeDtypeStruct" in message(surgery.export_torch, abstract, DENSE)
+
+
+def test_a_misfit_is_told_in_short():
+    layers = {f"a{i}": {"bias": np.zeros(1)} for i in range(70)}
+    state = {f"b{i}.bias": np.zeros(1) for i in range(60)}
+    text = message(surgery.import_torch, {"params": layers}, state, DENSE)
+    assert text.count("(for params/") == 5
+    assert "(for params/a12/bias), ... (70 in all)" in text
+    assert "b3.bias, b4.bias, ... (60 in all)" in text
+    assert len(text) < 600
+    text = message(surgery.export_torch, {"params": layers}, [("c", "c", "linear")])
+    assert text.endswith("The modules are: 'a*'.")
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (
+            lambda state: {f"module.{name}": array for name, array in state.items()},
+            "in state, where they begin with 'module.': pass "
+            "{name.removeprefix('module.'): array for name, array in state.items()}",
+        ),
+        (
+            lambda state: {"epoch": 3, "state_dict": state},
+            "in state['state_dict']: pass state['state_dict']",
+        ),
+        (
+            lambda state: {"model": {f"net.{k}": v for k, v in state.items()}, "optimizer": {}},
+            "in state['model'], where they begin with 'net.': pass "
+            "{name.removeprefix('net.'): array for name, array in state['model'].items()}",
+        ),
+        (
+            lambda state: {name.removeprefix("a."): array for name, array in state.items()},
+            "in state, where they lack 'a.': pass {'a.' + name: array for name",
+        ),
+    ],
+)
+def test_the_usual_causes_of_a_misfit_are_found(change, hint):
+    text = message(surgery.import_torch, HEAD, change(STATE), DENSE)
+    assert f"2 of the 2 missing names are {hint}" in text
+    assert "missing names are" not in message(surgery.import_torch, HEAD, {"b": 1}, DENSE)
 
 
 def test_torch_fields_guarantee_acts_alike(torch):
@@ -418,6 +475,35 @@ def test_torch_fields_edge_rmsnorm_with_eps_none(torch):
     got = surgery.torch_fields(torch.nn.RMSNorm(3))
     assert got["epsilon"] == torch.finfo(torch.float32).eps
     assert "use_bias" not in got
+
+
+def test_torch_fields_edge_a_subclass(torch):
+    class BatchNormAct2d(torch.nn.BatchNorm2d):  # as timm's
+        pass
+
+    class OfAnotherLibrary(torch.nn.modules.batchnorm._BatchNorm):  # as apex's
+        pass
+
+    for kind in (BatchNormAct2d, OfAnotherLibrary):
+        want = surgery.torch_fields(torch.nn.BatchNorm2d(3, eps=1e-3))
+        assert surgery.torch_fields(kind(3, eps=1e-3)) == want
+    layer_norm = type("LayerNorm2d", (torch.nn.LayerNorm,), {})(3)
+    assert surgery.torch_fields(layer_norm)["feature_axes"] == (-1,)
+
+
+def test_norms_that_act_otherwise_in_evaluation_are_errors(torch):
+    norm = torch.nn.BatchNorm1d(3, track_running_stats=False)
+    text = message(surgery.torch_fields, norm)
+    assert "BatchNorm1d with track_running_stats=False, expected True" in text
+    norm = torch.nn.InstanceNorm1d(3, track_running_stats=True)
+    text = message(surgery.torch_fields, norm)
+    assert "InstanceNorm1d with track_running_stats=True, expected False" in text
+
+    class RMSNorm(torch.nn.Module):  # not PyTorch's
+        weight, eps = None, 1e-6
+
+    text = message(surgery.torch_fields, RMSNorm(), error=TypeError)
+    assert "lacks a field of RMSNorm of torch.nn" in text
 
 
 def test_a_module_that_is_no_norm_is_an_error(torch):

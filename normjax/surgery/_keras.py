@@ -70,9 +70,11 @@ def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rul
 
         rule: (module of Flax, layer of Keras, kind), as ("Conv_{i}", "net/conv{i+1}", "conv")
 
-    Rules are read as in `import_torch`. Kinds: dense, conv, conv_transpose, depthwise_conv (of
-    multiplier 1), embedding, batch_norm (gamma, beta, moving_mean, moving_variance), layer_norm,
-    group_norm, rms_norm, and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
+    Rules are read as in `import_torch`, and each kind takes kernels of its own rank. Kinds: dense
+    (rank 2), conv and conv_transpose (rank 3 or more), depthwise_conv (likewise, of multiplier 1),
+    attention (of `MultiHeadAttention`), embedding, batch_norm (gamma, beta, moving_mean,
+    moving_variance), layer_norm, group_norm, rms_norm, parameter (any array but a kernel, named by
+    itself), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
 
     Args:
         variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
@@ -88,9 +90,10 @@ def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rul
         all or nothing: every leaf has its array and every array its leaf, or it is an error.
 
     Raises:
-        ValueError: names missing or left over, shapes that differ, a rule that matches nothing,
-            a variable without a rule.
-        TypeError: `weights` is no mapping.
+        ValueError: names missing or left over, shapes that differ, a variable of another rank
+            than its kind takes, a rule that matches nothing, a variable without a rule.
+        TypeError: `weights` or `variables` is no mapping, or `rules` is no list of three strings
+            each.
 
     References:
         Keras (2024), keras.layers.BatchNormalization.
@@ -129,7 +132,9 @@ def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         identity: `import_keras` of the result gives the very bits of the variables.
 
     Raises:
-        ValueError: a rule that matches nothing, a variable without a rule, a name given twice.
+        ValueError: a rule that matches nothing, a variable without a rule or of another rank than
+            its kind takes, a name given twice.
+        TypeError: `variables` is no mapping, or `rules` is no list of three strings each.
 
     References:
         Keras (2024), keras.layers.BatchNormalization.

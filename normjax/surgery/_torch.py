@@ -121,9 +121,27 @@ def import_torch(
         "conv")
 
     A name in braces matches any part of a module's name; `{j+1}` counts on from it. The first rule
-    that fits a leaf decides. Kinds: linear, conv, conv_transpose (of Flax's default
-    `transpose_kernel=False`), embedding, batch_norm, layer_norm, group_norm, instance_norm,
-    rms_norm, and keep, which leaves a module as it is.
+    that fits a leaf decides. `torchvision_rules` has the tables of torchvision's models.
+
+    ===============  =======================================  ===================================
+    kind             axes in PyTorch                          axes in Flax
+    ===============  =======================================  ===================================
+    linear           weight (out in)                          kernel (in out)
+    conv             weight (out in *window)                  kernel (*window in out)
+    conv_transpose   weight (in out *window)                  kernel (*window in out), reversed
+    embedding        weight (entries features)                embedding (entries features)
+    attention        in_proj_weight (3*heads*features in),    query, key, value (in heads
+                     out_proj.weight (out heads*features)     features), out (heads features out)
+    parameter        any, a name without a module             any but a kernel, the same axes
+    batch_norm, group_norm, instance_norm: vectors (features)
+    layer_norm, rms_norm: (*features), the same axes in the same order
+    keep             left out                                 stays as it is
+    ===============  =======================================  ===================================
+
+    A rule for attention names `MultiHeadDotProductAttention` and `MultiheadAttention`, a rule for a
+    parameter the parameter itself: `("encoder/pos", "encoder.pos_embedding", "parameter")`. Arrays
+    of another rank are errors; where two layouts have one shape the kind alone decides: a
+    `ConvTranspose` is conv_transpose, and conv with `transpose_kernel=True`.
 
     Arrays alone make no twin: PyTorch's momentum is the weight of the NEW value, its running
     variance is unbiased (ddof=1) and its epsilon 1e-5, all of which `torch_fields` reads from a
@@ -133,8 +151,8 @@ def import_torch(
     Args:
         variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
         state: mapping of names to arrays or tensors, or the path of a safetensors file (needs the
-            package safetensors). Never a pickle.
-        rules: the table.
+            package safetensors). Never a pickle: pass `torch.load(path, weights_only=True)`.
+        rules: the table, a list of rules.
 
     Returns:
         Variables of the same structure, NumPy arrays in the dtypes of the state.
@@ -152,9 +170,13 @@ def import_torch(
         ===================================  ==================================================
 
     Raises:
-        ValueError: names missing or left over (both are listed), shapes that differ, a rule that
-            matches nothing, a variable without a rule, a file that is not safetensors.
-        TypeError: `state` is neither a mapping nor a path.
+        ValueError: names missing or left over (the first five of each are listed, and the prefix
+            or the level that hides them, if there is one), shapes that differ, a variable of
+            another rank than its kind takes, a rule that matches nothing, a variable without a
+            rule, a file that is not safetensors.
+        TypeError: `state` is neither a mapping nor a path, `variables` is no mapping, or `rules`
+            is no list of three strings each.
+        FileNotFoundError: a path without a file.
         ImportError: a path, and safetensors is not installed.
 
     References:
@@ -203,7 +225,9 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         ===================================  ==================================================
 
     Raises:
-        ValueError: a rule that matches nothing, a variable without a rule, a name given twice.
+        ValueError: a rule that matches nothing, a variable without a rule or of another rank than
+            its kind takes, a name given twice, query, key and value of several shapes.
+        TypeError: `variables` is no mapping, or `rules` is no list of three strings each.
 
     References:
         PyTorch (2024), torch.nn.Module.load_state_dict.
@@ -225,7 +249,7 @@ def torch_fields(module: Any) -> dict[str, Any]:
 
     Args:
         module: a BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm or RMSNorm of
-            torch.nn.
+            torch.nn, or a module that extends one.
 
     Returns:
         Keyword arguments of the module of that name in `normjax.linen`.
@@ -237,11 +261,15 @@ def torch_fields(module: Any) -> dict[str, Any]:
         ===================================  ==================================================
         momentum=None                        momentum=None, the plain average, which counts
         affine=False                         neither scale nor bias
+        a subclass                           the fields of the norm; what it adds, such as the
+                                             activation of timm's BatchNormAct2d, is yours to add
         RMSNorm with eps=None                the eps of float32
         ===================================  ==================================================
 
     Raises:
         TypeError: a module that is none of these.
+        ValueError: a batch norm without running statistics or an instance norm with them, for
+            which no fields act alike in evaluation.
 
     References:
         PyTorch (2024), torch.nn, normalization layers.
