@@ -88,6 +88,12 @@ def test_attention_agrees_with_keras():
     jax.tree.map(np.testing.assert_array_equal, back, variables(heads=3))
 
 
+def test_einsum_dense_of_any_rank():
+    kernel = np.random.default_rng(0).normal(size=(4, 2, 3))
+    there = surgery.export_keras({"params": {"kernel": kernel}}, [("", "d", "einsum_dense")])
+    np.testing.assert_array_equal(there["d/kernel"], kernel)
+
+
 def test_bare_parameters_of_any_shape():
     params = {"token": np.ones((1, 1, 3)), "encoder": {"scale": np.float32(2), "pos": np.ones(3)}}
     rules = [

@@ -47,7 +47,7 @@ def test_a_square_convolution_is_no_linear_layer():
     kernel = {"params": {"a": {"kernel": np.zeros((3, 3, 3, 3))}}}
     state = {"a.weight": np.arange(81.0).reshape(3, 3, 3, 3)}
     text = message(ValueError, surgery.import_torch, kernel, state, [("a", "a", "linear")])
-    assert "linear takes (in out), unlike conv and conv_transpose" in text
+    assert "linear takes (in out); its rank fits conv, conv_transpose" in text
     dense = {"params": {"a": {"kernel": np.zeros((3, 3))}}}
     text = message(ValueError, surgery.import_torch, dense, state, [("a", "a", "linear")])
     assert "a.weight gives (3, 3, 3, 3) for params/a/kernel of (3, 3), expected (3, 3)" in text
@@ -61,7 +61,7 @@ def test_a_depthwise_kernel_of_keras_is_no_grouped_one():
     text = message(
         ValueError, surgery.import_keras, grouped, weights, [("a", "a", "depthwise_conv")]
     )
-    assert "depthwise_conv takes (*window 1 features), unlike conv" in text
+    assert "depthwise_conv takes (*window 1 features); its rank fits" in text
 
 
 def test_vectors_and_tables_of_another_rank_are_errors():

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from normjax.surgery._rules import ANY, VECTOR, Dialect, Layout, Rule, give_out, take_in
+from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Dialect, Layout
+from normjax.surgery._rules import Rule, give_out, take_in
 
 INPUTS = ("query", "key", "value")
 
@@ -26,9 +27,6 @@ DEPTHWISE = Layout(
     lambda w: np.swapaxes(w, -1, -2),
 )
 DENSE = Layout("in out", "in out")
-EMBEDDING = Layout("entries features", "entries features")
-# The features of a layer norm may lie on several axes, in one order in both.
-FEATURES = Layout("*features", "*features")
 HEADS = Layout("in heads features", "in heads features")
 HEADS_BIAS = Layout("heads features", "heads features")
 OUT = Layout("heads features out", "heads features out")
@@ -38,6 +36,10 @@ AFFINE = {("params", "scale"): ("gamma", VECTOR), ("params", "bias"): ("beta", V
 KERAS = Dialect(
     {
         "dense": {("params", "kernel"): ("kernel", DENSE), **BIAS},
+        "einsum_dense": {
+            ("params", "kernel"): ("kernel", FEATURES),
+            ("params", "bias"): ("bias", FEATURES),
+        },
         "conv": {("params", "kernel"): ("kernel", CONV), **BIAS},
         "conv_transpose": {("params", "kernel"): ("kernel", CONV_TRANSPOSE), **BIAS},
         "depthwise_conv": {("params", "kernel"): ("kernel", DEPTHWISE), **BIAS},
@@ -71,10 +73,10 @@ def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rul
         rule: (module of Flax, layer of Keras, kind), as ("Conv_{i}", "net/conv{i+1}", "conv")
 
     Rules are read as in `import_torch`, and each kind takes kernels of its own rank. Kinds: dense
-    (rank 2), conv and conv_transpose (rank 3 or more), depthwise_conv (likewise, of multiplier 1),
-    attention (of `MultiHeadAttention`), embedding, batch_norm (gamma, beta, moving_mean,
-    moving_variance), layer_norm, group_norm, rms_norm, parameter (any array but a kernel, named by
-    itself), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
+    (rank 2), einsum_dense (any), conv and conv_transpose (3 or more), depthwise_conv (likewise, of
+    multiplier 1), attention (of `MultiHeadAttention`), embedding, batch_norm (gamma, beta,
+    moving_mean, moving_variance), layer_norm, group_norm, rms_norm, parameter (any array but a
+    kernel, named by itself), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
 
     Args:
         variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.

@@ -12,79 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from normjax.surgery._layouts import ANY, PARTS, Dialect, Layout
+
 KEEP = "keep"
 
 # A module of Flax, a module of the other library, and what kind of layer it is.
 Rule = tuple[str, str, str]
-
-
-class Layout(NamedTuple):
-    """The axes of an array in Flax and in the other library, and the way from one to the other.
-
-    Attributes:
-        here: the axes in Flax, as "*window in out": a name for each axis, "*" before one that
-            stands for one or more, "1" for an axis of size 1, and "..." for any axes or none.
-        there: the axes in the other library, in words.
-        inward: the other library's array as Flax has it, given the leaf to fill.
-        outward: Flax's array as the other library has it.
-        part: which third of the other library's array it is; None for all of it.
-    """
-
-    here: str
-    there: str
-    inward: Callable[[np.ndarray, Any], np.ndarray] = lambda array, _: array
-    outward: Callable[[np.ndarray], np.ndarray] = lambda array: array
-    part: int | None = None
-
-    def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether a leaf of this shape has the axes of `here`."""
-        axes = self.here.split()
-        if axes == ["..."]:
-            return True
-        several = any(axis.startswith("*") for axis in axes)
-        if len(shape) < len(axes) or (len(shape) > len(axes) and not several):
-            return False
-        # "*" is the first axis if there is one, so names are counted from the last.
-        pairs = zip(reversed(axes), reversed(shape), strict=False)
-        return all(size == 1 for axis, size in pairs if axis == "1")
-
-    def shape_there(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the other library's array for a leaf of this shape."""
-        there = self.outward(np.broadcast_to(np.int8(0), shape)).shape
-        return there if self.part is None else (PARTS * there[0], *there[1:])
-
-
-# Query, key and value, where they are one array.
-PARTS = 3
-
-VECTOR = Layout("features", "features")
-ANY = Layout("...", "the same axes")
-
-# For each (collection, name) of a Flax layer the other library's name and layout.
-Kind = Mapping[tuple[str, str], tuple[str, Layout]]
-
-
-class Dialect(NamedTuple):
-    """How another library names what its layers hold.
-
-    Attributes:
-        kinds: the layers that it has.
-        separator: between the module and the name of an array.
-        optional: names that may be there without a place in Flax.
-    """
-
-    kinds: Mapping[str, Kind]
-    separator: str
-    optional: tuple[str, ...] = ()
-
-    def join(self, module: str, name: str) -> str:
-        return self.separator.join(filter(None, (module, name)))
-
-    def owns(self, name: str) -> bool:
-        """Whether a layer of some kind holds an array of this name in Flax."""
-        return any(
-            name == held.rpartition("/")[2] for kind in self.kinds.values() for _, held in kind
-        )
 
 
 class Place(NamedTuple):
@@ -96,6 +29,10 @@ class Place(NamedTuple):
     module: str = ""
     name: str | None = None
     layout: Layout = ANY
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.leaf)
 
 
 def take_in(
@@ -120,7 +57,7 @@ def take_in(
                 _differs(place, given[place.name])
                 for place in named
                 if place.name in given
-                and given[place.name].shape != place.layout.shape_there(place.leaf.shape)
+                and given[place.name].shape != place.layout.shape_there(place.shape)
             ],
         },
         f"{_cause(dialect, list(missing), state)}Mend the rules or the fields of the model; a rule "
@@ -177,8 +114,8 @@ def _differs(place: Place, array: np.ndarray) -> str:
     """How the array of a place differs from what its kind takes."""
     kind = place.rule[2] if place.rule else KEEP
     return (
-        f"{place.name} gives {array.shape} for {place.path} of {place.leaf.shape}, expected "
-        f"{place.layout.shape_there(place.leaf.shape)}, since {kind} is ({place.layout.there}) "
+        f"{place.name} gives {array.shape} for {place.path} of {place.shape}, expected "
+        f"{place.layout.shape_there(place.shape)}, since {kind} is ({place.layout.there}) "
         f"there and ({place.layout.here}) here"
     )
 
@@ -256,9 +193,7 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
             ],
             "variables without a rule": [place.path for place in places if place.rule is None],
             "variables of another kind": [
-                _misfit(dialect, place)
-                for place in named
-                if not place.layout.takes(place.leaf.shape)
+                _misfit(dialect, place) for place in named if not place.layout.takes(place.shape)
             ],
             "names given twice": sorted({str(name) for (name, _), n in times.items() if n > 1}),
             "names given in part": [str(name) for name, n in parts.items() if n % PARTS],
@@ -278,8 +213,8 @@ def _checked(called: str, dialect: Dialect, rules: Any) -> list[Rule]:
         )
     rules = list(rules)
     for rule in rules:
-        is_rule = isinstance(rule, (tuple, list)) and [type(part) for part in rule] == [str] * 3
-        if not is_rule:
+        is_list = isinstance(rule, (tuple, list)) and len(rule) == 3
+        if not is_list or not all(isinstance(part, str) for part in rule):
             raise TypeError(
                 f"{called}: rules holds {rule!r}, expected three strings, {wanted}. Pass a list "
                 "of such rules, also for a single one."
@@ -301,6 +236,7 @@ def _place(
 ) -> Place:
     """By the first rule that fits."""
     collection, *parts = path.split("/")
+    last = path.rpartition("/")[2]
     # A leaf is named by itself, by its module, or, as in attention, by the module of its module.
     splits = [("/".join(parts[:n]), "/".join(parts[n:])) for n in range(len(parts), -1, -1)][:3]
     for rule, pattern in patterns:
@@ -309,11 +245,11 @@ def _place(
             if match is None:
                 continue
             # What layers hold is named by its layer: "a/{b}" is no rule for the kernel of a.
-            held_by_a_layer = depth == 0 and dialect.owns(parts[-1])
+            held_by_a_layer = depth == 0 and dialect.owns(last)
             if rule[2] == KEEP:
                 if depth < 2 and not held_by_a_layer:
                     return Place(leaf, path, rule, _name(called, rule, match.groupdict()))
-            elif depth == 0 and parts[-1] == "kernel":
+            elif depth == 0 and last == "kernel":
                 continue  # The layout of a kernel differs, so it is never a bare parameter.
             elif entry := dialect.kinds[rule[2]].get((collection, leaf_name)):
                 module = _name(called, rule, match.groupdict())
@@ -325,14 +261,14 @@ def _misfit(dialect: Dialect, place: Place) -> str:
     """Why a leaf is not of the kind that its rule says, and of which it may be."""
     kind = place.rule[2] if place.rule else KEEP
     leaf_name = place.path.rpartition("/")[2]
-    others = [
-        name
+    others = {
+        name: None
         for name, entries in dialect.kinds.items()
-        for (_, last), (_, layout) in entries.items()
-        if last == leaf_name and layout.takes(place.leaf.shape)
-    ]
-    text = f"{place.path} has shape {place.leaf.shape}, and {kind} takes ({place.layout.here})"
-    return f"{text}, unlike {' and '.join(others)}" if others else text
+        for (_, held), (_, layout) in entries.items()
+        if held.rpartition("/")[2] == leaf_name and layout.takes(place.shape)
+    }
+    text = f"{place.path} has shape {place.shape}, and {kind} takes ({place.layout.here})"
+    return f"{text}; its rank fits {', '.join(others)}" if others else text
 
 
 def _free(dialect: Dialect, places: Sequence[Place]) -> Callable[[str], bool]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._rules import ANY, VECTOR, Dialect, Kind, Layout, Rule, give_out, take_in
+from normjax.surgery._layouts import (
+    ANY,
+    EMBEDDING,
+    FEATURES,
+    VECTOR,
+    Dialect,
+    Kind,
+    Layout,
+)
+from normjax.surgery._rules import Rule, give_out, take_in
+from normjax.surgery._safetensors import read
 
 
 def _axes(array: np.ndarray) -> tuple[int, ...]:
@@ -31,9 +40,6 @@ CONV_TRANSPOSE = Layout(
     lambda w, _: np.flip(np.moveaxis(w, (0, 1), (-2, -1)), _axes(w)),
     lambda w: np.moveaxis(np.flip(w, _axes(w)), (-2, -1), (0, 1)),
 )
-EMBEDDING = Layout("entries features", "entries features")
-# The features of a layer norm may lie on several axes, in one order in both.
-FEATURES = Layout("*features", "*features")
 # One number for a module there, one for each feature here.
 COUNT = Layout(
     "*features",
@@ -123,20 +129,23 @@ def import_torch(
     A name in braces matches any part of a module's name; `{j+1}` counts on from it. The first rule
     that fits a leaf decides. `torchvision_rules` has the tables of torchvision's models.
 
-    ===============  =======================================  ===================================
-    kind             axes in PyTorch                          axes in Flax
-    ===============  =======================================  ===================================
-    linear           weight (out in)                          kernel (in out)
-    conv             weight (out in *window)                  kernel (*window in out)
-    conv_transpose   weight (in out *window)                  kernel (*window in out), reversed
-    embedding        weight (entries features)                embedding (entries features)
-    attention        in_proj_weight (3*heads*features in),    query, key, value (in heads
-                     out_proj.weight (out heads*features)     features), out (heads features out)
-    parameter        any, a name without a module             any but a kernel, the same axes
-    batch_norm, group_norm, instance_norm: vectors (features)
-    layer_norm, rms_norm: (*features), the same axes in the same order
-    keep             left out                                 stays as it is
-    ===============  =======================================  ===================================
+    ===============  ==========================================  ===============================
+    kind             axes in PyTorch                             axes in Flax
+    ===============  ==========================================  ===============================
+    linear           weight (out in)                             kernel (in out)
+    conv             weight (out in *window)                     kernel (*window in out)
+    conv_transpose   weight (in out *window)                     kernel (*window in out), reversed
+    embedding        weight (entries features)                   embedding (entries features)
+    attention        in_proj_weight (3*heads*features in)        query ... (in heads features)
+                     out_proj.weight (out heads*features)        out (heads features out)
+    batch_norm       weight, running_mean, ... (features)        scale, mean, ... (features)
+    group_norm       weight (features)                           scale (features)
+    instance_norm    weight (features)                           scale (features)
+    layer_norm       weight (*features)                          scale (*features), in one order
+    rms_norm         weight (*features)                          scale (*features), in one order
+    parameter        an array outside of layers                  the same axes; not a kernel
+    keep             left out                                    stays as it is
+    ===============  ==========================================  ===============================
 
     A rule for attention names `MultiHeadDotProductAttention` and `MultiheadAttention`, a rule for a
     parameter the parameter itself: `("encoder/pos", "encoder.pos_embedding", "parameter")`. Arrays
@@ -194,7 +203,7 @@ def import_torch(
     """
     called = "surgery.import_torch"
     if isinstance(state, (str, PathLike)):
-        state = _read(called, fspath(state))
+        state = read(called, fspath(state))
     if not isinstance(state, Mapping):
         raise TypeError(
             f"{called}: state is {type(state).__name__}, expected a mapping of names to arrays or "
@@ -333,58 +342,3 @@ def _fields(kind: str, module: Any) -> dict[str, Any]:
         del fields["use_bias"]
         fields["epsilon"] = float(jnp.finfo("float32").eps) if module.eps is None else module.eps
     return fields
-
-
-# How files of torch.save begin, as zip archives and before PyTorch 1.6. A safetensors file begins
-# with the length of its header, for which these would be too large.
-PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
-
-# As safetensors names them.
-DTYPES = {
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    "BF16": jnp.bfloat16,
-    "BOOL": "bool",
-}
-
-
-def _read(called: str, path: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file."""
-    is_file = Path(path).is_file()
-    data = Path(path).read_bytes() if is_file else b""
-    if data.startswith(PICKLES):
-        raise ValueError(
-            f"{called}: {path!r} is not a safetensors file but a pickle of PyTorch, which is never "
-            "read here, since a pickle may run any code. Pass torch.load(path, weights_only=True), "
-            "or the state dict in it."
-        )
-    try:
-        import safetensors
-    except ImportError:
-        raise ImportError(
-            f"{called}: {path!r} is a path, which needs safetensors. Install it with "
-            "pip install 'normjax[safetensors]', or pass a mapping of names to arrays."
-        ) from None
-    if not is_file:
-        raise FileNotFoundError(
-            f"{called}: {path!r} is no file, expected a safetensors file. Pass its path, or a "
-            "mapping of names to arrays."
-        )
-    try:
-        entries = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{called}: {path!r} is not a safetensors file but something else ({error}), expected "
-            "a file of safetensors.torch.save_file(model.state_dict(), path)."
-        ) from None
-    unknown = sorted({entry["dtype"] for _, entry in entries} - set(DTYPES))
-    if unknown:
-        raise ValueError(
-            f"{called}: {path!r} holds arrays of {', '.join(unknown)}, expected one of "
-            f"{', '.join(DTYPES)}. Convert them in PyTorch first, for example by .float()."
-        )
-    return {
-        name: np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries
-    }
