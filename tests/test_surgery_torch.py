@@ -442,6 +442,7 @@ def test_a_misfit_is_told_in_short():
             "in state, where they lack 'a.': pass {'a.' + name: array for name",
         ),
     ],
+    ids=["prefix", "level", "both", "shorter"],
 )
 def test_the_usual_causes_of_a_misfit_are_found(change, hint):
     text = message(surgery.import_torch, HEAD, change(STATE), DENSE)
