@@ -77,6 +77,15 @@ def test_import_keras_guarantee_all_or_nothing():
         surgery.import_keras(template(), weights, NAMES)
 
 
+def test_the_names_of_tensorflow_are_found():
+    weights = surgery.export_keras(drawn(), NAMES)
+    changed = {f"model/{name}:0": array for name, array in weights.items()}
+    with pytest.raises(ValueError, match=r"begin with 'model/' and end in ':0': pass {name.remove"):
+        surgery.import_keras(template(), changed, NAMES)
+    named = {name.removesuffix(":0").removeprefix("model/"): a for name, a in changed.items()}
+    surgery.import_keras(template(), named, NAMES)
+
+
 def test_what_is_no_mapping_is_an_error():
     with pytest.raises(TypeError, match=r"weights is list, expected a mapping .* Pass {w.path"):
         surgery.import_keras(template(), [], NAMES)

@@ -293,11 +293,22 @@ def test_patterns():
     variables = {"params": {"up_0": {"Conv_2": {"bias": np.ones(1)}}}}
     got = surgery.export_torch(variables, [("{side}_{i}/Conv_{k}", "{i}.{side}.c{k-2}", "conv")])
     assert list(got) == ["0.up.c0.bias"]
+    rules = [("{0}_{1}/Conv_{2}", "{1}.{0}.c{2-2}", "conv")]
+    assert list(surgery.export_torch(variables, rules)) == ["0.up.c0.bias"]
     twice = {"params": {"a_1": {"b_1": {"bias": np.ones(1)}}}}
     assert list(surgery.export_torch(twice, [("a_{i}/b_{i}", "c{i}", "conv")])) == ["c1.bias"]
     assert list(surgery.export_torch({"params": {"bias": np.ones(1)}}, [("", "", "conv")])) == [
         "bias"
     ]
+
+
+def test_variables_with_partitioning():
+    model = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.zeros, ("x", None)))
+    boxed = shapes(model, np.ones((1, 2)))
+    state = {"weight": STATE["a.weight"], "bias": STATE["a.bias"]}
+    filled = surgery.import_torch(boxed, state, [("", "", "linear")])
+    assert filled["params"]["kernel"].names == ("x", None)
+    same_bits(surgery.export_torch(filled, [("", "", "linear")]), state)
 
 
 def test_import_torch_edge_num_batches_tracked():
@@ -404,6 +415,9 @@ def test_other_kinds_of_input_are_errors(torch):
     assert (filled["params"]["a"]["bias"] == 1).all()
     text = message(surgery.import_torch, HEAD, {**STATE, "a.bias": "ones"}, DENSE)
     assert "no arrays: a.bias is str" in text
+    for value in ([[1], [1, 2]], None, {"a": 1}, torch.empty(3, device="meta")):
+        text = message(surgery.import_torch, HEAD, {**STATE, "a.bias": value}, DENSE)
+        assert f"no arrays: a.bias is {type(value).__name__}\n" in text
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, HEAD))
     assert "params/a/bias is ShapeDtypeStruct" in message(surgery.export_torch, abstract, DENSE)
 

@@ -41,9 +41,10 @@ def take_in(
     """The variables with the arrays of `state` in their places."""
     places = _places(called, dialect, variables, rules)
     named = [place for place in places if place.name is not None]
-    names = {place.name: place.path for place in reversed(named)}
+    names = {str(place.name): place.path for place in reversed(named)}
     missing = {name: path for name, path in reversed(names.items()) if name not in state}
-    given = {name: as_numpy(state[name]) for name in names if name in state}
+    found = {name: _numbers(state[name]) for name in names if name in state}
+    given = {name: array for name, array in found.items() if array is not None}
     free = _free(dialect, places)
     _complain(
         f"{called}: the state does not fit the variables",
@@ -51,13 +52,13 @@ def take_in(
             "missing in the state": [f"{name} (for {path})" for name, path in missing.items()],
             "left over in it": [str(n) for n in state if n not in names and not free(str(n))],
             "no arrays": [
-                f"{n} is {type(state[n]).__name__}" for n in given if not _holds(given[n])
+                f"{name} is {type(state[name]).__name__}" for name in found if name not in given
             ],
             "of other shapes": [
-                _differs(place, given[place.name])
+                _differs(place, given[str(place.name)])
                 for place in named
                 if place.name in given
-                and given[place.name].shape != place.layout.shape_there(place.shape)
+                and given[str(place.name)].shape != place.layout.shape_there(place.shape)
             ],
         },
         f"{_cause(dialect, list(missing), state)}Mend the rules or the fields of the model; a rule "
@@ -75,8 +76,8 @@ def give_out(
     for place in _places(called, dialect, variables, rules):
         if place.name is None:
             continue
-        array = np.asarray(place.leaf)
-        if not _holds(array):
+        array = _numbers(place.leaf)
+        if array is None:
             raise ValueError(
                 f"{called}: {place.path} is {type(place.leaf).__name__}, expected an array. Pass "
                 "variables that model.init returned or that were trained."
@@ -84,10 +85,9 @@ def give_out(
         found.setdefault(place.name, []).append(
             (place.layout.part or 0, place.layout.outward(array))
         )
-    # A copy in order: files are written from memory without regard to strides, and PyTorch wants
-    # memory that it may write to.
+    # In order: files are written from memory without regard to strides.
     return {
-        name: np.array(_joined(called, name, parts), order="C") for name, parts in found.items()
+        name: np.asarray(_joined(called, name, parts), order="C") for name, parts in found.items()
     }
 
 
@@ -120,9 +120,13 @@ def _differs(place: Place, array: np.ndarray) -> str:
     )
 
 
-def _holds(array: np.ndarray) -> bool:
-    """Whether these are numbers; NumPy makes an array of anything."""
-    return array.dtype.kind not in "OSUMm"
+def _numbers(array: Any) -> np.ndarray | None:
+    """A copy of an array; None for what holds no numbers, of which NumPy may make an array too."""
+    try:
+        copy = as_numpy(array)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    return None if copy.dtype.kind in "OSUMm" else copy
 
 
 def _cause(dialect: Dialect, missing: Sequence[str], state: Mapping[str, Any]) -> str:
@@ -132,23 +136,25 @@ def _cause(dialect: Dialect, missing: Sequence[str], state: Mapping[str, Any]) -
     found: Counter[tuple[str, str, str]] = Counter()
     for level, held in levels.items():
         for key, name in itertools.product(map(str, held), missing):
-            if key == name:
-                found[level, "", ""] += 1
-            elif key.endswith(dialect.separator + name):
-                prefix = key.removesuffix(name)
-                found[level, f"begin with {prefix!r}", f"name.removeprefix({prefix!r})"] += 1
-            elif name.endswith(dialect.separator + key):
-                prefix = name.removesuffix(key)
-                found[level, f"lack {prefix!r}", f"{prefix!r} + name"] += 1
-            elif key == f"{name}:0":
-                found[level, "end in ':0'", "name.removesuffix(':0')"] += 1
+            bare, how, change = key.removesuffix(":0"), [], "name"
+            if bare != key:
+                how, change = ["end in ':0'"], "name.removesuffix(':0')"
+            if bare.endswith(dialect.separator + name):
+                prefix = bare.removesuffix(name)
+                how, change = [f"begin with {prefix!r}", *how], f"{change}.removeprefix({prefix!r})"
+            elif name.endswith(dialect.separator + bare):
+                prefix = name.removesuffix(bare)
+                how, change = [f"lack {prefix!r}", *how], f"{prefix!r} + {change}"
+            elif bare != name:
+                continue
+            found[level, " and ".join(how), change] += 1
     if not found:
         return ""
-    (level, how, change), times = found.most_common(1)[0]
+    (level, names, change), times = found.most_common(1)[0]
     if 2 * times <= len(missing):
         return ""
-    passed = f"{{{change}: array for name, array in {level}.items()}}" if change else level
-    where = f"{level}, where they {how}" if how else level
+    passed = f"{{{change}: array for name, array in {level}.items()}}" if names else level
+    where = f"{level}, where they {names}" if names else level
     return f"{times} of the {len(missing)} missing names are in {where}: pass {passed}. "
 
 
@@ -175,7 +181,7 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
     rules = _checked(called, dialect, rules)
     patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    paths = [_written(path) for path, _ in leaves]
     places = [
         _place(called, dialect, patterns, path, leaf)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
@@ -201,6 +207,12 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
         f"The modules are: {_few([repr(module) for module in sorted(modules)], 10)}.{hint}",
     )
     return places
+
+
+def _written(path: Sequence[Any]) -> str:
+    """The path of a leaf without the box that `flax.linen.with_partitioning` puts it in."""
+    keys = tuple(key for key in path if not isinstance(key, jax.tree_util.GetAttrKey))
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _checked(called: str, dialect: Dialect, rules: Any) -> list[Rule]:
@@ -294,7 +306,8 @@ def _regex(pattern: str) -> str:
             return re.escape(text)
         again = text in seen
         seen.add(text)
-        return f"(?P={text})" if again else f"(?P<{text}>[^/]+?)"
+        # Behind an underscore a number is a name as well.
+        return f"(?P=_{text})" if again else f"(?P<_{text}>[^/]+?)"
 
     return "".join(part(i, text) for i, text in enumerate(re.split(r"\{(\w+)\}", pattern)))
 
@@ -304,7 +317,7 @@ def _name(called: str, rule: Rule, values: Mapping[str, str]) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name, shift = match[1], match[2]
-        value = values.get(name)
+        value = values.get(f"_{name}")
         if value is None or (shift and not value.isdecimal()):
             got = f"which {rule[0]!r} does not have" if value is None else f"and {name}={value!r}"
             raise ValueError(
