@@ -1,4 +1,4 @@
-"""Values of a program under folding: known ones, and outputs of a layer still to be scaled."""
+"""Outputs of a layer that are still to be scaled and shifted."""
 
 from __future__ import annotations
 
@@ -11,42 +11,8 @@ import numpy as np
 from jax import Array
 
 from normjax._moments import wide
+from normjax.surgery._constants import Constant, carried, reshape_order, sources
 from normjax.surgery._program import Equation
-
-ELEMENTWISE = {
-    "abs", "add", "and", "cbrt", "ceil", "convert_element_type", "copy", "cos", "div", "eq", "erf",
-    "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p",
-    "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "pow", "round",
-    "reduce_precision", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient",
-    "sub", "tanh",
-}  # fmt: skip
-ROOTS = {"rsqrt", "sqrt", "pow", "integer_pow"}
-
-
-class Known(NamedTuple):
-    """A value that depends on no input of the call.
-
-    Attributes:
-        array: its entries, with size 1 along each axis over which it only repeats itself, so that
-            what is stored for serving has no trace of the batch size.
-        shape: its shape in the program.
-        stored: whether it comes from the variables, and is not a constant of the program.
-        deviation: whether a root was taken on the way from the variables, as in a norm.
-    """
-
-    array: Any
-    shape: tuple[int, ...]
-    stored: bool = False
-    deviation: bool = False
-
-    @property
-    def whole(self) -> bool:
-        return jnp.shape(self.array) == self.shape
-
-    @property
-    def varying(self) -> set[int]:
-        """The axes along which its entries may differ."""
-        return {axis for axis, size in enumerate(jnp.shape(self.array)) if size != 1}
 
 
 class Layer(NamedTuple):
@@ -69,188 +35,245 @@ class Layer(NamedTuple):
     reason: str | None
 
 
-class Pending(NamedTuple):
-    """layer(x) * scale + shift, then moved to other axes; nothing of it is computed yet.
+class Piece(NamedTuple):
+    """A factor of an axis of a layer's output: a reshape may split the axis."""
+
+    axis: int
+    size: Any  # symbolic along a batch
+
+
+class DeferredAffine(NamedTuple):
+    """(layer(x) + offset) * scale + shift, then moved to other axes; nothing is computed yet.
 
     Attributes:
         layer: what is scaled.
-        axes: for each axis of the value the axis of the layer's output that it is, or None.
+        pieces: the axes of the layer's output, in order, as far as reshapes have split them.
+        axes: for each axis of the value the pieces that it joins, major first; None where it is
+            made of other entries.
         shape, dtype: of the value.
         moves: the equations that led to these axes.
-        scale, shift: in the axes of the layer's output, in float32 or wider.
-        norms: where the scales came from, for people.
-        deviation: whether one of them is a deviation.
+        offset: what is added before the scale where no kernel takes the scale in. The mean of
+            x = 1e5 +- 1 must be subtracted before anything is rounded.
+        scale, shift: as offset with an axis for each piece, in float32 or wider.
+        norms, scales: where the scales came from, for people; norms divide by a deviation.
     """
 
     layer: Layer
-    axes: tuple[int | None, ...]
+    pieces: tuple[Piece, ...]
+    axes: tuple[tuple[int, ...] | None, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
     moves: tuple[Equation, ...] = ()
+    offset: Array | None = None
     scale: Array | None = None
     shift: Array | None = None
     norms: tuple[str, ...] = ()
-    deviation: bool = False
+    scales: tuple[str, ...] = ()
 
-    def admits(self, known: Known) -> bool:
+    @classmethod
+    def start(cls, layer: Layer, shape: tuple[int, ...], dtype: np.dtype) -> DeferredAffine:
+        """The output of a layer as it is."""
+        pieces = tuple(Piece(axis, size) for axis, size in enumerate(shape))
+        return cls(layer, pieces, tuple((axis,) for axis in range(len(shape))), shape, dtype)
+
+    @property
+    def complete(self) -> bool:
+        """Whether another scale would be multiplied into the shift, for no kernel to gain."""
+        return self.layer.kernel is None and self.shift is not None
+
+    def admits(self, constant: Constant) -> bool:
         """Whether a known operand says nothing that the layer's kernel could not say."""
-        at = [self.axes[axis] for axis in known.varying]
-        return all(axis is not None and self.layer.features[axis] is not None for axis in at)
+        joined = [self.axes[axis] for axis in constant.varying]
+        return all(
+            pieces is not None
+            and all(self.layer.features[self.pieces[piece].axis] is not None for piece in pieces)
+            for pieces in joined
+        )
 
-    def affine(self, equation: Equation, known: Known | None, reverse: bool) -> Pending:
+    def affine(
+        self, equation: Equation, constant: Constant | None, reverse: bool
+    ) -> DeferredAffine:
         """After one more addition, subtraction, product, quotient or change of sign."""
         name = equation.name
-        if known is None:
-            return self._scaled(-self._one())
-        term = self._aligned(known)
-        if name == "add":
-            return self._shifted(term)
-        if name == "sub" and reverse:
-            return self._scaled(-self._one())._shifted(term)  # known - value
+        if constant is None:
+            return self._negated()
+        term = self._aligned(constant)
         if name == "sub":
-            return self._shifted(-term)
-        factor = 1 / term if name == "div" else term
-        norms = self.norms
-        if known.stored and equation.where not in norms:
-            norms = (*norms, equation.where)
-        scaled = self._scaled(factor)
-        return scaled._replace(norms=norms, deviation=self.deviation or known.deviation)
+            shifted = self._shifted(-term)
+            return shifted._negated() if reverse else shifted
+        if name not in ("mul", "div"):
+            return self._shifted(term)
+        scaled = self._scaled(1 / term if name == "div" else term)
+        return scaled._named(equation, constant.deviation) if constant.stored else scaled
 
-    def moved(self, equation: Equation) -> Pending | None:
+    def moved(self, equation: Equation) -> DeferredAffine | None:
         """After a reshape, a transposition or the like; None after anything else."""
         source = sources(equation, self.shape)
         if source is None:
             return None
-        axes = tuple(None if axis is None else self.axes[axis] for axis in source)
         shape = equation.avals[0].shape
-        return self._replace(axes=axes, shape=shape, moves=(*self.moves, equation))
+        # Without a kernel the pieces of a batch would be told apart in what is stored.
+        splits = equation.name == "reshape" and self.layer.kernel is not None
+        value = self._reshaped(equation) if splits else None
+        if value is None:
+            axes = tuple(None if axis is None else self.axes[axis] for axis in source)
+            value = self._replace(axes=axes)
+        return value._replace(shape=shape, moves=(*self.moves, equation))
 
     def emit(self, take: Callable[[Array], Array]) -> Array:
         """Computes it, with `take` for whatever is known before the call."""
         layer, y = self.layer, self.layer.x
-        width = wide(self.dtype, *(v.dtype for v in (self.scale, self.shift) if v is not None))
+        offset, scale, shift = (
+            None if v is None else self._joined(v) for v in (self.offset, self.scale, self.shift)
+        )
+        width = wide(self.dtype, *(v.dtype for v in (offset, scale, shift) if v is not None))
         if layer.kernel is not None and layer.equation is not None:
             kernel, position = layer.kernel
-            if self.scale is not None:
-                scaled = kernel.astype(width) * self._for_kernel(kernel.ndim)
+            if scale is not None:
+                scaled = kernel.astype(width) * self._for_kernel(scale, kernel.ndim)
                 kernel = scaled.astype(kernel.dtype)
             operands = (y, take(kernel)) if position else (take(kernel), y)
             (y,) = layer.equation.bind(*operands)
-        elif self.scale is not None:
-            y = y.astype(width) * take(self.scale)
-        if self.shift is not None:
+        else:
+            if offset is not None:
+                y = y.astype(width) + take(offset)
+            if scale is not None:
+                y = y.astype(width) * take(scale)
+        if shift is not None:
             # Behind the layer, so that padding is padded with zeros as before.
-            y = y.astype(width) + take(self.shift)
+            y = y.astype(width) + take(shift)
         y = y.astype(self.dtype)
         for move in self.moves:
             (y,) = move.bind(y)
         return y
 
-    def _one(self) -> Array:
-        return jnp.ones((1,) * len(self.layer.features), wide(self.dtype))
-
-    def _aligned(self, known: Known) -> Array:
-        """A known operand in the axes of the layer's output."""
-        array = jnp.asarray(known.array)
+    def _aligned(self, constant: Constant) -> Array:
+        """A known operand with an axis for each piece."""
+        array = jnp.asarray(constant.array)
         array = array.astype(wide(array.dtype, self.dtype))
-        if not array.ndim:
-            return array.reshape((1,) * len(self.layer.features))
-        source: list[int | None] = [None] * len(self.layer.features)
-        for axis in known.varying:
-            source[self.axes[axis]] = axis  # type: ignore[index]  # admitted before
-        return carried(array, source)
+        source: list[int | None] = [None] * len(self.pieces)
+        sizes: list[int] = []
+        for axis in sorted(constant.varying):
+            for piece in self.axes[axis] or ():  # admitted before
+                source[piece] = len(sizes)
+                sizes.append(self.pieces[piece].size)
+        return carried(array.reshape(sizes), source)
 
-    def _for_kernel(self, rank: int) -> Array:
+    def _joined(self, array: Array) -> Array:
+        """An array of pieces in the axes of the layer's output."""
+        shape, joined = list(array.shape), []
+        for axis in range(len(self.layer.features)):
+            places = [i for i, piece in enumerate(self.pieces) if piece.axis == axis]
+            if any(shape[i] != 1 for i in places):
+                for i in places:
+                    shape[i] = self.pieces[i].size
+            joined.append(prod(shape[i] for i in places))
+        return jnp.broadcast_to(array, shape).reshape(joined)
+
+    def _for_kernel(self, scale: Array, rank: int) -> Array:
         source: list[int | None] = [None] * rank
         for axis, of_kernel in enumerate(self.layer.features):
             if of_kernel is not None:
                 source[of_kernel] = axis
-        return carried(self.scale, source)
+        return carried(scale, source)
 
-    def _scaled(self, factor: Array) -> Pending:
+    def _negated(self) -> DeferredAffine:
+        return self._scaled(jnp.full((1,) * len(self.pieces), -1, wide(self.dtype)))
+
+    def _scaled(self, factor: Array) -> DeferredAffine:
         return self._replace(
             scale=factor if self.scale is None else mixed(jnp.multiply, self.scale, factor),
             shift=None if self.shift is None else mixed(jnp.multiply, self.shift, factor),
         )
 
-    def _shifted(self, term: Array) -> Pending:
-        return self._replace(shift=term if self.shift is None else mixed(jnp.add, self.shift, term))
+    def _shifted(self, term: Array) -> DeferredAffine:
+        first = self.layer.kernel is None and self.scale is None
+        before = self.offset if first else self.shift
+        after = term if before is None else mixed(jnp.add, before, term)
+        return self._replace(offset=after) if first else self._replace(shift=after)
+
+    def _named(self, equation: Equation, deviation: bool) -> DeferredAffine:
+        """With the place of one more scale. The scale of a norm stands where its root does."""
+        where = equation.where
+        # Outside all modules the only name is that of the operation.
+        if where in self.norms or (self.norms and where == equation.name and not deviation):
+            return self
+        scales = tuple(place for place in self.scales if place != where)
+        if deviation:
+            return self._replace(norms=(*self.norms, where), scales=scales)
+        return self._replace(scales=(*scales, where))
+
+    def _reshaped(self, equation: Equation) -> DeferredAffine | None:
+        """With axes split and joined as by a reshape; None where pieces do not fit."""
+        axes = [self.axes[axis] for axis in reshape_order(equation, len(self.shape))]
+        if any(pieces is None and n != 1 for pieces, n in zip(self.axes, self.shape, strict=True)):
+            return None
+        order = [piece for pieces in axes for piece in pieces or ()]
+        cut = cuts([self.pieces[piece].size for piece in order], equation.avals[0].shape)
+        if cut is None:
+            return None
+        sizes = [[piece.size] for piece in self.pieces]
+        for piece, parts in zip(order, cut[0], strict=True):
+            sizes[piece] = parts
+        starts = [sum(map(len, sizes[:piece])) for piece in range(len(sizes))]
+        pieces = tuple(
+            Piece(piece.axis, size)
+            for piece, parts in zip(self.pieces, sizes, strict=True)
+            for size in parts
+        )
+
+        def split(array: Array | None) -> Array | None:
+            if array is None:
+                return None
+            parts = zip(array.shape, sizes, strict=True)
+            shape = [cut if size != 1 else [1] * len(cut) for size, cut in parts]
+            return array.reshape([size for cut in shape for size in cut])
+
+        return self._replace(
+            pieces=pieces,
+            axes=tuple(tuple(starts[order[i]] + part for i, part in axis) for axis in cut[1]),
+            offset=split(self.offset),
+            scale=split(self.scale),
+            shift=split(self.shift),
+        )
+
+
+def cuts(
+    sizes: Sequence[Any], shape: Sequence[Any]
+) -> tuple[list[list[Any]], list[list[tuple[int, int]]]] | None:
+    """How a reshape splits axes of these sizes and joins the parts, or None where none fits.
+
+    Returns the sizes of the parts of each axis, and for each axis of `shape` the parts that it
+    joins, as pairs of axis and number of the part.
+    """
+    parts: list[list[Any]] = [[] for _ in sizes]
+    joined: list[list[tuple[int, int]]] = []
+    rest = [(axis, size) for axis, size in enumerate(sizes) if size != 1][::-1]
+    if any(size == 0 for size in sizes):
+        return None
+    for size in shape:
+        joined.append([])
+        while size != 1:
+            if not rest:
+                return None
+            axis, there = rest.pop()
+            if there == size or size % there == 0:
+                part = there
+            elif there % size == 0:
+                part = size
+                rest.append((axis, there // size))
+            else:
+                return None
+            size = 1 if part == size else size // part
+            joined[-1].append((axis, len(parts[axis])))
+            parts[axis].append(part)
+    return [part or [1] for part in parts], joined
 
 
 def mixed(function: Callable, a: Array, b: Array) -> Array:
     """Of two arrays in the wider of their dtypes."""
     width = wide(a.dtype, b.dtype)
     return function(a.astype(width), b.astype(width))
-
-
-def carried(array: Any, source: Sequence[int | None]) -> Array:
-    """An array laid out anew: each axis is one of its own or, for None, of size 1."""
-    kept = [axis for axis in source if axis is not None]
-    dropped = [axis for axis in range(array.ndim) if axis not in kept]
-    moved = jnp.transpose(jnp.squeeze(array, dropped), [sorted(kept).index(a) for a in kept])
-    return jnp.expand_dims(moved, [i for i, axis in enumerate(source) if axis is None])
-
-
-def sources(equation: Equation, shape: tuple[int, ...]) -> tuple[int | None, ...] | None:
-    """For each axis of the result the axis of the operand that it is; None if it is no move."""
-    params, new = equation.params, equation.avals[0].shape
-    if equation.name == "transpose":
-        return tuple(params["permutation"])
-    if equation.name == "squeeze":
-        return tuple(a for a in range(len(shape)) if a not in params["dimensions"])
-    if equation.name == "broadcast_in_dim":
-        places = {to: a for a, to in enumerate(params["broadcast_dimensions"])}
-        return tuple(places.get(axis) for axis in range(len(new)))
-    if equation.name == "reshape" and params["dimensions"] is None:
-        starts = {(prod(shape[:a]), n): a for a, n in enumerate(shape) if n != 1}
-        return tuple(starts.get((prod(new[:axis]), n)) for axis, n in enumerate(new))
-    return None
-
-
-def manner(equation: Equation, given: Sequence[Known]) -> str:
-    """How an equation of known operands is evaluated: "compact", "whole", or when "serving".
-
-    What only repeats itself is never written out beforehand, since it may do so for each example.
-    What prints does so at each call.
-    """
-    if equation.lasting:
-        return "serving"
-    if equation.name in ELEMENTWISE or (len(given) == 1 and _source(equation, given[0])):
-        return "compact"
-    return "whole" if all(known.whole for known in given) else "serving"
-
-
-def evaluate(equation: Equation, given: Sequence[Known]) -> list[Known]:
-    """An equation of known operands, beforehand."""
-    if equation.name not in ELEMENTWISE and len(given) == 1 and _source(equation, given[0]):
-        return [_move(equation, given[0])]
-    arrays = [known.array for known in given]
-    if equation.name in ELEMENTWISE:
-        common = jnp.broadcast_shapes(*map(jnp.shape, arrays))
-        arrays = [a if not jnp.ndim(a) else jnp.broadcast_to(a, common) for a in arrays]
-    stored = any(known.stored for known in given)
-    deviation = any(known.deviation for known in given)
-    deviation |= stored and equation.name in ROOTS
-    results = zip(equation.bind(*arrays), equation.avals, strict=True)
-    return [Known(array, aval.shape, stored, deviation) for array, aval in results]
-
-
-def _source(equation: Equation, known: Known) -> tuple[int | None, ...] | None:
-    source = sources(equation, known.shape)
-    return source if source is not None and known.varying <= set(source) else None
-
-
-def _move(equation: Equation, known: Known) -> Known:
-    source = _source(equation, known) or ()
-    kept = [axis if axis in known.varying else None for axis in source]
-    array = carried(jnp.asarray(known.array), kept)
-    return known._replace(array=array, shape=equation.avals[0].shape)
-
-
-def whole(known: Known, take: Callable[[Array], Array]) -> Array:
-    """The array as the program has it."""
-    array = take(known.array) if known.stored else known.array
-    return array if known.whole else jnp.broadcast_to(array, known.shape)
 
 
 def features_of(equation: Equation, position: int, rank: int) -> tuple[int | None, ...]:

@@ -11,15 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from normjax.surgery._affine import (
-    Known,
-    Layer,
-    Pending,
-    evaluate,
-    features_of,
-    manner,
-    whole,
-)
+from normjax.surgery._affine import DeferredAffine, Layer, features_of
+from normjax.surgery._constants import Constant, evaluate, evaluation, whole
 from normjax.surgery._program import Equation, Program, trace
 
 LAYERS = {"conv_general_dilated", "dot_general"}
@@ -32,8 +25,8 @@ ONE_SIZE = (
     "more."
 )
 
-# How an equation was met, by where it stands, its name and its number there.
-Manners = dict[tuple[str, str, int], str]
+# How an equation of constants was evaluated, by its place, its name and its number there.
+Evaluations = dict[tuple[str, str, int], str]
 
 
 @dataclass
@@ -43,16 +36,20 @@ class FoldReport:
     Attributes:
         folded: pairs (layer, norm): the norm went into the layer's kernel and bias.
         alone: pairs (norm, reason): it became one multiply-add, or could not be reached.
+        scales: pairs (layer, scale): a scale that divides by no deviation, such as a layer scale,
+            went into the layer, too. It counts as no norm.
     """
 
     folded: list[tuple[str, str]] = field(default_factory=list)
     alone: list[tuple[str, str]] = field(default_factory=list)
+    scales: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.folded) + len(self.alone)
         lines = [f"{len(self.folded)} of {total} norms folded into the layer before them"]
         lines += [f"  folded  {norm} into {layer}" for layer, norm in self.folded]
         lines += [f"  alone   {norm}: {reason}" for norm, reason in self.alone]
+        lines += [f"  scale   {scale} into {layer}" for layer, scale in self.scales]
         return "\n".join(lines)
 
 
@@ -66,22 +63,32 @@ def fold(
     with s = scale / sqrt(var + epsilon). The pairs are found by following the data of one traced
     call, never by name: a scale that comes from the variables alone and reaches the output of a
     convolution (grouped, dilated, transposed) or product feature by feature is folded. A norm that
-    follows anything else becomes one multiply-add. What depends on the variables alone, such as
-    the kernels of `WeightNorm`, is computed once.
+    follows anything else becomes (x - mean) * s + bias: the mean is subtracted first, since data of
+    1e5 +- 1 would not survive x * s - mean * s. What depends on the variables alone, such as the
+    kernels of `WeightNorm`, is computed once.
+
+    The kernel and the bias that a norm went into are rounded a few times each, so that beside the
+    rounding of the layer itself the output is off by at most
+
+        4 eps s (sum |kernel| |x| + |b| + |mean|) + 4 eps |bias|
+
+    with the eps of the kernel's dtype. That is what the call itself may be off, and it is large
+    only where the mean is large beside the deviation.
 
     Args:
         call: `call(variables, *inputs)`, in evaluation mode and traceable by JAX, for example
             `lambda variables, x: model.apply(variables, x, train=False)`.
-        variables: pytree of arrays, of a Flax model or any other.
+        variables: pytree of arrays, of a Flax model or any other; or of their shapes.
         inputs: examples of the inputs; any batch size.
 
     Returns:
         `(serve, folded, report)`: `serve(folded, *inputs)` equals `call(variables, *inputs)` and
         may be jitted, for any batch size; `folded` is a tuple of arrays, to be kept as any other
-        pytree; `report` is a `FoldReport`.
+        pytree; `report` is a `FoldReport`. The shapes in `folded` depend on those of the
+        variables alone, so that arrays of one call fit the `serve` of another.
 
     Guarantees:
-        same output: equal to that of the call within the rounding of one multiply-add.
+        same output: equal to that of the call within the bound above.
         no norm is left: the served program has neither root nor quotient of a folded norm.
         only what is safe: a pair is left alone if a nonlinearity stands between, if the layer's
             output is used twice, or if the norm comes first (padding would be shifted with it).
@@ -90,16 +97,23 @@ def fold(
     Edge cases:
         ===================================  ==================================================
         layer without bias                   gets the shift as its bias
-        norm after an activation             one multiply-add
+        norm after an activation             (x - mean) * s + bias
+        norm of raw data                     the same, as exact as the norm itself
+        layer scale                          folded, and no norm: under `scales` of the report
         shared layer                         one kernel for each norm that follows it
+        layer and norm shared by passes      stored once
+        variables stacked for vmap           folded, the members of the ensemble side by side
+        shapes in place of arrays            `folded` holds shapes (`jax.ShapeDtypeStruct`), as
+                                             to restore a checkpoint; `serve` takes arrays
         half precision                       folded in float32, kernels keep their dtype
         norm inside a scan                   left as it is, and reported
         variables repeated for each example  fold with two examples or more
         ===================================  ==================================================
 
     Raises:
-        ValueError: no norm is found, as in training mode, where statistics come from the input;
-            or `serve` meets an input for which the call computes with other shapes of variables.
+        ValueError: nothing is found to fold, as in training mode, where statistics come from the
+            input; or `serve` meets an input for which the call computes with other shapes of
+            variables.
 
     References:
         Jacob et al. (2018), Quantization and Training of Neural Networks, arXiv:1712.05877,
@@ -120,7 +134,7 @@ def fold(
     """
     program = trace(call, variables, *inputs)
     leaves = jax.tree.leaves(variables)
-    report, manners = FoldReport(), Manners()
+    report, evaluations = FoldReport(), Evaluations()
 
     def stored(leaves: list[Array], inputs: Any) -> list[Array]:
         taken: list[Array] = []
@@ -129,11 +143,11 @@ def fold(
             taken.append(array)
             return array
 
-        _Folding(program, take, report, manners).run(leaves, jax.tree.leaves(inputs))
+        _Folding(program, take, report, evaluations).run(leaves, jax.tree.leaves(inputs))
         return taken
 
-    beforehand = trace(stored, leaves, inputs, effects=False)
-    if not report.folded and not report.alone:
+    beforehand, order = trace(stored, leaves, inputs, effects=False).distinct()
+    if not report.folded and not report.alone and not report.scales:
         raise ValueError(
             "surgery.fold: no norm found whose statistics come from the variables, expected at "
             "least one. If the call trains, its statistics come from the inputs: pass train=False "
@@ -141,12 +155,19 @@ def fold(
         )
     # What is stored depends on no input, so none is needed to compute it.
     nothing = [None] * len(jax.tree.leaves(inputs))
-    folded = tuple(jax.jit(lambda leaves: beforehand.run([*leaves, *nothing]))(leaves))
-    return _server(call, variables, len(folded), manners), folded, report
+    compute = jax.jit(lambda leaves: tuple(beforehand.run([*leaves, *nothing])))
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    folded = jax.eval_shape(compute, leaves) if abstract else compute(leaves)
+    return _server(call, variables, order, evaluations), folded, report
 
 
-def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Callable:
-    """The function that serves, traced anew for each shape of its inputs."""
+def _server(
+    call: Callable, variables: Any, order: Sequence[int], evaluations: Evaluations
+) -> Callable:
+    """The function that serves, traced anew for each shape of its inputs.
+
+    `order` has the place in `folded` of each array that is needed.
+    """
     shapes = jax.eval_shape(lambda variables: variables, variables)
     leaves = jax.tree.leaves(shapes)
 
@@ -154,7 +175,7 @@ def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Call
         program = trace(call, shapes, *inputs)
 
         def remaining(leaves: list[Any], folded: Sequence[Array], inputs: Any) -> Any:
-            rest = iter(folded)
+            rest = iter([folded[place] for place in order])
 
             def take(array: Array) -> Array:
                 given = next(rest, None)
@@ -167,9 +188,10 @@ def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Call
                     )
                 return given
 
-            walk = _Folding(program, take, FoldReport(), dict(manners))
+            walk = _Folding(program, take, FoldReport(), dict(evaluations))
             return walk.run(leaves, jax.tree.leaves(inputs))
 
+        size = len(set(order))
         if len(folded) != size:
             raise ValueError(
                 f"serve: folded holds {len(folded)} arrays, expected {size}. Pass what fold "
@@ -185,12 +207,14 @@ def _server(call: Callable, variables: Any, size: int, manners: Manners) -> Call
 class _Folding:
     """One walk over a program, which `take`s every array that is known before the call.
 
-    The first walk writes down in which manner it met what is known; later ones, over other shapes,
+    The first walk writes down how it evaluated what is known; later ones, over other shapes,
     follow it, and so take the same arrays.
     """
 
-    def __init__(self, program: Program, take: Callable, report: FoldReport, manners: Manners):
-        self.program, self.report, self.manners = program, report, manners
+    def __init__(
+        self, program: Program, take: Callable, report: FoldReport, evaluations: Evaluations
+    ):
+        self.program, self.report, self.evaluations = program, report, evaluations
         self.uses = program.uses()
         self.met: Counter[tuple[str, str]] = Counter()
         self.known: dict[int, Any] = {}
@@ -201,8 +225,8 @@ class _Folding:
     def run(self, variables: Sequence[Any], inputs: Sequence[Any]) -> list[Array]:
         """The leaves of the result."""
         constants = self.program.constants.items()
-        known = [Known(value, value.shape, stored=True) for value in variables]
-        self.known = {slot: Known(value, jnp.shape(value)) for slot, value in constants}
+        known = [Constant(value, value.shape, stored=True) for value in variables]
+        self.known = {slot: Constant(value, jnp.shape(value)) for slot, value in constants}
         self.known |= dict(zip(self.program.inputs, (*known, *inputs), strict=True))
         for equation in self.program.equations:
             results = self.step(equation, [self.read(slot) for slot in equation.inputs])
@@ -211,7 +235,9 @@ class _Folding:
         return [self.live(self.read(slot)) for slot in self.program.outputs]
 
     def read(self, slot: Any) -> Any:
-        return self.known[slot] if isinstance(slot, int) else Known(slot.val, jnp.shape(slot.val))
+        return (
+            self.known[slot] if isinstance(slot, int) else Constant(slot.val, jnp.shape(slot.val))
+        )
 
     def take(self, array: Array) -> Array:
         """Each array once. It is held beside its number, which would otherwise be given anew."""
@@ -221,12 +247,13 @@ class _Folding:
 
     def live(self, value: Any) -> Array:
         """A value as an array, whatever was still pending."""
-        if isinstance(value, Known):
+        if isinstance(value, Constant):
             return whole(value, self.take)
-        if isinstance(value, Pending):
+        if isinstance(value, DeferredAffine):
             if value.layer.reason is None:
                 self.report.folded.extend((value.layer.where, norm) for norm in value.norms)
-            elif value.deviation:
+                self.report.scales.extend((value.layer.where, scale) for scale in value.scales)
+            else:
                 self.report.alone.extend((norm, value.layer.reason) for norm in value.norms)
             return value.emit(self.take)
         return value
@@ -234,7 +261,7 @@ class _Folding:
     def settled(self, equation: Equation, slot: int, value: Any) -> Any:
         """A result; computed where it is, if more than one equation reads it."""
         self.reasons[slot] = f"{equation.name} stands between it and any layer"
-        if isinstance(value, Pending) and self.uses[slot] > 1:
+        if isinstance(value, DeferredAffine) and self.uses[slot] > 1:
             self.reasons[slot] = (
                 f"the output of {value.layer.where or 'its layer'} is used {self.uses[slot]} times"
             )
@@ -243,9 +270,9 @@ class _Folding:
 
     def step(self, equation: Equation, values: list[Any]) -> Sequence[Any]:
         """The results of one equation."""
-        known = [isinstance(value, Known) for value in values]
+        known = [isinstance(value, Constant) for value in values]
         if all(known):
-            beforehand = self.manner(equation, manner(equation, values)) != "serving"
+            beforehand = self.evaluation(equation, evaluation(equation, values)) != "serving"
             return (
                 evaluate(equation, values) if beforehand else equation.bind(*map(self.live, values))
             )
@@ -254,18 +281,18 @@ class _Folding:
             pending = self.layer(equation, values, known.index(True))
         elif equation.name in AFFINE:
             pending = self.affine(equation, values, known)
-        elif isinstance(values[0], Pending) and len(values) == 1:
+        elif isinstance(values[0], DeferredAffine) and len(values) == 1:
             pending = self.moved(equation, values[0])
         if pending is not None:
             return [pending]
         self.look_inside(equation, values)
         return equation.bind(*map(self.live, values))
 
-    def manner(self, equation: Equation, found: str) -> str:
+    def evaluation(self, equation: Equation, found: str) -> str:
         """That of the first walk."""
         place = (equation.where, equation.name)
         self.met[place] += 1
-        first = self.manners.setdefault((*place, self.met[place]), found)
+        first = self.evaluations.setdefault((*place, self.met[place]), found)
         if found == "serving" != first:
             raise ValueError(
                 f"serve: {equation.name} in {equation.where} was computed beforehand, "
@@ -273,20 +300,22 @@ class _Folding:
             )
         return first
 
-    def layer(self, equation: Equation, values: list[Any], position: int) -> Pending | None:
+    def layer(self, equation: Equation, values: list[Any], position: int) -> DeferredAffine | None:
         """A convolution or product of an input with a kernel."""
         kernel, out = values[position], equation.avals[0]
         is_kernel = position == 1 or equation.name == "dot_general"
         if not (is_kernel and kernel.stored and _is_inexact(out)):
             return None
-        if self.manner(equation, "whole" if kernel.whole else "serving") == "serving":
+        if self.evaluation(equation, "whole" if kernel.whole else "serving") == "serving":
             return None
         features = features_of(equation, position, len(kernel.shape))
         x = self.live(values[1 - position])
         layer = Layer(equation, x, (kernel.array, position), features, equation.where, None)
-        return Pending(layer, tuple(range(len(features))), out.shape, out.dtype)
+        return DeferredAffine.start(layer, out.shape, out.dtype)
 
-    def affine(self, equation: Equation, values: list[Any], known: list[bool]) -> Pending | None:
+    def affine(
+        self, equation: Equation, values: list[Any], known: list[bool]
+    ) -> DeferredAffine | None:
         """A known scale or shift of a value."""
         position = known.index(False)
         value, operand = values[position], values[1 - position] if len(values) > 1 else None
@@ -294,19 +323,22 @@ class _Folding:
             return None
         if value.shape != equation.avals[0].shape:
             return None  # a scalar that scales something known
-        if isinstance(value, Pending) and (operand is None or value.admits(operand)):
-            return value.affine(equation, operand, reverse=position == 1)
+        reason = self.reasons[equation.inputs[position]]  # type: ignore[index]  # no literal
+        if isinstance(value, DeferredAffine):
+            complete = value.complete and equation.name in ("mul", "div")
+            if not complete and (operand is None or value.admits(operand)):
+                return value.affine(equation, operand, reverse=position == 1)
+            reason = value.layer.reason or (
+                f"it differs along more than the features of {value.layer.where}"
+            )
         if operand is None or not operand.stored or not _is_inexact(equation.avals[0]):
             return None
-        reason = self.reasons[equation.inputs[position]]  # type: ignore[index]  # no literal
-        if isinstance(value, Pending):
-            reason = f"it differs along more than the features of {value.layer.where}"
         x = self.live(value)
-        axes = tuple(range(x.ndim))
-        start = Pending(Layer(None, x, None, axes, "", reason), axes, x.shape, x.dtype)
+        layer = Layer(None, x, None, tuple(range(x.ndim)), "", reason)
+        start = DeferredAffine.start(layer, x.shape, x.dtype)
         return start.affine(equation, operand, reverse=position == 1)
 
-    def moved(self, equation: Equation, value: Pending) -> Pending | None:
+    def moved(self, equation: Equation, value: DeferredAffine) -> DeferredAffine | None:
         """A value in another layout or precision."""
         out = equation.avals[0]
         if equation.name in CASTS:
@@ -316,8 +348,8 @@ class _Folding:
 
     def look_inside(self, equation: Equation, values: list[Any]) -> None:
         """Reports norms that a loop or a branch hides."""
-        stored = any(isinstance(value, Known) and value.stored for value in values)
-        if equation.name in LOOPS and stored and "rsqrt" in str(equation.params):
+        stored = any(isinstance(value, Constant) and value.stored for value in values)
+        if equation.name in LOOPS and stored and "sqrt" in str(equation.params):
             self.report.alone.append((equation.where, f"a {equation.name} is not looked into"))
 
 

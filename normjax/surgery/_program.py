@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 
 # Calls that are no more than their body once nothing is differentiated or compiled apart.
@@ -74,6 +75,52 @@ class Program(NamedTuple):
             results = equation.bind(*map(read, equation.inputs))
             known.update(zip(equation.outputs, results, strict=True))
         return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
+
+    def distinct(self) -> tuple[Program, tuple[int, ...]]:
+        """The same with every result once, and for each of its results the place of it.
+
+        Equal operations on equal operands have one result.
+        """
+        slots: dict[int, int] = {}
+        met: dict[Any, tuple[int, ...]] = {}
+        equations = []
+        for equation in self.equations:
+            given = tuple(slots.get(s, s) if isinstance(s, int) else s for s in equation.inputs)
+            equation = equation._replace(inputs=given)
+            key = _key(equation)
+            if (first := met.get(key) if key is not None else None) is not None:
+                slots.update(zip(equation.outputs, first, strict=True))
+                continue
+            equations.append(equation)
+            if key is not None:
+                met[key] = equation.outputs
+        results = [slots.get(s, s) if isinstance(s, int) else s for s in self.outputs]
+        places: dict[Any, int] = {}
+        order = tuple(places.setdefault(_operand(slot), len(places)) for slot in results)
+        outputs = tuple(results[order.index(place)] for place in range(len(places)))
+        tree = jax.tree.structure([0] * len(outputs))
+        return self._replace(equations=tuple(equations), outputs=outputs, out_tree=tree), order
+
+
+def _key(equation: Equation) -> Any:
+    """Equal for equations of equal results; None where that cannot be told."""
+    if equation.lasting:
+        return None
+    operands = tuple(map(_operand, equation.inputs))
+    key = equation.primitive, tuple(sorted(equation.params.items())), operands
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _operand(slot: Slot) -> Any:
+    """A slot, or what a literal says, as a key."""
+    if isinstance(slot, int):
+        return slot
+    value = np.asarray(slot.val)
+    return str(slot.aval), value.tobytes()
 
 
 def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
