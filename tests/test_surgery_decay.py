@@ -93,7 +93,51 @@ TORCH = {
     "normed2.parametrizations.weight.original0": (shape(4, 1), True),
     "layer_scale.gamma": (shape(4), False),
     "logit_scale": (shape(), False),
+    # Attention biases, positions and tokens of torch models, and kernels with such words.
+    "levit.attention_biases": (shape(8, 49), False),
+    "conformer.pos_bias_u": (shape(4, 16), False),
+    "t5.relative_attention_bias.weight": (shape(32, 8), False),
+    "mvit.rel_pos_w": (shape(111, 96), False),
+    "tnt.patch_pos": (shape(1, 197, 64), False),
+    "tnt.pixel_pos": (shape(1, 40, 4, 4), False),
+    "halo.pos_embed.height_rel": (shape(31, 64), False),
+    "clip.positional_embedding": (shape(77, 8), False),
+    "clip.class_embedding": (shape(8), False),
+    "gpt2.wpe.weight": (shape(64, 8), False),
+    "gpt2.wte.weight": (shape(90, 8), True),
+    "bart.embed_positions.weight": (shape(64, 8), False),
+    "bart.embed_tokens.weight": (shape(90, 8), True),
+    "dino.mask_token": (shape(1, 8), False),
+    "dino.register_tokens": (shape(1, 4, 8), False),
+    "timm.reg_token": (shape(1, 4, 8), False),
+    "convit.pos_proj.weight": (shape(16, 3), True),
+    "xl.pos_emb.weight": (shape(16, 3), True),
+    "xl.pos_emb.bias": (shape(16), False),
+    "xcit.pos_embed.token_projection.weight": (shape(8, 64, 1, 1), True),
+    "fastvit.pos_emb.pos_enc.weight": (shape(8, 1, 7, 7), True),
+    "resmlp.linear_tokens.weight": (shape(7, 7), True),
 }
+
+
+FLAX = {
+    "wpe/embedding": (shape(64, 8), False),
+    "wte/embedding": (shape(90, 8), True),
+    "decoder/embed_positions/embedding": (shape(64, 8), False),
+    "shared/embedding": (shape(90, 8), True),
+    "SelfAttention/relative_attention_bias/embedding": (shape(32, 8), False),
+    "PositionEmbs_0/Embed_0/embedding": (shape(64, 8), False),
+    "embeddings/token_type_embeddings/embedding": (shape(2, 8), True),
+    "vision_model/embeddings/class_embedding": (shape(8), False),
+    "class_embedding/embedding": (shape(9, 8), True),
+    "posembed_input/pos_embedding": (shape(1, 64, 8), False),
+    "embeddings/mask_token": (shape(1, 8), False),
+    "pos_conv_embed/conv/kernel": (shape(5, 4, 8), True),
+    "final_logits_bias": (shape(1, 90), False),
+}
+
+
+def test_decay_mask_guarantee_positions_and_tokens_no():
+    assert by_name({k: v for k, (v, _) in FLAX.items()}) == {k: v for k, (_, v) in FLAX.items()}
 
 
 def nested(flat, separator):

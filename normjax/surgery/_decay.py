@@ -9,30 +9,38 @@ import jax
 import jax.numpy as jnp
 
 # The words of Flax, Haiku, Keras and PyTorch; a letter counts only as the whole name.
-KERNELS = {"kernel", "embedding", "embeddings"}
+KERNELS = {"kernel"}
+TABLES = {"embedding", "embeddings"}
 SCALES = {"scale", "gamma", "gain", "alpha", "slope", "temperature"}
-SHIFTS = {"bias", "beta", "offset", "shift", "threshold", "tau"}
+SHIFTS = {"bias", "biases", "beta", "offset", "shift", "threshold", "tau"}
 BIASES = ("bias", "b", "beta", "offset")
 STATISTICS = {"batch_stats", "running_mean", "running_var", "moving_mean", "moving_variance"}
-# A position or a class token is added to the input, as a bias is.
-ADDED = re.compile(r"pos(ition|itional)?_?(emb|enc)|(cls|class)_?token")
+# Positions are added to the input, tokens stand beside it: neither multiplies it.
+POSITION = re.compile(r"pos(emb\w*|enc\w*|itions?|itional)?|wpe")
+TOKENS = {"token", "tokens", "register", "registers"}
+# What `pos` and `token` describe in the name of a layer: `pos_proj` is a matrix.
+PRODUCTS = {"kernel", "weight", "weights", "proj", "projection", "linear", "dense", "conv", "mlp"}
 
 
 def decay_mask(params: Any) -> Any:
     """A tree of booleans: True where weight decay belongs, for `optax.adamw(mask=...)`.
 
-        True for what multiplies an input (kernels, embeddings), False for what is added to one
-        (biases, shifts, positions) and for the scales of norms
+        True for what multiplies an input (kernels) or is looked up as one (embeddings), False for
+        what is added to it or stands beside it (biases, positions, class, register and mask
+        tokens) and for the scales of norms
 
     The first rule that fits decides. Names are read in the words of Flax, Haiku, Keras and
-    PyTorch, at the end of the path; `_` and digits part words, as in `in_proj_bias`.
+    PyTorch, at the end of the path; `_`, digits and capitals part words, as in `in_proj_bias`.
 
     1. The scale of a normalized weight, `kernel/scale` of WeightNorm or `weight_g`: yes, since it
        is the length of the kernel, and decay of its direction changes nothing. The `gain` of a
        standardized weight: no (Brock et al. 2021).
     2. Integers, booleans, scalars and running statistics: no.
-    3. Named as a bias, a scale, a position or a class token: no, whatever its rank.
-    4. Named as a kernel or an embedding: yes, whatever its rank.
+    3. Named as a bias, a scale, a position or a token: no, whatever its rank. The table of an
+       embedding has the name of its layer: `wpe/embedding`, `embed_positions.weight` and
+       `relative_attention_bias/embedding` are positions and a bias, `embed_tokens/embedding` is an
+       embedding. Kernels of such layers, as `pos_proj.weight`, are kernels.
+    4. Named as a kernel: yes, whatever its rank; named as an embedding and no vector: yes.
     5. Of the shape of its module's bias, as the weight of a norm over several axes: no.
     6. Else a matrix, or whatever has two axes longer than 1: yes; a vector: no.
 
@@ -47,6 +55,7 @@ def decay_mask(params: Any) -> Any:
     Guarantees:
         kernels yes: of Dense, Conv, attention, embeddings, LoRA, recurrent cells.
         norms and biases no: of every module of Flax and of this library.
+        positions and tokens no: by their usual names, as tables, parameters or vectors.
         any tree: nested and flat names give the same mask.
 
     Edge cases:
@@ -88,10 +97,10 @@ def _decays(path: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]
         return True
     if not shape or STATISTICS.intersection(path):
         return False
-    words = {name} | set(re.split(r"[_\d]+", name))
-    if words & (SCALES | SHIFTS) or name == "b" or _is_added(name, parents):
+    words = _words(name)
+    if words & (SCALES | SHIFTS) or name == "b" or _is_added(path, shapes):
         return False
-    if words & KERNELS or name == "w":
+    if words & KERNELS or name == "w" or (words & TABLES and len(shape) > 1):
         return True
     if shape in [shapes.get((*parents, bias)) for bias in BIASES]:
         return False
@@ -108,9 +117,31 @@ def _is_length(name: str, parents: tuple[str, ...]) -> bool:
     return of_kernel or parametrized or name == "weight_g"
 
 
-def _is_added(name: str, parents: tuple[str, ...]) -> bool:
-    table = name in {"embedding", "embeddings", "weight"} and parents
-    return bool(ADDED.search(parents[-1] if table else name) or ADDED.search(name))
+def _is_added(path: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]) -> bool:
+    """A position, a token, or the table of a bias or of positions."""
+    name, parents = path[-1] if path else "", path[:-1]
+    words = _words(name)
+    # What Flax calls an embedding that was given no name says nothing of it.
+    layer = _words(next((p for p in parents[::-1] if not re.fullmatch(r"Embed_\d+", p)), ""))
+    in_embedding = any(word.startswith(("emb", "enc")) for word in layer)
+    if name in TABLES:
+        return bool(layer & SHIFTS) or _is_position(layer)
+    if name == "weight":
+        # Of PyTorch: a table and no matrix where it is one by name, and without a bias beside it.
+        is_table = len(shapes[path]) == 2 and (*parents, "bias") not in shapes
+        named = (in_embedding and _is_position(layer)) or _is_position(layer - {"pos"})
+        return is_table and (bool(layer & SHIFTS) or named)
+    is_added = bool(words & TOKENS) or _is_position(words)
+    return not words & PRODUCTS and (is_added or (in_embedding and _is_position(layer)))
+
+
+def _is_position(words: set[str]) -> bool:
+    return not words & PRODUCTS and any(POSITION.fullmatch(word) for word in words)
+
+
+def _words(name: str) -> set[str]:
+    """Of a name with `_`, digits or capitals between them, as in `in_proj_bias` or `PosEmbed_0`."""
+    return {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
