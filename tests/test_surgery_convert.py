@@ -144,3 +144,50 @@ def test_convert_words_what_is_wrong():
         surgery.convert(numbered("BatchNorm_0", "BatchRenorm_0"), num_groups=2)
     with pytest.raises(ValueError, match="at='c' matches no batch norm"):
         surgery.convert(numbered("a"), at="c")
+
+
+def of_channels(**channels):
+    return {
+        "batch_stats": {
+            name: {"mean": jnp.zeros(n), "var": jnp.ones(n)} for name, n in channels.items()
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(1, 1), (7, 1), (8, 4), (16, 8), (32, 32), (35, 7), (48, 24), (50, 25), (64, 32), (252, 28)],
+)
+def test_convert_edge_channels_that_32_does_not_divide(channels, groups, rng):
+    """DenseNet and DABNet have such channels; the model is given the number of the warning."""
+    mean, var = rng.normal(0, 3, channels), rng.uniform(0.5, 4, channels)
+    variables = {"batch_stats": {"bn": {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}}}
+    if groups == 32:
+        new = surgery.convert(variables)
+    else:
+        with pytest.warns(UserWarning, match=rf"the groups are {groups} for 'bn'"):
+            new = surgery.convert(variables)
+    group = mean.reshape(groups, -1)
+    spread = group.var(1) + var.reshape(groups, -1).mean(1)
+    repeated = (np.repeat(v, channels // groups) for v in (group.mean(1), np.sqrt(spread)))
+    center, deviation = repeated
+    s = np.sqrt(var + 1e-5)
+    # Rounding of the moments, their differences up to ten deviations, and the product.
+    atol = 100 * EPS
+    np.testing.assert_allclose(new["params"]["bn"]["bias"], (center - mean) / s, atol=atol)
+    np.testing.assert_allclose(new["params"]["bn"]["scale"], deviation / s, rtol=1e-5, atol=atol)
+
+
+def test_a_number_of_groups_that_does_not_fit_names_all_layers():
+    variables = of_channels(a=50, b=64, c=35, d=50)
+    with pytest.raises(ValueError, match="does not divide") as error:
+        surgery.convert(variables, num_groups=32)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert "at 'c': Number of groups (32) does not divide the number of channels (35)" in lines[0]
+    assert "at 'a', 'd': Number of groups (32) does not divide" in lines[1]
+    assert "A group_size out of [1] divides" in lines[2]
+    with pytest.raises(ValueError, match=r"group_size out of \[1, 5\] divides"):
+        surgery.convert(variables, num_groups=32, at=["a", "c"])
+    with pytest.raises(ValueError, match=r"at 'c': .* \(35\) is not multiple of the group size"):
+        surgery.convert(variables, num_groups=None, group_size=2)

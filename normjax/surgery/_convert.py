@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
+from math import gcd
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,12 +21,14 @@ from normjax.surgery._paths import At, Path, at_path, like, norms, written
 CALLED = "normjax.surgery.convert"
 # What Flax calls layers that were given no name: their class and a number.
 AUTOMATIC = re.compile(r"(BatchNorm|BatchRenorm)_(\d+)")
+# The number of groups of Wu and He, and the default of Flax.
+USUAL = 32
 
 
 def convert(
     variables: Mapping[str, Any],
     *,
-    num_groups: int | None = 32,
+    num_groups: int | None = None,
     group_size: int | None = None,
     at: At = None,
     epsilon: float = 1e-5,
@@ -39,7 +43,11 @@ def convert(
 
     Args:
         variables: all of the model with batch norm.
-        num_groups, group_size: as in `group_norm`, one of them; the other is None.
+        num_groups, group_size: as in `group_norm`, one of them for all layers. Without either each
+            layer has 32 groups, or where 32 does not divide its channels the number nearest to 32
+            that leaves two channels or more in a group (the smaller of two such numbers, 1 for a
+            prime number of channels): 16 channels have 8 groups, 35 have 7, 50 have 25. A warning
+            names such layers, since the GroupNorm in the code of the model needs the same number.
         at: patterns over the paths of the layers, all if None.
         epsilon: of the batch norms.
 
@@ -55,14 +63,16 @@ def convert(
     Edge cases:
         ===================================  ==================================================
         no scale, no bias                    taken as 1 and 0; the group norm has both
+        channels that 32 does not divide     the nearest number of groups, and a warning
         none of the batch norms is left      there is no collection batch_stats any more
         the others are renumbered            as Flax will count them
         ===================================  ==================================================
 
     Raises:
         TypeError: `variables` is no dictionary.
-        ValueError: groups that do not divide the channels; no statistics; a pattern that matches
-            none; automatic names whose order among others cannot be known.
+        ValueError: a given number or size that does not divide the channels (with all layers
+            concerned); no statistics; a pattern that matches none; automatic names whose order
+            among others cannot be known.
 
     References:
         Wu, He (2018), Group Normalization, arXiv:1803.08494.
@@ -77,6 +87,7 @@ def convert(
         (2, 4)
     """
     chosen = norms(CALLED, variables, at)
+    groups = _groups(chosen, num_groups, group_size)
     names = _names(chosen, norms(CALLED, variables), variables.get("params", {}))
     moved = {
         kind: _moved(tree, names, () if kind == "params" else chosen)
@@ -85,7 +96,7 @@ def convert(
     params = moved.get("params", {})
     for path, node in chosen.items():
         affine = meta.unbox(at_path(variables.get("params", {}), path))
-        new = _affine(path, node, affine, num_groups, group_size, epsilon)
+        new = _affine(node, affine, groups[path], epsilon)
         params |= {(*names[path], name): value for name, value in new.items()}
     trees = {kind: unflatten_dict(tree) for kind, tree in {**moved, "params": params}.items()}
     if not trees["batch_stats"]:
@@ -93,19 +104,62 @@ def convert(
     return like(variables, trees)
 
 
+def _groups(
+    chosen: Mapping[Path, Mapping[str, Any]], num_groups: int | None, group_size: int | None
+) -> dict[Path, int]:
+    """The number of groups of each layer."""
+    channels = {path: np.shape(node["mean"])[-1] for path, node in chosen.items()}
+    layers = {
+        n: ", ".join(f"'{written(path)}'" for path in channels if channels[path] == n)
+        for n in sorted(set(channels.values()))
+    }
+    if num_groups is None and group_size is None:
+        usual = {n: _nearest(n) for n in layers}
+        others = [f"{usual[n]} for {layers[n]}" for n in layers if usual[n] != USUAL]
+        if others:
+            warnings.warn(
+                f"{CALLED}: the groups are {'; '.join(others)}, since {USUAL} does not divide "
+                "their channels. Give the GroupNorm of these layers the same num_groups, or pass "
+                "num_groups= or group_size= that fits all layers.",
+                stacklevel=3,
+            )
+        return {path: usual[n] for path, n in channels.items()}
+    numbers, misfits = {}, []
+    for n, paths in layers.items():
+        try:
+            called = f"{CALLED} at {paths}"
+            numbers[n] = _checks.number_of_groups(called, num_groups, group_size, n)
+        except ValueError as error:
+            misfits.append(str(error))
+    if misfits:
+        common = gcd(*layers)
+        sizes = [n for n in range(1, common + 1) if common % n == 0]
+        raise ValueError(
+            "\n".join(misfits)
+            + f"\nA group_size out of {sizes} divides the channels of all layers "
+            "chosen. Or pass neither, for the number of groups nearest to 32 in each layer."
+        )
+    return {path: numbers[n] for path, n in channels.items()}
+
+
+def _nearest(channels: int) -> int:
+    """The usual number of groups, or else the nearest one with groups of two channels or more.
+
+    Groups of one channel are instance norm, and after a dense layer the bias alone.
+    """
+    if channels % USUAL == 0:
+        return USUAL
+    numbers = [n for n in range(1, channels // 2 + 1) if channels % n == 0] or [1]
+    return min(numbers, key=lambda n: (abs(n - USUAL), n))
+
+
 def _affine(
-    path: Path,
-    node: Mapping[str, Any],
-    affine: Mapping[str, Any],
-    num_groups: int | None,
-    group_size: int | None,
-    epsilon: float,
+    node: Mapping[str, Any], affine: Mapping[str, Any], groups: int, epsilon: float
 ) -> dict[str, Array]:
+    """The scale and the bias of the group norm."""
     mean, var = (jnp.asarray(node[name]) for name in ("mean", "var"))
     mean, var = mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype))
     *lead, channels = mean.shape
-    called = f"{CALLED} at '{written(path)}'"
-    groups = _checks.number_of_groups(called, num_groups, group_size, channels)
     # The moments of a group are those of its channels merged, all of one count.
     stacked = (jnp.moveaxis(v.reshape(*lead, groups, -1), -1, 0) for v in (mean, var))
     group = collapse(Moments(np.float32(1), *stacked))
