@@ -126,7 +126,7 @@ def test_convert_edge_no_scale_no_bias(rng):
     )
 
 
-def test_layers_of_a_scan_are_converted_each():
+def test_convert_edge_layers_stacked_by_scan_or_vmap():
     stats = {
         "mean": jnp.array([[1.0, 3.0], [0.0, 0.0]]),
         "var": jnp.array([[4.0, 1.0], [1.0, 1.0]]),

@@ -494,7 +494,9 @@ def test_a_call_that_trains_is_an_error():
 
 def test_arrays_of_another_model_are_an_error():
     _, _, serve, arrays, _ = folded(Vgg(nn.BatchNorm))
-    with pytest.raises(ValueError, match=r"folded holds 2 arrays, expected \d+. Pass what fold"):
+    with pytest.raises(
+        ValueError, match=r"folded holds 2 arrays, expected \d+ arrays. Pass what fold"
+    ):
         serve(arrays[:2], X)
     with pytest.raises(ValueError, match=r"folded holds shape .* where the call .* needs"):
         serve(arrays[::-1], X)

@@ -252,3 +252,25 @@ def test_nothing_to_fold_is_an_error():
     model = nn.Sequential([nn.Dense(4), normjax.linen.LayerNorm()])
     with pytest.raises(ValueError, match=r"surgery.fold: no norm found"):
         surgery.fold(model.apply, lively(model, X), X)
+
+
+def test_what_is_no_call_and_what_is_not_folded_are_errors():
+    model = nn.Sequential([nn.Dense(4), norm()])
+    variables = lively(model, X)
+    with pytest.raises(TypeError, match=r"surgery.fold: call is Sequential, .* Pass model.apply"):
+        surgery.fold(model, variables, X)
+    serve, _, _ = surgery.fold(model.apply, variables, X)
+    for given, kind in ((variables, "dict"), (None, "NoneType")):
+        with pytest.raises(ValueError, match=rf"folded is {kind}, expected 2 arrays. Pass what"):
+            serve(given, X)
+
+
+@pytest.mark.usefixtures("lenient")
+def test_places_without_modules_are_named_by_their_operation():
+    variables = {"kernel": np.ones((2, 3, 4), np.float32), "var": np.ones((2, 4), np.float32)}
+
+    def call(v, x):
+        return x @ v["kernel"] / jnp.sqrt(v["var"])
+
+    _, _, report = surgery.fold(jax.vmap(call, (0, None)), variables, X)
+    assert report.folded == [("dot_general", "div")]

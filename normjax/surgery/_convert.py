@@ -63,6 +63,7 @@ def convert(
     Edge cases:
         ===================================  ==================================================
         no scale, no bias                    taken as 1 and 0; the group norm has both
+        layers stacked by scan or vmap       the last axis is the channels, the others are layers
         channels that 32 does not divide     the nearest number of groups, and a warning
         none of the batch norms is left      there is no collection batch_stats any more
         the others are renumbered            as Flax will count them

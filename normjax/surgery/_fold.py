@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -111,6 +112,7 @@ def fold(
         ===================================  ==================================================
 
     Raises:
+        TypeError: `call` is a module and no function.
         ValueError: nothing is found to fold, as in training mode, where statistics come from the
             input; or `serve` meets an input for which the call computes with other shapes of
             variables.
@@ -132,6 +134,12 @@ def fold(
         >>> jax.jit(serve)(folded, x[:1]).shape
         (1, 6, 6, 4)
     """
+    if isinstance(call, nn.Module) or not callable(call):
+        raise TypeError(
+            f"surgery.fold: call is {type(call).__name__}, expected a function of the variables "
+            "and the inputs. Pass model.apply, or lambda variables, x: model.apply(variables, x, "
+            "train=False)."
+        )
     program = trace(call, variables, *inputs)
     leaves = jax.tree.leaves(variables)
     report, evaluations = FoldReport(), Evaluations()
@@ -192,9 +200,11 @@ def _server(
             return walk.run(leaves, jax.tree.leaves(inputs))
 
         size = len(set(order))
-        if len(folded) != size:
+        if not isinstance(folded, (tuple, list)) or len(folded) != size:
+            is_sequence = isinstance(folded, (tuple, list))
+            got = f"holds {len(folded)} arrays" if is_sequence else f"is {type(folded).__name__}"
             raise ValueError(
-                f"serve: folded holds {len(folded)} arrays, expected {size}. Pass what fold "
+                f"serve: folded {got}, expected {size} arrays. Pass what fold "
                 "returned beside serve, not the variables of the model."
             )
         rest = trace(remaining, leaves, folded, inputs)

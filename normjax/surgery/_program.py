@@ -178,9 +178,14 @@ def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
 
 
 def _place(where: str, eqn: Any) -> str:
-    """The module's path, without the functions of this library below it."""
+    """The module's path, without the functions of this library below it.
+
+    Where no module has a name the path of a transformation is empty, too: `vmap()`.
+    """
     parts = (*where.split("/"), *str(eqn.source_info.name_stack).split("/"))
-    return "/".join(part for part in parts if part and not part.startswith("normjax."))
+    return "/".join(
+        part for part in parts if part and not part.startswith("normjax.") and "()" not in part
+    )
 
 
 def _body(eqn: Any) -> ClosedJaxpr | None:
