@@ -36,7 +36,7 @@ class FoldReport:
 
     Attributes:
         folded: pairs (layer, norm): the norm went into the layer's kernel and bias.
-        alone: pairs (norm, reason): it became one multiply-add, or could not be reached.
+        alone: pairs (norm, reason): it became (x - mean) * s + bias, or could not be reached.
         scales: pairs (layer, scale): a scale that divides by no deviation, such as a layer scale,
             went into the layer, too. It counts as no norm.
     """
