@@ -2,8 +2,12 @@
 
 The whole library is one idea carried through: moments are a monoid. Measure the data, merge
 the moments, normalize by them. The Flax modules over these functions live in `normjax.linen`,
-which is imported on its own so that `import normjax` needs no Flax.
+the tools for trained models in `normjax.surgery`; both are imported on first use, so that
+`import normjax` needs no Flax.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from normjax._act import ELU, LeakyReLU, batch_norm_act
 from normjax._batch import batch_norm, batch_renorm
@@ -24,6 +28,20 @@ from normjax._sample import (
 from normjax._stats import BatchStats, move
 from normjax._walks import norm_inputs_saveable
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
+
+if TYPE_CHECKING:
+    from normjax import linen as linen
+    from normjax import surgery as surgery
+else:
+
+    def __getattr__(name: str):
+        if name in ("linen", "surgery"):
+            return import_module(f"normjax.{name}")
+        raise AttributeError(f"module 'normjax' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "linen", "surgery"})
+
 
 __version__ = "0.1.0"
 
