@@ -17,6 +17,7 @@ from normjax._stats import BatchStats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
 
+@_checks.keywords("normjax.batch_norm")
 def batch_norm(
     x: ArrayLike,
     stats: BatchStats | None,
@@ -131,6 +132,7 @@ def batch_norm(
     return y, stats
 
 
+@_checks.keywords("normjax.batch_renorm")
 def batch_renorm(
     x: ArrayLike,
     stats: BatchStats,

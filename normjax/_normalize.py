@@ -20,6 +20,7 @@ from normjax._walks import apart, diagonal, input_of_norm, moments_of_norm, roun
 Activation: TypeAlias = Callable[[Array], Array]
 
 
+@_checks.keywords("normjax.normalize")
 def normalize(
     x: ArrayLike,
     mean: ArrayLike | None,

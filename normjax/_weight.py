@@ -28,6 +28,7 @@ class SpectralStats(NamedTuple):
     sigma: Array
 
 
+@_checks.keywords("normjax.weight_norm")
 def weight_norm(
     w: ArrayLike,
     scale: ArrayLike | None = None,
@@ -75,6 +76,7 @@ def weight_norm(
         return normalize(w, 0.0, m2, scale, epsilon=epsilon)
 
 
+@_checks.keywords("normjax.standardize_weight")
 def standardize_weight(
     w: ArrayLike,
     gain: ArrayLike | None = None,
@@ -129,6 +131,7 @@ def standardize_weight(
         return normalize(w, mean, spread, gain, epsilon=epsilon)
 
 
+@_checks.keywords("normjax.spectral_norm")
 def spectral_norm(
     w: ArrayLike,
     stats: SpectralStats,
@@ -156,13 +159,18 @@ def spectral_norm(
         from it, as in Flax.
 
     Guarantees:
-        converges: sigma tends to the largest singular value as steps add up.
+        converges: sigma tends to the largest singular value as steps add up, from any u but 0.
         no gradient: none flows through u and v, but through sigma.
 
     Edge cases:
         ===================================  ==================================================
-        zeros                                w and u as they are
+        zeros                                w as it is; u = 0 from then on, see below
+        u = 0                                w as it is, u and sigma are 0
         ===================================  ==================================================
+
+    A weight that starts at zero, as the biases of attention do, is thus left alone for good, as in
+    Flax: to divide it by its sigma would take it from 0 to length 1 in one step of training. To
+    have such a weight normalized, draw a new u when it is no longer zero.
 
     Raises:
         TypeError: `w` of integers, a traced `train`.
@@ -204,11 +212,12 @@ def spectral_norm(
 
 
 def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
-    """A vector by its length, whatever its size; a zero would end the iteration for ever."""
+    """A vector by its length, whatever its size; zeros stay, `otherwise` stands in for NaN."""
     largest = jnp.max(jnp.abs(vector))
     found = largest > 0
     scaled = vector / jnp.where(found, largest, jnp.ones((), vector.dtype))
-    return jnp.where(found, weight_norm(scaled, feature_axis=None, epsilon=epsilon), otherwise)
+    unit = jnp.where(found, weight_norm(scaled, feature_axis=None, epsilon=epsilon), vector)
+    return jnp.where(jnp.isnan(largest), otherwise, unit)
 
 
 def _measure(w: Array, reduced: tuple[int, ...], *, centered: bool = True) -> Moments:

@@ -11,6 +11,7 @@ from normjax._checks.arrays import (
     entries,
     feature_vector,
     features,
+    group_axes,
     inexact,
     mask,
     matrix,
@@ -21,6 +22,7 @@ from normjax._checks.arrays import (
     window,
 )
 from normjax._checks.devices import axis_size, grouped, groups
+from normjax._checks.keywords import keywords
 from normjax._checks.options import (
     activation,
     batch_stats,
@@ -57,9 +59,11 @@ __all__ = [
     "epsilon",
     "feature_vector",
     "features",
+    "group_axes",
     "grouped",
     "groups",
     "inexact",
+    "keywords",
     "mask",
     "matrix",
     "mode",

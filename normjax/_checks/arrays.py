@@ -55,7 +55,7 @@ def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dty
 def axes(
     called: str, name: str, given: int | Iterable[int], shape: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """Axes as sorted, non-negative, distinct integers, at least one."""
+    """Axes as sorted, non-negative, distinct integers; none is a choice too, as in Flax."""
     rank = len(shape)
     try:
         wanted = tuple(map(index, given if isinstance(given, Iterable) else (given,)))
@@ -63,8 +63,6 @@ def axes(
         raise TypeError(
             f"{called}: {name}={given!r}, expected an integer or a sequence of integers."
         ) from None
-    if not wanted:
-        raise ValueError(f"{called}: {name}={given!r} names no axis, expected at least one.")
     for axis in wanted:
         if not -rank <= axis < rank:
             raise ValueError(
@@ -91,21 +89,15 @@ def reduced_axes(
     *,
     batch: bool = False,
 ) -> tuple[int, ...]:
-    """The axes that are not features, and not the first if that is a batch; at least one."""
+    """The axes that are not features, and not the first if that is a batch."""
     features = axes(called, name, given, shape)
     if batch and 0 in features:
         raise ValueError(
-            f"{called}: {name}={given!r} of x with shape {shape} cannot include the leading "
-            "dimension, expected another, since axis 0 is the batch axis. Move the batch there."
+            f"{called}: The channel axes cannot include the leading dimension as this is assumed "
+            f"to be the batch axis. Got {name}={given!r} for x with shape {shape}, expected axes "
+            "other than 0. Move the batch there."
         )
-    reduced = tuple(a for a in range(int(batch), len(shape)) if a not in features)
-    if not reduced:
-        raise ValueError(
-            f"{called}: x with shape {shape} has no axis beside {name}={given!r}"
-            f"{' and the batch axis 0' if batch else ''}, expected one to take statistics over. "
-            f"Pass x with {'an axis of positions' if batch else 'a leading batch axis'}."
-        )
-    return reduced
+    return tuple(a for a in range(int(batch), len(shape)) if a not in features)
 
 
 def feature_vector(
@@ -146,7 +138,7 @@ def affine(
         return None
     array = inexact(called, name, value, real=real)
     expected = tuple(shape[a] for a in kept)
-    if 0 not in kept and array.shape == (shape[0], *expected):
+    if 0 not in kept and array.shape == (*shape[:1], *expected):
         kept = (0, *kept)
     else:
         feature_vector(called, name, array, expected, feature_axis, shape, real=real)
@@ -162,24 +154,42 @@ def something(called: str, shape: tuple[int, ...], reduced: tuple[int, ...]) -> 
         )
 
 
+def group_axes(
+    called: str, given: int | Iterable[int] | None, feature_axis: int, shape: tuple[int, ...]
+) -> None:
+    """Flax lists the feature axis among those that are reduced; a list without it is a mistake."""
+    if given is None:
+        return
+    (feature,) = axes(called, "feature_axis", (feature_axis,), shape)
+    if feature not in axes(called, "reduction_axes", given, shape):
+        which = "final dimension" if feature == len(shape) - 1 else f"axis {feature}"
+        raise ValueError(
+            f"{called}: The reduction axes must include the {which} as this is assumed to be the "
+            f"feature axis. Got reduction_axes={given!r} and feature_axis={feature_axis} for x of "
+            f"shape {shape}, expected {feature} among the first. Add it."
+        )
+
+
 def number_of_groups(
     called: str, num_groups: int | None, group_size: int | None, features: int
 ) -> int:
     """Exactly one of both is given, and divides the features."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
-            f"{called}: num_groups={num_groups} and group_size={group_size}. Either `num_groups` "
-            "or `group_size` should be specified, not both. Pass None for the other."
+            f"{called}: Either `num_groups` or `group_size` should be specified. If `group_size` "
+            "is to be specified, pass `num_groups=None` as argument to override the default "
+            f"`num_groups` value of 32. Got num_groups={num_groups} and group_size={group_size}, "
+            "expected one of them (only the modules have a default). Pass None for the other."
         )
     name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     divisors = [n for n in range(1, features + 1) if features % n == 0]
     if given not in divisors:
         kind = (
-            f"Number of groups ({given}) does not divide the number of channels ({features})"
+            f"Number of groups ({given}) does not divide the number of channels ({features})."
             if group_size is None
-            else f"Number of channels ({features}) is not multiple of the group size ({given})"
+            else f"Number of channels ({features}) is not multiple of the group size ({given})."
         )
-        raise ValueError(f"{called}: {kind}, expected {name} to be one of {divisors}.")
+        raise ValueError(f"{called}: {kind} Expected {name} to be one of {divisors}.")
     return given if group_size is None else features // given
 
 
@@ -255,7 +265,14 @@ def features(called: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return found.pop() if found else ()
 
 
-def entries(called: str, shape: tuple[int, ...], reduced: tuple[int, ...], shared: int) -> None:
+def entries(
+    called: str,
+    shape: tuple[int, ...],
+    reduced: tuple[int, ...],
+    shared: int,
+    asked: str = "train=True",
+    instead: str = "pass train=False.",
+) -> None:
     """Training needs at least two values for each feature, counted over all devices."""
     local = prod(shape[a] for a in reduced)
     # A symbolic size, as in an export for any batch, is not known to be too small.
@@ -265,8 +282,9 @@ def entries(called: str, shape: tuple[int, ...], reduced: tuple[int, ...], share
     reason = ", since one value normalizes to 0 whatever it is" if local else ""
     raise ValueError(
         f"{called}: x with shape {shape} has {'one' if local else 'no'} value for each feature "
-        f"{where}, expected at least two with train=True{reason}. Use a larger batch, share "
-        "statistics over devices with axis_name, or pass train=False."
+        f"{where}, expected at least two with {asked}{reason}. Use a larger batch"
+        f"{'' if reduced else ', along a leading batch axis'}, share statistics over devices with "
+        f"axis_name, or {instead}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -97,31 +97,58 @@ def switch(called: str, name: str, value: object) -> bool:
     return bool(value)
 
 
+class Mode(NamedTuple):
+    """Whether a module trains, how the caller asked for it, and how to ask for the other mode."""
+
+    train: bool
+    asked: str
+    instead: str
+
+
+_BY_POSITION = (
+    "A mode passed by position is use_running_average, as in Flax, the opposite of train: name it, "
+    "train=... or use_running_average=..."
+)
+
+
 def mode(
     called: str, train: bool | None, built_with: bool | None, use_running_average: bool | None
-) -> bool:
-    """The switch has two names and two places; exactly one is given. Returns `train`."""
-    given = {
+) -> Mode:
+    """The switch has two names and two places; exactly one is given."""
+    name = "use_running_average"
+    places = {
         "train (at call)": train,
-        "use_running_average (at construction)": built_with,
-        "use_running_average (at call)": use_running_average,
+        f"{name} (at construction)": built_with,
+        f"{name} (at call)": use_running_average,
     }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {place: value for place, value in places.items() if value is not None}
     if len(given) > 1:
-        both = " and ".join(f"{name} = {value}" for name, value in given.items())
+        both = " and ".join(f"{place} = {value}" for place, value in given.items())
+        twice = (
+            f'Parameter "{name}" was passed to the constructor and at call time. Should be passed '
+            "just once. "
+            if train is None
+            else ""
+        )
         raise ValueError(
-            f"{called}: got {both}, which are one switch (train = not use_running_average), "
-            "expected it once. Give one of them."
+            f"{called}: {twice}Got {both}, which are one switch (train = not {name}), expected it "
+            f"once. Give one of them. {_BY_POSITION}"
         )
     if not given:
         raise ValueError(
-            f"{called}: no mode was given, neither at construction nor at call time. Pass "
-            "train=True to normalize by the batch and move the running statistics, or train=False "
-            "to normalize by the running statistics."
+            f'{called}: no mode was given. Parameter "{name}" must be passed to the constructor or '
+            "at call time. Pass train=True to normalize by the batch and move the running "
+            f"statistics, or train=False to normalize by the running statistics. {_BY_POSITION}"
         )
-    ((name, value),) = given.items()
-    decided = switch(called, name.split()[0], value)
-    return decided if train is not None else not decided
+    ((place, value),) = given.items()
+    argument = place.split()[0]
+    decided = switch(called, argument, value)
+    asked, instead = f"{argument}={decided}", f"pass {argument}={not decided}."
+    if use_running_average is not None:
+        instead += f" {_BY_POSITION}"
+    if built_with is not None:
+        asked, instead = f"{asked} (at construction)", f"construct it with {instead[5:]}"
+    return Mode(decided if train is not None else not decided, asked, instead)
 
 
 def batch_stats(called: str, given: object, kind: type, expected: str) -> None:
@@ -213,8 +240,8 @@ def virtual_batches(
     """How many virtual batches the examples along axis 0 are cut into."""
     if size is None:
         return None
-    whole = isinstance(size, int) and size > 0 and shape[0] > 0
-    if 0 not in reduced or not whole or shape[0] % size:
+    whole = isinstance(size, int) and size > 0 and 0 in reduced and shape[0] > 0
+    if not whole or shape[0] % size:
         raise ValueError(
             f"{called}: virtual_batch_size={size} for x with shape {shape}, expected a divisor of "
             "the number of examples, which lie along axis 0. Cut or pad the batch to a multiple."

@@ -17,6 +17,7 @@ from normjax._normalize import normalize
 from normjax._sample.core import affine, layer_norm, rms_norm, within
 
 
+@_checks.keywords("normjax.add_layer_norm")
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -56,6 +57,7 @@ def add_layer_norm(
     return layer_norm(total, scale, bias, **options), total
 
 
+@_checks.keywords("normjax.add_rms_norm")
 def add_rms_norm(
     x: ArrayLike, residual: ArrayLike, scale: ArrayLike | None = None, **options: Any
 ) -> tuple[Array, Array]:
@@ -91,6 +93,7 @@ def add_rms_norm(
     return rms_norm(total, scale, **options), total
 
 
+@_checks.keywords("normjax.filter_response_norm")
 def filter_response_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -252,6 +255,7 @@ def local_response_norm(
         return (values * (k + alpha / size * total) ** -beta).astype(x.dtype)
 
 
+@_checks.keywords("normjax.l2_normalize")
 def l2_normalize(
     x: ArrayLike, *, axis: int | Collection[int] = -1, epsilon: ArrayLike = 1e-12
 ) -> Array:

@@ -25,24 +25,26 @@ from normjax.linen._params import affine, as_mask, output_dtype
 class ImmutableBatchStatsError(ModifyScopeVariableError):
     """Training needs somewhere to put the new statistics; the class that Flax raises there."""
 
-    def __init__(self, called: str, path: str):
+    def __init__(self, called: str, path: str, asked: str, instead: str):
         # Flax would append a link to its own documentation of the class.
         Exception.__init__(
             self,
-            f"{called} at '/{path}': train=True moves the running statistics, but "
+            f"{called} at '/{path}': {asked} moves the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "
             "mutable=['batch_stats']), which returns (output, updates), and keep "
             "updates['batch_stats'] for the next step; mutable=['batch_moments'] to keep the "
-            "moments of a micro-batch for a later one; or pass train=False.",
+            f"moments of a micro-batch for a later one; or {instead}",
         )
 
 
+@_checks.keywords("normjax.linen.BatchNorm")
 class BatchNorm(nn.Module):
     """`normjax.batch_norm` as a module; a drop-in for `flax.linen.BatchNorm`.
 
     The same fields in the same order with the same defaults, the same variables
     (`params/{scale,bias}`, `batch_stats/{mean,var}`), so checkpoints load both ways. On top of
-    that it takes `train=True/False` when called, and it accumulates: while `batch_moments` is
+    that it takes `train=True/False` when called (by name: `layer(x, train)` would give Flax's
+    `use_running_average`, the opposite), and it accumulates: while `batch_moments` is
     mutable and `batch_stats` is not, `train=True` merges the moments of its input into
     `batch_moments/moments`; while both are, the running statistics move once by what was kept
     and this batch, and the kept moments start anew.
@@ -109,7 +111,8 @@ class BatchNorm(nn.Module):
 
         Args:
             x: floating or complex array of rank 2 or more.
-            use_running_average: the mode by Flax's name, `not train`.
+            use_running_average: the mode by Flax's name, `not train`. A mode passed by position
+                is this one, as in Flax: write `layer(x, train=train)`, never `layer(x, train)`.
             train: the mode. Exactly one of both names is given, at construction or here.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: of (C,) or (N, C), in place of the parameters, which are then not made.
@@ -127,6 +130,7 @@ class BatchNorm(nn.Module):
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
+@_checks.keywords("normjax.linen.BatchNormAct")
 class BatchNormAct(BatchNorm):
     """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
 
@@ -169,6 +173,7 @@ class BatchNormAct(BatchNorm):
         return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
+@_checks.keywords("normjax.linen.BatchRenorm")
 class BatchRenorm(nn.Module):
     """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
@@ -234,7 +239,8 @@ def _run(
 ) -> Array:
     """Carries the variables of a module into a function of running statistics, and out."""
     called = f"normjax.linen.{type(module).__name__}"
-    train = _checks.mode(called, train, module.use_running_average, use_running_average)
+    mode = _checks.mode(called, train, module.use_running_average, use_running_average)
+    train = mode.train
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "axis", module.axis, x.shape)
     features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
@@ -263,7 +269,11 @@ def _run(
     moves = train and module.is_mutable_collection("batch_stats")
     keeps = train and module.is_mutable_collection("batch_moments")
     if train and not moves and not keeps:
-        raise ImmutableBatchStatsError(called, "/".join(module.path))
+        raise ImmutableBatchStatsError(called, "/".join(module.path), mode.asked, mode.instead)
+    if train:
+        # The function checks it too, but does not know by which name the mode was asked for.
+        shared = 1 if axis_name is None else _checks.axis_size(called, axis_name, groups)
+        _checks.entries(called, x.shape, reduced, shared, mode.asked, mode.instead)
     # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
     keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
     nothing = Moments.make(features)

@@ -16,6 +16,7 @@ from normjax._sample import add_layer_norm, add_rms_norm, dynamic_tanh, filter_r
 from normjax.linen._params import affine, as_mask, feature_shape, output_dtype
 
 
+@_checks.keywords("normjax.linen.AddLayerNorm")
 class AddLayerNorm(nn.Module):
     """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
 
@@ -66,6 +67,7 @@ class AddLayerNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.AddRMSNorm")
 class AddRMSNorm(nn.Module):
     """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
 
@@ -112,6 +114,7 @@ class AddRMSNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.FilterResponseNorm")
 class FilterResponseNorm(nn.Module):
     """`normjax.filter_response_norm` as a module, with its learned threshold.
 
@@ -170,6 +173,7 @@ class FilterResponseNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.DynamicTanh")
 class DynamicTanh(nn.Module):
     """`normjax.dynamic_tanh` as a module, with its learned slope `alpha`.
 

@@ -17,6 +17,7 @@ from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
 from normjax.linen._params import affine, as_mask, device_axis, feature_shape, output_dtype
 
 
+@_checks.keywords("normjax.linen.LayerNorm")
 class LayerNorm(nn.Module):
     """`normjax.layer_norm` as a module; a drop-in for `flax.linen.LayerNorm`.
 
@@ -77,6 +78,7 @@ class LayerNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.RMSNorm")
 class RMSNorm(nn.Module):
     """`normjax.rms_norm` as a module; a drop-in for `flax.linen.RMSNorm`.
 
@@ -133,6 +135,7 @@ class RMSNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.GroupNorm")
 class GroupNorm(nn.Module):
     """`normjax.group_norm` as a module; a drop-in for `flax.linen.GroupNorm`.
 
@@ -181,6 +184,9 @@ class GroupNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
+        _checks.group_axes(
+            "normjax.linen.GroupNorm", self.reduction_axes, self.feature_axis, x.shape
+        )
         features = feature_shape("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
         scale, bias = affine(self, features, scale, bias)
         return group_norm(
@@ -198,6 +204,7 @@ class GroupNorm(nn.Module):
         )
 
 
+@_checks.keywords("normjax.linen.InstanceNorm")
 class InstanceNorm(nn.Module):
     """`normjax.instance_norm` as a module; a drop-in for `flax.linen.InstanceNorm`.
 

@@ -18,6 +18,7 @@ from normjax._weight import SpectralStats, spectral_norm, standardize_weight, we
 from normjax.linen._params import feature_shape, output_dtype
 
 
+@_checks.keywords("normjax.linen.WeightNorm")
 class WeightNorm(nn.Module):
     """`normjax.weight_norm` around a layer; a drop-in for `flax.linen.WeightNorm`.
 
@@ -58,6 +59,7 @@ class WeightNorm(nn.Module):
         return _call(self, transform, args, kwargs)
 
 
+@_checks.keywords("normjax.linen.SpectralNorm")
 class SpectralNorm(nn.Module):
     """`normjax.spectral_norm` around a layer; a drop-in for `flax.linen.SpectralNorm`.
 
@@ -116,6 +118,7 @@ class SpectralNorm(nn.Module):
         return _call(self, transform, args, kwargs, mutable=True)
 
 
+@_checks.keywords("normjax.linen.WeightStandardized")
 class WeightStandardized(nn.Module):
     """`normjax.standardize_weight` around a layer, for example Conv or Dense.
 
