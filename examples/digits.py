@@ -86,6 +86,19 @@ def parse(parser, argv):
     return args
 
 
+def check_writable(parser, path):
+    """Makes the folder of the file, and stops before any work if the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = path.exists()
+        path.open("ab").close()
+        if not known:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        parser.error(f"--out {path.parent}: cannot write {path}: {reason}. Name another folder.")
+
+
 def pick_devices(count):
     """The machine's own devices if there are enough, otherwise simulated ones."""
     # Must be said before JAX starts; it has no effect on accelerators.
@@ -176,7 +189,8 @@ def initial_state(variables, optimizer):
 
 
 def on_each_device(state, devices):
-    return jax.pmap(lambda _: state, devices=devices)(np.arange(len(devices)))
+    # The axis has the name that it has in the step: what lies along another one is a new program.
+    return jax.pmap(lambda _: state, "batch", devices=devices)(np.arange(len(devices)))
 
 
 def decay_mask(params):
@@ -279,6 +293,8 @@ def main(argv=None):
     parser = make_parser(__doc__, epochs=20)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parse(parser, argv)
+    picture = args.out / "digits.png"
+    check_writable(parser, picture)
     devices = pick_devices(args.devices)
     data = load_data(args.seed)
     x_train, x_test, _, y_test = data
@@ -308,8 +324,6 @@ def main(argv=None):
     for size, value in mistakes.items():
         print(f"  batches of {size}: accuracy {value:.4f}")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    picture = args.out / "digits.png"
     draw(picture, history, served["batch_stats"], population_statistics(model, served, x_train))
     print(f"\npicture: {picture}")
 

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from digits import check_writable
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -89,6 +90,8 @@ def parse(argv):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.smoke:
         args.epochs, args.steps = 2, 5
+    args.picture = args.out / "finetune.png"
+    check_writable(parser, args.picture)
     return args
 
 
@@ -242,9 +245,8 @@ def main(argv=None):
         f"{apart:.1e}"
     )
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    draw(args.out / "finetune.png", examples, table)
-    print(f"\npicture: {args.out / 'finetune.png'}")
+    draw(args.picture, examples, table)
+    print(f"\npicture: {args.picture}")
 
     assert apart < 1e-3, "a folded network must answer as before"
     if not args.smoke:

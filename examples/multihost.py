@@ -73,7 +73,7 @@ def check_folder(args):
             "anew, or name the right folder with --checkpoints."
         )
     if not note.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.is_dir() and any(folder.iterdir()):
             sys.exit(
                 f"{folder} holds files that are not from this script. Nothing was overwritten; "
                 "name an empty or new folder with --checkpoints."
@@ -93,13 +93,19 @@ def check_folder(args):
 
 
 def note_settings(args):
-    args.checkpoints.mkdir(parents=True, exist_ok=True)
-    note = args.checkpoints / "settings.json"
-    if not note.exists():
-        # Renamed into place: whoever is killed here leaves no half of a file.
-        part = note.with_suffix(".part")
-        part.write_text(json.dumps({name: getattr(args, name) for name in SETTINGS}))
-        part.replace(note)
+    try:
+        args.checkpoints.mkdir(parents=True, exist_ok=True)
+        note = args.checkpoints / "settings.json"
+        if not note.exists():
+            # Renamed into place: whoever is killed here leaves no half of a file.
+            part = note.with_suffix(".part")
+            part.write_text(json.dumps({name: getattr(args, name) for name in SETTINGS}))
+            part.replace(note)
+    except OSError as error:
+        sys.exit(
+            f"cannot write {error.filename or args.checkpoints}: {error.strerror or error}. Name "
+            "another folder with --checkpoints."
+        )
 
 
 def launch(args, argv):
