@@ -46,7 +46,7 @@ def batch_norm(
     those of `stats`, which is returned as it is.
 
     Args:
-        x: float16, bfloat16, float32, float64 or complex, any rank of at least 2.
+        x: float16, bfloat16, float32, float64 or complex, any rank; of rank 1 it is one example.
         stats: `BatchStats` of the shape of the feature axes. None keeps no running statistics:
             then `train=False` normalizes by the batch as well.
         scale, bias: of the shape of the feature axes; with a leading batch axis before it, one

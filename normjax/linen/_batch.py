@@ -110,7 +110,7 @@ class BatchNorm(nn.Module):
         """Normalizes `x`; with `train=True` by the batch, moving `batch_stats`.
 
         Args:
-            x: floating or complex array of rank 2 or more.
+            x: floating or complex array; of rank 1 it is one example.
             use_running_average: the mode by Flax's name, `not train`. A mode passed by position
                 is this one, as in Flax: write `layer(x, train=train)`, never `layer(x, train)`.
             train: the mode. Exactly one of both names is given, at construction or here.
