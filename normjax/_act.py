@@ -61,6 +61,7 @@ class ELU:
         return jnp.where(y > 0, y, self.alpha * jnp.expm1(below))
 
 
+@_checks.named("normjax.batch_norm_act")
 def batch_norm_act(
     x: ArrayLike,
     stats: BatchStats | None,

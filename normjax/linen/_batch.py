@@ -19,7 +19,7 @@ from normjax._act import LeakyReLU
 from normjax._batch import keeping_batch_norm, keeping_batch_renorm
 from normjax._moments import Moments
 from normjax._stats import BatchStats
-from normjax.linen._params import affine, as_mask, output_dtype
+from normjax.linen._params import MissingStatsError, affine, as_mask, output_dtype
 
 
 class ImmutableBatchStatsError(ModifyScopeVariableError):
@@ -95,6 +95,7 @@ class BatchNorm(nn.Module):
     virtual_batch_size: int | None = None
 
     @nn.compact
+    @_checks.named("normjax.linen.BatchNorm", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -150,6 +151,7 @@ class BatchNormAct(BatchNorm):
     activation: Callable[[Array], Array] = LeakyReLU()
 
     @nn.compact
+    @_checks.named("normjax.linen.BatchNormAct", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -204,6 +206,7 @@ class BatchRenorm(nn.Module):
     d_max: float | Callable[[Array], ArrayLike] = 5.0
 
     @nn.compact
+    @_checks.named("normjax.linen.BatchRenorm", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -234,18 +237,29 @@ def _run(
 ) -> Array:
     """Carries the variables of a module into a function of running statistics, and out."""
     called = f"normjax.linen.{type(module).__name__}"
-    train = _checks.mode(called, train, module.use_running_average, use_running_average)
+    given = train
+    train = _checks.mode(called, given, module.use_running_average, use_running_average)
+    said = f"use_running_average={not train}" if given is None else f"train={train}"
+    if use_running_average is not None:
+        said = f"{said} (the second argument by position; train is given by name)"
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "axis", module.axis, x.shape)
     features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
     mask = as_mask(mask)
 
     scheduled = any(callable(getattr(module, name, None)) for name in ("r_max", "d_max"))
-    counted = module.debias or module.momentum is None or scheduled
+    counted = (
+        _checks.switch(called, "debias", module.debias) or module.momentum is None or scheduled
+    )
     if counted and module.has_variable("batch_stats", "mean"):
         has_count = module.has_variable("batch_stats", "count")
         _checks.stored_count(called, has_count or not train)
         counted = has_count
+
+    for name in ("mean", "var"):
+        known = module.has_variable("batch_stats", name)
+        if not known and not module.is_mutable_collection("batch_stats"):
+            raise MissingStatsError(called, module.path, said, f"batch_stats/{name}")
 
     running = {
         name: module.variable("batch_stats", name, lambda value=value: value)

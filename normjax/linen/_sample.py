@@ -46,6 +46,7 @@ class LayerNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.LayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -104,6 +105,7 @@ class RMSNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.RMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -165,6 +167,7 @@ class GroupNorm(nn.Module):
     feature_axis: int = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.GroupNorm", axis="reduction_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -181,7 +184,8 @@ class GroupNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
-        features = feature_shape("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
+        called = "normjax.linen.GroupNorm"
+        features = (x.shape[_checks.axis(called, "feature_axis", self.feature_axis, x.shape)],)
         scale, bias = affine(self, features, scale, bias)
         return group_norm(
             x,
@@ -226,6 +230,7 @@ class InstanceNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.InstanceNorm", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
