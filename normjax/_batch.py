@@ -181,6 +181,7 @@ def batch_renorm(
         ===================================  ==================================================
         r_max=1, d_max=0                     batch norm
         bounds never reached                 y by the running statistics, gradients by the batch
+        traced bound below its least         taken on trust: r = r_max, d = d_max
         ===================================  ==================================================
 
     Raises:
