@@ -13,14 +13,14 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
 from normjax._normalize import Activation, normalized, standardize
-from normjax._stats import BatchStats, move
+from normjax._stats import BatchStats, Stats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
 
 @_checks.named("normjax.batch_norm")
 def batch_norm(
     x: ArrayLike,
-    stats: BatchStats | None,
+    stats: Stats,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
@@ -35,7 +35,7 @@ def batch_norm(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Array, BatchStats | None]:
+) -> tuple[Array, Stats]:
     """Batch normalization, synchronized and masked; returns the output and the next statistics.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import Moments, wide
+
+# Statistics come out where they went in, and None where there were none.
+Stats = TypeVar("Stats", bound="BatchStats | None")
 
 
 class BatchStats(NamedTuple):

@@ -14,7 +14,7 @@ from jax import Array
 
 from normjax import Moments, _checks, normalize
 from normjax._moments import collapse, wide
-from normjax.surgery._paths import At, Path, at_path, like, norms, written
+from normjax.surgery._paths import At, Path, Variables, at_path, like, norms, written
 
 CALLED = "normjax.surgery.convert"
 # What Flax calls layers that were given no name: their class and a number.
@@ -22,13 +22,13 @@ AUTOMATIC = re.compile(r"(BatchNorm|BatchRenorm)_(\d+)")
 
 
 def convert(
-    variables: Mapping[str, Any],
+    variables: Variables,
     *,
     num_groups: int | None = 32,
     group_size: int | None = None,
     at: At = None,
     epsilon: float = 1e-5,
-) -> Mapping[str, Any]:
+) -> Variables:
     """Variables for the same model with group norm in the places of batch norm.
 
         scale' = scale S / s,   bias' = bias + scale (M - running mean) / s
