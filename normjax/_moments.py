@@ -61,7 +61,7 @@ class Moments(NamedTuple):
 
         0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
         """
-        freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof)
+        freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
         where = np.where if isinstance(freedom, np.generic) else jnp.where
         return self.m2 / where(freedom > 0, freedom, np.inf).astype(self.m2.dtype)
 

@@ -203,7 +203,7 @@ def broadcast(
     """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
     value = np.asarray(value, dtype) if type(value) in (int, float) else value
     array = inexact(called, name, value, real=real)
-    if not _fits(array.shape, shape):
+    if not fits(array.shape, shape):
         raise ValueError(
             f"{called}: {name} has shape {array.shape}, which does not broadcast to x with shape "
             f"{shape}. Give it the rank of x, with size 1 on every axis that it shares."
@@ -232,10 +232,10 @@ def mask(called: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array 
             "Pass mask=mask.astype(bool) if nonzero means that it counts."
         )
     got = array.shape
-    numpy_reading = _fits(got, shape)
+    numpy_reading = fits(got, shape)
     # What people mean by a short mask is one entry for each example, along the leading axes.
     leading = got + (1,) * (len(shape) - len(got))
-    leading_reading = len(got) < len(shape) and _fits(leading, shape)
+    leading_reading = len(got) < len(shape) and fits(leading, shape)
     over_examples = f"mask.reshape({leading})"
     if numpy_reading and leading_reading and any(n != 1 for n in got):
         over_features = (1,) * (len(shape) - len(got)) + got
@@ -268,7 +268,7 @@ def nonzero(called: str, value: ArrayLike | None) -> Array | None:
     return array.astype(bool)
 
 
-def _fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+def fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     pairs = zip(reversed(small), reversed(large), strict=False)
     return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
@@ -352,10 +352,10 @@ def shape(called: str, given: int | Iterable[int]) -> tuple[int, ...]:
     """The shape of an array that is to be made."""
     try:
         sizes = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
-        fits = min(sizes, default=0) >= 0
+        possible = min(sizes, default=0) >= 0
     except TypeError:
-        fits = False
-    if not fits:
+        possible = False
+    if not possible:
         raise TypeError(
             f"{called}: shape={given!r}, expected a whole number of at least 0 or a sequence of "
             "such, the sizes of the feature axes."

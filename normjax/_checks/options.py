@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax._checks.arrays import whole
+from normjax._checks.arrays import fits, whole
 
 
 def _number(called: str, name: str, value: Any, expected: str) -> float | None:
@@ -106,12 +106,17 @@ def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
         )
 
 
-def ddof(called: str, value: Any) -> Any:
-    """The correction of the running variance, as a Python number unless it is traced."""
+def ddof(called: str, value: Any, shape: tuple[int, ...] = ()) -> Any:
+    """The correction of the running variance, as a Python number unless it is traced.
+
+    With a shape of features there may be one for each.
+    """
     expected = (
         "a number of at least 0: 0 for the biased running variance (Flax, the paper), 1 for the "
         "unbiased one (PyTorch)"
     )
+    if shape and isinstance(value, jax.Array) and value.ndim and fits(value.shape, shape):
+        return value
     number = _number(called, "ddof", value, expected)
     if number is not None and not 0 <= number < float("inf"):
         raise ValueError(f"{called}: ddof={value}, expected {expected}.")

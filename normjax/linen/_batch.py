@@ -95,7 +95,6 @@ class BatchNorm(nn.Module):
     virtual_batch_size: int | None = None
 
     @nn.compact
-    @_checks.named("normjax.linen.BatchNorm", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -151,7 +150,6 @@ class BatchNormAct(BatchNorm):
     activation: Callable[[Array], Array] = LeakyReLU()
 
     @nn.compact
-    @_checks.named("normjax.linen.BatchNormAct", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -206,7 +204,6 @@ class BatchRenorm(nn.Module):
     d_max: float | Callable[[Array], ArrayLike] = 5.0
 
     @nn.compact
-    @_checks.named("normjax.linen.BatchRenorm", feature_axis="axis", stats="batch_stats")
     def __call__(
         self,
         x: ArrayLike,
@@ -235,8 +232,17 @@ def _run(
     scale: ArrayLike | None,
     bias: ArrayLike | None,
 ) -> Array:
-    """Carries the variables of a module into a function of running statistics, and out."""
+    """The module's step, whose errors name the module."""
     called = f"normjax.linen.{type(module).__name__}"
+    step = _checks.named(called, feature_axis="axis", stats="batch_stats")(_step)
+    return step(called, module, function, x, use_running_average, train, mask, scale, bias)
+
+
+def _step(
+    called: str, module: Any, function: Callable, x: Any, use_running_average: Any, train: Any,
+    mask: Any, scale: Any, bias: Any,
+) -> Array:  # fmt: skip
+    """Carries the variables of a module into a function of running statistics, and out."""
     given = train
     train = _checks.mode(called, given, module.use_running_average, use_running_average)
     said = f"use_running_average={not train}" if given is None else f"train={train}"
