@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._batch import keeping_batch_norm
 from normjax._normalize import Activation
-from normjax._stats import BatchStats
+from normjax._stats import Stats
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class ELU:
         return jnp.where(y > 0, y, self.alpha * jnp.expm1(below))
 
 
-@_checks.keywords("normjax.batch_norm_act")
+@_checks.named("normjax.batch_norm_act")
 def batch_norm_act(
     x: ArrayLike,
-    stats: BatchStats | None,
+    stats: Stats,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
@@ -80,7 +80,7 @@ def batch_norm_act(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Array, BatchStats | None]:
+) -> tuple[Array, Stats]:
     """Batch norm and an activation in one, for less memory: the backward pass keeps only `x`.
 
         z = activation(y),   y = (x - mean) / sqrt(var + epsilon) * scale + bias

@@ -13,14 +13,14 @@ from jax.typing import ArrayLike, DTypeLike
 from normjax import _checks
 from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
 from normjax._normalize import Activation, normalized, standardize
-from normjax._stats import BatchStats, move
+from normjax._stats import BatchStats, Stats, move
 from normjax._walks import input_of_norm, moments_of_norm
 
 
-@_checks.keywords("normjax.batch_norm")
+@_checks.named("normjax.batch_norm")
 def batch_norm(
     x: ArrayLike,
-    stats: BatchStats | None,
+    stats: Stats,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
     *,
@@ -35,7 +35,7 @@ def batch_norm(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Array, BatchStats | None]:
+) -> tuple[Array, Stats]:
     """Batch normalization, synchronized and masked; returns the output and the next statistics.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
@@ -132,7 +132,7 @@ def batch_norm(
     return y, stats
 
 
-@_checks.keywords("normjax.batch_renorm")
+@_checks.named("normjax.batch_renorm")
 def batch_renorm(
     x: ArrayLike,
     stats: BatchStats,
@@ -181,6 +181,7 @@ def batch_renorm(
         ===================================  ==================================================
         r_max=1, d_max=0                     batch norm
         bounds never reached                 y by the running statistics, gradients by the batch
+        traced bound below its least         taken on trust: r = r_max, d = d_max
         ===================================  ==================================================
 
     Raises:
@@ -228,7 +229,8 @@ def keeping_batch_norm(
     )  # fmt: skip
     if stats is not None and not train:
         return _evaluate(called, given, epsilon, activation), stats, None
-    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
+    shape = given.x.shape
+    ghosts = _checks.virtual_batches(called, virtual_batch_size, shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
             where = axis_name, axis_index_groups
@@ -242,7 +244,7 @@ def keeping_batch_norm(
         batch = _with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
-    return y.reshape(jnp.shape(x)), stats, batch
+    return y.reshape(shape), stats, batch
 
 
 def keeping_batch_renorm(
@@ -261,8 +263,8 @@ def keeping_batch_renorm(
     )  # fmt: skip
     if not train:
         return _evaluate(called, given, epsilon), stats, None
-    r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
-    d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
+    r_max = _checks.bound(called, "r_max", r_max, 1, given.stats)
+    d_max = _checks.bound(called, "d_max", d_max, 0, given.stats)
     with jax.named_scope(called):
         _enough(called, given, axis_name, axis_index_groups)
         x = input_of_norm(x)
@@ -322,7 +324,7 @@ def _check(
                     called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
                 )
                 for name, leaf, is_real in leaves
-                if leaf is not None
+                if leaf is not None or name != "count"
             )
         )
         if train:
@@ -402,6 +404,7 @@ def _correction(moments: Moments, stats: BatchStats, epsilon: Any, r_max: Any, d
         jnp.sqrt(v.astype(real) + jnp.asarray(epsilon, real))
         for v in (moments.variance(), stats.var)
     )
+    r_max, d_max = (jnp.asarray(v).astype(real) for v in (r_max, d_max))
     r = jnp.clip(batch / running, 1 / r_max, r_max)
     apart = moments.mean.astype(dtype) - stats.mean.astype(dtype)
     d = jnp.clip(apart / running.astype(dtype), -d_max, d_max)

@@ -51,6 +51,7 @@ class Moments(NamedTuple):
             >>> normjax.Moments.make(2).count
             Array([0., 0.], dtype=float32)
         """
+        shape = _checks.shape("normjax.Moments.make", shape)
         dtype = wide(_checks.output_dtype("normjax.Moments.make", dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
         return cls(jnp.zeros(shape, real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
@@ -58,10 +59,9 @@ class Moments(NamedTuple):
     def variance(self, ddof: float = 0) -> Array:
         """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
 
-        Where no degree of freedom is left (count <= ddof) the result is 0, and not 0/0: whoever
-        normalizes an empty feature must not poison a gradient by it.
+        0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
         """
-        freedom = self.count - ddof
+        freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
         where = np.where if isinstance(freedom, np.generic) else jnp.where
         return self.m2 / where(freedom > 0, freedom, np.inf).astype(self.m2.dtype)
 
@@ -113,6 +113,7 @@ def measure(
     """
     x = _checks.inexact("normjax.measure", "x", x)
     axes = _checks.axes("normjax.measure", "axis", axis, x.shape)
+    centered = _checks.switch("normjax.measure", "centered", centered)
     mask = _checks.mask("normjax.measure", mask, x.shape)
     return measured(x, widened(x), axes, mask, centered=centered)
 
@@ -133,8 +134,7 @@ def measured(
         mean, m2 = (jnp.squeeze(v, axes) for v in both)
         if mask is not None:
             count = jnp.squeeze(count, axes)
-            alike = np.size(count) == 1
-            count = count.reshape(()) if alike else jnp.broadcast_to(count, mean.shape)
+            count = count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, mean.shape)
         return Moments(count, mean, m2)
 
 

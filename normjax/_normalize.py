@@ -20,7 +20,7 @@ from normjax._walks import apart, diagonal, input_of_norm, moments_of_norm, roun
 Activation: TypeAlias = Callable[[Array], Array]
 
 
-@_checks.keywords("normjax.normalize")
+@_checks.named("normjax.normalize")
 def normalize(
     x: ArrayLike,
     mean: ArrayLike | None,
@@ -148,13 +148,13 @@ def normalized(
     is_real = not jnp.issubdtype(out, jnp.complexfloating)
     number = jnp.finfo(wide(x.dtype)).dtype
 
-    def vector(name: str, value: ArrayLike | None, real: bool = is_real) -> Any:
+    def vector(name: str, value: ArrayLike | None) -> Any:
         if value is None:
             return None
-        return _checks.broadcast(called, name, value, x.shape, number, real=real)
+        return _checks.broadcast(called, name, value, x.shape, number, real=is_real)
 
     vectors = vector("mean", mean), vector("scale", scale), vector("bias", bias)
-    spread = vector("var", var, real=True)
+    spread = _checks.broadcast(called, "var", var, x.shape, number, real=True)
     # Everything is computed in the widest dtype that came in, and float32 at least.
     widest = wide(x.dtype, spread.dtype, *(v.dtype for v in vectors if v is not None))
     center, gain, shift = (v if v is None else v.astype(widest) for v in vectors)

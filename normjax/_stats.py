@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import Moments, wide
+
+# Statistics come out where they went in, and None where there were none.
+Stats = TypeVar("Stats", bound="BatchStats | None")
 
 
 class BatchStats(NamedTuple):
@@ -43,8 +46,11 @@ class BatchStats(NamedTuple):
             >>> stats.mean, stats.var
             (Array([0., 0.], dtype=float32), Array([1., 1.], dtype=float32))
         """
-        dtype = wide(_checks.output_dtype("normjax.BatchStats.make", dtype, np.dtype("float32")))
+        called = "normjax.BatchStats.make"
+        shape = _checks.shape(called, shape)
+        dtype = wide(_checks.output_dtype(called, dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
+        counted = _checks.switch(called, "counted", counted)
         count = jnp.zeros(shape, real) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
 
@@ -109,7 +115,7 @@ def move(
     _checks.batch_stats(called, stats, BatchStats, "BatchStats")
     _checks.moments(called, moments, Moments)
     _checks.momentum(called, momentum, debias)
-    _checks.ddof(called, ddof)
+    ddof = _checks.ddof(called, ddof)
     _checks.count(called, stats.count, momentum, debias)
     _checks.same_shape(called, stats, moments)
     count = None if stats.count is None else stats.count.astype(wide(stats.count.dtype))

@@ -28,7 +28,7 @@ class SpectralStats(NamedTuple):
     sigma: Array
 
 
-@_checks.keywords("normjax.weight_norm")
+@_checks.named("normjax.weight_norm", x="w")
 def weight_norm(
     w: ArrayLike,
     scale: ArrayLike | None = None,
@@ -76,7 +76,7 @@ def weight_norm(
         return normalize(w, 0.0, m2, scale, epsilon=epsilon)
 
 
-@_checks.keywords("normjax.standardize_weight")
+@_checks.named("normjax.standardize_weight", x="w")
 def standardize_weight(
     w: ArrayLike,
     gain: ArrayLike | None = None,
@@ -123,6 +123,7 @@ def standardize_weight(
     """
     called = "normjax.standardize_weight"
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
+    scaled = _checks.switch(called, "scaled", scaled)
     with jax.named_scope(called):
         moments = _measure(w, reduced)
         # n times the biased variance is m2 itself.
@@ -131,7 +132,7 @@ def standardize_weight(
         return normalize(w, mean, spread, gain, epsilon=epsilon)
 
 
-@_checks.keywords("normjax.spectral_norm")
+@_checks.named("normjax.spectral_norm", x="w")
 def spectral_norm(
     w: ArrayLike,
     stats: SpectralStats,
@@ -190,7 +191,8 @@ def spectral_norm(
     called = "normjax.spectral_norm"
     w = _checks.inexact(called, "w", w, real=True)
     train = _checks.switch(called, "train", train)
-    _checks.matrix(called, w.shape, stats.u.shape, n_steps)
+    _checks.matrix(called, w.shape, stats, SpectralStats, n_steps)
+    _checks.epsilon(called, epsilon)
     with jax.named_scope(called):
         matrix = w.astype(wide(w.dtype)).reshape(-1, w.shape[-1])
         # A singular value to full precision, also where matrix products are rounded by default.

@@ -10,17 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 
 def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> Array:
     """An array that can be averaged: floating or complex, floating alone if `real`."""
-    try:
-        array = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{called}: {name} is {type(value).__name__}, expected an array of floating numbers."
-        ) from None
+    array = _array(called, name, value, "an array of floating numbers")
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"{called}: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
@@ -34,22 +29,19 @@ def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> 
     return array
 
 
-def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
-    """The dtype of the result: that of x unless one was asked for."""
-    if dtype is None:
-        return of_x
-    result = jnp.dtype(dtype)
-    if not jnp.issubdtype(result, jnp.inexact):
+def _array(called: str, name: str, value: ArrayLike, expected: str) -> Array:
+    """What JAX takes for an array. It would stack a list of arrays, one for each device perhaps."""
+    if isinstance(value, (list, tuple)):
         raise TypeError(
-            f"{called}: dtype={result}, expected a floating or complex dtype, "
-            "for example jnp.float32 or jnp.bfloat16."
+            f"{called}: {name} is a {type(value).__name__} of length {len(value)}, expected "
+            f"{expected}. Pass one array; make one of numbers by jnp.asarray({name})."
         )
-    if jnp.issubdtype(of_x, jnp.complexfloating) > jnp.issubdtype(result, jnp.complexfloating):
-        raise TypeError(
-            f"{called}: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
-            "Pass a complex dtype, or x.real."
-        )
-    return result
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        dtype = getattr(value, "dtype", None)
+        got = type(value).__name__ if dtype is None else f"an array of dtype {dtype}"
+        raise TypeError(f"{called}: {name} is {got}, expected {expected}.") from None
 
 
 def axes(
@@ -58,7 +50,7 @@ def axes(
     """Axes as sorted, non-negative, distinct integers; none is a choice too, as in Flax."""
     rank = len(shape)
     try:
-        wanted = tuple(map(index, given if isinstance(given, Iterable) else (given,)))
+        wanted = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
     except TypeError:
         raise TypeError(
             f"{called}: {name}={given!r}, expected an integer or a sequence of integers."
@@ -79,6 +71,13 @@ def axes(
             "Name each axis once."
         )
     return canonical
+
+
+def axis(called: str, name: str, given: int, shape: tuple[int, ...]) -> int:
+    """One axis alone, as a non-negative integer."""
+    if isinstance(given, Iterable):
+        raise TypeError(f"{called}: {name}={given!r}, expected one integer.")
+    return axes(called, name, given, shape)[0]
 
 
 def reduced_axes(
@@ -145,12 +144,14 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
-def something(called: str, shape: tuple[int, ...], reduced: tuple[int, ...]) -> None:
+def something(
+    called: str, shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x"
+) -> None:
     """Nothing has no statistics."""
     if any(shape[a] == 0 for a in reduced):
         raise ValueError(
-            f"{called}: x with shape {shape} has no element over the axes {reduced}, expected at "
-            "least one to take statistics of. Leave empty inputs out."
+            f"{called}: {name} with shape {shape} has no element over the axes {reduced}, expected "
+            "at least one to take statistics of. Leave empty inputs out."
         )
 
 
@@ -160,7 +161,7 @@ def group_axes(
     """Flax lists the feature axis among those that are reduced; a list without it is a mistake."""
     if given is None:
         return
-    (feature,) = axes(called, "feature_axis", (feature_axis,), shape)
+    feature = axis(called, "feature_axis", feature_axis, shape)
     if feature not in axes(called, "reduction_axes", given, shape):
         which = "final dimension" if feature == len(shape) - 1 else f"axis {feature}"
         raise ValueError(
@@ -182,6 +183,13 @@ def number_of_groups(
             "expected one of them (only the modules have a default). Pass None for the other."
         )
     name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    try:
+        given = whole(given)
+    except TypeError:
+        raise TypeError(
+            f"{called}: {name}={given!r}, expected a whole number that divides the {features} "
+            "features of x. Pass an integer."
+        ) from None
     divisors = [n for n in range(1, features + 1) if features % n == 0]
     if given not in divisors:
         kind = (
@@ -203,9 +211,9 @@ def broadcast(
     real: bool,
 ) -> Array:
     """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
-    value = np.asarray(value, dtype) if isinstance(value, (int, float)) else value
+    value = np.asarray(value, dtype) if type(value) in (int, float) else value
     array = inexact(called, name, value, real=real)
-    if not _fits(array.shape, shape):
+    if not fits(array.shape, shape):
         raise ValueError(
             f"{called}: {name} has shape {array.shape}, which does not broadcast to x with shape "
             f"{shape}. Give it the rank of x, with size 1 on every axis that it shares."
@@ -213,21 +221,31 @@ def broadcast(
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 
+def scalar(called: str, name: str, value: ArrayLike, dtype: np.dtype) -> Array:
+    """One real number, learned or not, in `dtype`."""
+    array = inexact(called, name, float(value) if type(value) is int else value, real=True)
+    if array.shape:
+        raise ValueError(
+            f"{called}: {name} has shape {array.shape}, expected (), one number for all of x."
+        )
+    return array.astype(dtype)
+
+
 def mask(called: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
     """A boolean mask of the rank of x, whose broadcast has one reading only."""
     if value is None:
         return None
-    array = jnp.asarray(value)
+    array = _array(called, "mask", value, "an array of booleans, True where an entry counts")
     if array.dtype != bool:
         raise TypeError(
             f"{called}: mask has dtype {array.dtype}, expected bool, True where an entry counts. "
             "Pass mask=mask.astype(bool) if nonzero means that it counts."
         )
     got = array.shape
-    numpy_reading = _fits(got, shape)
+    numpy_reading = fits(got, shape)
     # What people mean by a short mask is one entry for each example, along the leading axes.
     leading = got + (1,) * (len(shape) - len(got))
-    leading_reading = len(got) < len(shape) and _fits(leading, shape)
+    leading_reading = len(got) < len(shape) and fits(leading, shape)
     over_examples = f"mask.reshape({leading})"
     if numpy_reading and leading_reading and any(n != 1 for n in got):
         over_features = (1,) * (len(shape) - len(got)) + got
@@ -249,7 +267,18 @@ def mask(called: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array 
     return array.reshape((1,) * (len(shape) - len(got)) + got)
 
 
-def _fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+def nonzero(called: str, value: ArrayLike | None) -> Array | None:
+    """A mask of Flax, in which any nonzero is True."""
+    if value is None:
+        return None
+    expected = "an array of booleans or numbers, nonzero where an entry counts"
+    array = _array(called, "mask", value, expected)
+    if array.dtype != bool and not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"{called}: mask has dtype {array.dtype}, expected {expected}.")
+    return array.astype(bool)
+
+
+def fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
     pairs = zip(reversed(small), reversed(large), strict=False)
     return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
@@ -288,18 +317,27 @@ def entries(
     )
 
 
-def matrix(called: str, shape: tuple[int, ...], u: tuple[int, ...], n_steps: int) -> None:
-    """A weight that has singular values, and a vector to start from."""
+def matrix(called: str, shape: tuple[int, ...], stats: Any, kind: type, n_steps: int) -> None:
+    """A weight that has singular values, and a state to start from."""
+    start = f"{kind.__name__}(jax.random.normal(key, (1, w.shape[-1])), jnp.ones(()))"
+    if not isinstance(stats, kind):
+        raise TypeError(
+            f"{called}: stats is {type(stats).__name__}, expected {kind.__name__}. Start from "
+            f"{start}."
+        )
     if len(shape) < 2:
         raise ValueError(
             f"{called}: w has shape {shape}, expected a rank of at least 2, since a vector has no "
             "singular values. Leave biases and scales as they are."
         )
-    if u != (1, shape[-1]):
-        raise ValueError(
-            f"{called}: stats.u has shape {u}, expected {(1, shape[-1])} for w with shape {shape}. "
-            "Start from jax.random.normal(key, (1, w.shape[-1]))."
-        )
+    something(called, shape, tuple(range(len(shape))), name="w")
+    for name, expected in {"u": (1, shape[-1]), "sigma": ()}.items():
+        got = inexact(called, f"stats.{name}", getattr(stats, name), real=True).shape
+        if got != expected:
+            raise ValueError(
+                f"{called}: stats.{name} has shape {got}, expected {expected} for w with shape "
+                f"{shape}. Start from {start}."
+            )
     if not isinstance(n_steps, int) or n_steps < 1:
         raise ValueError(
             f"{called}: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
@@ -322,9 +360,29 @@ def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]
     return x, residual
 
 
-def window(called: str, size: int, k: float) -> None:
+def window(called: str, size: int) -> None:
     """A window holds a feature at least."""
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{called}: size={size!r}, expected a whole number of at least 1.")
-    if not k > 0:
-        raise ValueError(f"{called}: k={k!r}, expected a number above 0, or zeros divide by zero.")
+
+
+def shape(called: str, given: int | Iterable[int]) -> tuple[int, ...]:
+    """The shape of an array that is to be made."""
+    try:
+        sizes = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
+        possible = min(sizes, default=0) >= 0
+    except TypeError:
+        possible = False
+    if not possible:
+        raise TypeError(
+            f"{called}: shape={given!r}, expected a whole number of at least 0 or a sequence of "
+            "such, the sizes of the feature axes."
+        )
+    return sizes
+
+
+def whole(value: Any) -> int:
+    """An integer; a bool, which Python takes for one, is a mistake."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError
+    return index(value)

@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Number
+from operator import index
+from typing import Any
 
 import jax
 import jax.extend.core
+import numpy as np
 from jax import lax
 
 
@@ -18,6 +22,7 @@ def axis_size(
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> int:
     """How many devices share statistics at least; a number, not an operation."""
+    _names(called, axis_name)
     try:
         whole = lax.psum(1, axis_name)
     except NameError:
@@ -49,18 +54,39 @@ def grouped(
 
 def groups(called: str, axis_name: object, axis_index_groups: object) -> None:
     """Groups are groups of an axis."""
-    if axis_name is None and axis_index_groups is not None:
+    if axis_name is not None:
+        _names(called, axis_name)
+    elif axis_index_groups is not None:
         raise ValueError(
             f"{called}: axis_index_groups={axis_index_groups!r} without an axis_name, expected "
             "both or neither. Pass the name of the axis whose devices are grouped."
         )
 
 
+def _names(called: str, axis_name: Any) -> None:
+    """Names are hashable; JAX would read a number as an axis of the array, by its position."""
+    try:
+        hash(axis_name if not isinstance(axis_name, list) else tuple(axis_name))
+        numbers = any(isinstance(name, (Number, np.bool_)) for name in _listed(axis_name))
+    except TypeError:
+        numbers = True
+    if numbers:
+        raise TypeError(
+            f"{called}: axis_name={axis_name!r}, expected the name or a list of names of mapped "
+            'axes, for example axis_name="batch" of jax.vmap(..., axis_name="batch"). To choose '
+            "axes of x by their position pass axis= or feature_axis=."
+        )
+
+
+def _listed(axis_name: Any) -> list[Any]:
+    return list(axis_name) if isinstance(axis_name, (list, tuple)) else [axis_name]
+
+
 def _partition(called: str, axis_name: object, axis_index_groups: object, size: int) -> None:
     """Each device is in one group; XLA takes some lists that say otherwise and returns anything."""
     got = f"{called}: axis_index_groups={axis_index_groups!r}"
     try:
-        found = Counter(int(i) for group in axis_index_groups for i in group)  # type: ignore
+        found = Counter(index(i) for group in axis_index_groups for i in group)  # type: ignore
         empty = not all(map(len, axis_index_groups))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         raise TypeError(
@@ -85,7 +111,7 @@ def _partition(called: str, axis_name: object, axis_index_groups: object, size: 
 def _unbound(axis_name: str | Sequence[str]) -> str:
     """What is asked for, what there is, and what was most likely meant."""
     bound = _bound_names()
-    names = [axis_name] if isinstance(axis_name, str) else list(axis_name)
+    names = _listed(axis_name)
     missing = [name for name in names if name not in bound]
     got = (
         f"axis_name={axis_name!r} is not bound here; bound are: "

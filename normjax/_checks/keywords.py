@@ -7,7 +7,7 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any, TypeVar
 
-Door = TypeVar("Door", bound=Callable)
+Class = TypeVar("Class", bound=type)
 
 _INFERRED = "no features needed: their shape is inferred from the input. Leave it out."
 _REMEDIES = {
@@ -18,32 +18,34 @@ _REMEDIES = {
 }
 
 
-def keywords(called: str) -> Callable[[Door], Door]:
-    """Decorates a function, or a class for its constructor, none of which has those of PyTorch.
+def of_pytorch(called: str, given: dict[str, Any]) -> None:
+    """Keyword arguments of PyTorch, which nothing here has."""
+    for name, remedy in _REMEDIES.items():
+        if name in given:
+            got = f"{name}={given[name]!r}, an argument of PyTorch"
+            raise TypeError(f"{called}: got {got}; {remedy}") from None
 
-    Fields, signature and type are what they were; Python's TypeError is said in a sentence. Flax
-    takes the 64 of LayerNorm(64) for epsilon; the first field of most classes is no whole number.
+
+def keywords(called: str) -> Callable[[Class], Class]:
+    """Decorates a class: its constructor refuses arguments of PyTorch in a sentence.
+
+    Fields, signature and type are what they were. Flax takes the 64 of LayerNorm(64) for epsilon;
+    the first field of most classes is no whole number.
     """
 
-    def decorate(door: Any) -> Any:
-        is_class = isinstance(door, type)
-        function = door.__init__ if is_class else door
-        first = fields(door)[0].name if is_class else "num_groups"
+    def decorate(cls: Class) -> Class:
+        construct: Any = cls.__init__  # type: ignore[misc]
+        first = fields(cls)[0].name
 
-        @wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            for name in kwargs:
-                if name in _REMEDIES:
-                    got = f"{name}={kwargs[name]!r}, an argument of PyTorch"
-                    raise TypeError(f"{called}: got {got}; {_REMEDIES[name]}")
+        @wraps(construct)
+        def checked(*args: Any, **kwargs: Any) -> None:
+            of_pytorch(called, kwargs)
             if first != "num_groups" and len(args) > 1 and type(args[1]) is int:
                 got = f"{args[1]} as the first argument, which is {first}"
                 raise TypeError(f"{called}: got {got}; {_INFERRED}")
-            return function(*args, **kwargs)
+            construct(*args, **kwargs)
 
-        if not is_class:
-            return checked
-        door.__init__ = checked
-        return door
+        cls.__init__ = checked  # type: ignore[misc]
+        return cls
 
     return decorate

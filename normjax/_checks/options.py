@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from normjax._checks.arrays import fits, whole
+
 
 def _number(called: str, name: str, value: Any, expected: str) -> float | None:
     """A number as a float; None for a traced one, which is taken on trust."""
-    kinds = (int, float, np.integer, np.floating, np.ndarray, jax.Array)
-    if not isinstance(value, kinds) or np.ndim(value) or np.iscomplexobj(value):
-        got = f"an array of shape {np.shape(value)}" if np.ndim(value) else repr(value)
+    kinds = (np.integer, np.floating, np.ndarray, jax.Array)
+    # type() and not isinstance, for which a bool is a whole number.
+    if type(value) not in (int, float) and not (
+        isinstance(value, kinds) and np.ndim(value) == 0 and _is_real(value.dtype)
+    ):
+        shaped = isinstance(value, kinds) and np.ndim(value)
+        got = f"an array of shape {np.shape(value)}" if shaped else repr(value)
         raise TypeError(f"{called}: {name} is {got}, expected {expected}.")
     return None if isinstance(value, jax.core.Tracer) else float(value)
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+
+
+def finite(called: str, name: str, value: Any) -> Any:
+    """A number of a formula, as Python has it unless it is traced."""
+    number = _number(called, name, value, "a finite number")
+    if number is not None and not -float("inf") < number < float("inf"):
+        raise ValueError(f"{called}: {name}={value}, expected a finite number.")
+    return value if number is None else number
+
+
+def positive(called: str, name: str, value: Any) -> Any:
+    """Likewise, for a number that keeps a sum of squares away from zero."""
+    number = finite(called, name, value)
+    if isinstance(number, float) and number <= 0:
+        raise ValueError(
+            f"{called}: {name}={value}, expected a number above 0, or zeros divide by zero."
+        )
+    return number
 
 
 def epsilon(called: str, value: ArrayLike) -> None:
@@ -30,9 +59,9 @@ def epsilon(called: str, value: ArrayLike) -> None:
 
 def slope(called: str, name: str, value: float) -> None:
     """The size of an activation below zero."""
-    expected = "a finite number above 0"
+    expected = "a finite Python number above 0"
     number = _number(called, name, value, expected)
-    if number is not None and not 0 < number < float("inf"):
+    if number is None or not 0 < number < float("inf"):
         raise ValueError(f"{called}: {name}={value}, expected {expected}.")
 
 
@@ -60,6 +89,7 @@ def activation(called: str, value: Any) -> None:
 
 def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
     """The weight of the old value; None asks for the plain average."""
+    switch(called, "debias", debias)
     if value is None:
         return
     expected = "a number from 0 to 1, the weight of the OLD running value"
@@ -76,22 +106,28 @@ def momentum(called: str, value: ArrayLike | None, debias: bool) -> None:
         )
 
 
-def ddof(called: str, value: float) -> None:
-    """The correction of the running variance."""
+def ddof(called: str, value: Any, shape: tuple[int, ...] = ()) -> Any:
+    """The correction of the running variance, as a Python number unless it is traced.
+
+    With a shape of features there may be one for each.
+    """
     expected = (
         "a number of at least 0: 0 for the biased running variance (Flax, the paper), 1 for the "
         "unbiased one (PyTorch)"
     )
+    if shape and isinstance(value, jax.Array) and value.ndim and fits(value.shape, shape):
+        return value
     number = _number(called, "ddof", value, expected)
     if number is not None and not 0 <= number < float("inf"):
         raise ValueError(f"{called}: ddof={value}, expected {expected}.")
+    return value if number is None else number
 
 
 def switch(called: str, name: str, value: object) -> bool:
     """A mode is decided while tracing, so it cannot be a traced value."""
     if not isinstance(value, (bool, np.bool_)):
         traced = isinstance(value, jax.core.Tracer)
-        got = "traced by jit" if traced else repr(value)
+        got = "traced by jit" if traced else _shown(value)
         remedy = f'Mark it static: jax.jit(..., static_argnames="{name}").' if traced else ""
         raise TypeError(f"{called}: {name} is {got}, expected True or False. {remedy}".rstrip())
     return bool(value)
@@ -151,22 +187,44 @@ def mode(
     return Mode(decided if train is not None else not decided, asked, instead)
 
 
-def batch_stats(called: str, given: object, kind: type, expected: str) -> None:
+def _shown(value: object) -> str:
+    """A value in a message; an array by its shape."""
+    shape = getattr(value, "shape", ())
+    return f"an array of shape {shape}" if shape else repr(value)
+
+
+def batch_stats(called: str, given: Any, kind: type, expected: str) -> None:
     """Statistics are read by name, never by position."""
     if not isinstance(given, kind):
         raise TypeError(
             f"{called}: stats is {type(given).__name__}, expected {expected}. Make it by "
             'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
         )
+    _arrays(called, "stats", given, optional=("count",))
 
 
-def moments(called: str, given: object, kind: type) -> None:
+def _arrays(called: str, name: str, leaves: Any, optional: tuple[str, ...] = ()) -> None:
+    """What is averaged is read from floating arrays."""
+    for field, leaf in zip(leaves._fields, leaves, strict=True):
+        if leaf is None and field in optional:
+            continue
+        array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        if not array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            got = f"has dtype {leaf.dtype}" if array else f"is {type(leaf).__name__}"
+            raise TypeError(
+                f"{called}: {name}.{field} {got}, expected an array of floating numbers. "
+                f"Convert it first: jnp.asarray({name}.{field}, jnp.float32)."
+            )
+
+
+def moments(called: str, given: Any, kind: type) -> None:
     """Moments are more than a mean and a variance: without a count they do not merge."""
     if not isinstance(given, kind):
         raise TypeError(
             f"{called}: moments is {type(given).__name__}, expected Moments. Make it by "
             "normjax.measure(x, axis), and merge pieces by normjax.merge."
         )
+    _arrays(called, "moments", given)
 
 
 def same_shape(called: str, stats: Any, moments: Any) -> None:
@@ -177,6 +235,63 @@ def same_shape(called: str, stats: Any, moments: Any) -> None:
             f"{called}: moments.mean has shape {got}, expected {expected}, that of stats.mean. "
             "Measure over all axes but those of the features, or start from "
             f"BatchStats.make({got})."
+        )
+
+
+def initializer(called: str, name: str, value: object) -> None:
+    """What makes a parameter."""
+    if not callable(value):
+        raise TypeError(
+            f"{called}: {name}={value!r}, expected an initializer, a function of key, shape and "
+            "dtype. Pass for example jax.nn.initializers.ones, or constant(value) of that module."
+        )
+
+
+def layer(called: str, value: object, kind: type) -> None:
+    """A wrapper has a layer within."""
+    if not isinstance(value, kind):
+        got = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(
+            f"{called}: layer_instance is {got}, expected an instance of a flax.linen module. Pass "
+            "the layer whose weights are normalized, for example nn.Dense(3)."
+        )
+
+
+def variable_names(called: str, value: Any) -> None:
+    """Names of variables; a text is a collection too, of its letters."""
+    named = isinstance(value, Collection) and not isinstance(value, (str, np.ndarray, jax.Array))
+    if value is not None and not (named and all(isinstance(name, str) for name in value)):
+        remedy = (
+            f"Pass {{{value!r}}}." if isinstance(value, str) else 'Pass for example {"kernel"}.'
+        )
+        raise TypeError(
+            f"{called}: variable_filter={value!r}, expected a collection of names, or None for all "
+            f"variables. {remedy}"
+        )
+
+
+def steps(called: str, value: Any) -> int:
+    """Steps of the power iteration around a layer; as in Flax none at all are allowed."""
+    try:
+        return whole(value)
+    except TypeError:
+        raise TypeError(
+            f"{called}: n_steps={value!r}, expected a whole number, for example 1."
+        ) from None
+
+
+def text(called: str, name: str, value: object) -> None:
+    """A name."""
+    if not isinstance(value, str):
+        raise TypeError(f"{called}: {name}={value!r}, expected a name in quotes.")
+
+
+def collection(called: str, name: str, given: object) -> None:
+    """A collection of variables is a tree of dictionaries."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"{called}: {name} is {type(given).__name__}, expected a dictionary. Pass "
+            f'variables["{name.split("/")[0]}"], whole.'
         )
 
 
@@ -218,20 +333,38 @@ def stored_count(called: str, held: bool) -> None:
         )
 
 
-def bound(called: str, name: str, given: Any, smallest: float, count: Array | None) -> ArrayLike:
+def bound(
+    called: str, name: str, given: Any, smallest: float, stats: Any
+) -> Array | np.ndarray | float:
     """A bound of batch renormalization, or what its schedule says for the steps taken."""
-    if callable(given):
-        if count is None:
-            raise ValueError(
-                f"{called}: {name} is a schedule, which needs stats.count, the steps taken, and "
-                "got None. Start from BatchStats.make(features, counted=True)."
-            )
-        return given(count)
-    expected = f"a number of at least {smallest} or a schedule"
-    number = _number(called, name, given, expected)
-    if number is not None and not smallest <= number:
-        raise ValueError(f"{called}: {name}={given}, expected {expected}. Ioffe has 3 and 5.")
-    return given
+    if not callable(given):
+        expected = f"a number of at least {smallest} or a schedule"
+        number = _number(called, name, given, expected)
+        if number is not None and not smallest <= number:
+            raise ValueError(f"{called}: {name}={given}, expected {expected}. Ioffe has 3 and 5.")
+        return given if number is None else number
+    if stats.count is None:
+        raise ValueError(
+            f"{called}: {name} is a schedule, which needs stats.count, the steps taken, and "
+            "got None. Start from BatchStats.make(features, counted=True)."
+        )
+    found, shape = given(stats.count), np.shape(stats.mean)
+    what = f"{called}: the schedule {name} returned"
+    expected = f"a number of at least {smallest}, or one for each feature of shape {shape}"
+    try:
+        array = jnp.asarray(found)
+        real = _is_real(array.dtype)
+    except (TypeError, ValueError):
+        real = False
+    if not real:
+        got = type(found).__name__ if np.ndim(found) == 0 else "no real array"
+        raise TypeError(f"{what} {got}, expected {expected}.")
+    if array.shape not in ((), shape):
+        raise ValueError(f"{what} an array of shape {array.shape}, expected {expected}.")
+    # What depends on a traced count has no value yet.
+    if not isinstance(found, jax.core.Tracer) and not np.all(np.asarray(found) >= smallest):
+        raise ValueError(f"{what} {np.asarray(found).tolist()}, expected {expected}.")
+    return array
 
 
 def virtual_batches(

@@ -18,7 +18,7 @@ from normjax._normalize import standardize
 from normjax._walks import written
 
 
-@_checks.keywords("normjax.layer_norm")
+@_checks.named("normjax.layer_norm")
 def layer_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -90,7 +90,7 @@ def layer_norm(
     return within(called, x, scale, bias, axes, mask=mask, dtype=dtype, **options)
 
 
-@_checks.keywords("normjax.rms_norm")
+@_checks.named("normjax.rms_norm")
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -158,7 +158,7 @@ def rms_norm(
     return within(called, x, scale, None, axes, centered=False, mask=mask, dtype=dtype, **options)
 
 
-@_checks.keywords("normjax.group_norm")
+@_checks.named("normjax.group_norm")
 def group_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -222,9 +222,10 @@ def group_norm(
     """
     called = "normjax.group_norm"
     x = _checks.inexact(called, "x", x)
-    (feature,) = _checks.axes(called, "feature_axis", (feature_axis,), x.shape)
-    rest = [a for a in range(1, len(x.shape)) if a != feature] if axis is None else axis
-    reduced = _checks.axes(called, "axis", rest, x.shape)
+    feature = _checks.axis(called, "feature_axis", feature_axis, x.shape)
+    reduced = tuple(a for a in range(1, len(x.shape)) if a != feature)
+    if axis is not None:
+        reduced = _checks.axes(called, "axis", axis, x.shape)
     groups = _checks.number_of_groups(called, num_groups, group_size, x.shape[feature])
     scale, bias = affine(called, x, scale, bias, feature)
     mask = _checks.mask(called, mask, x.shape)
@@ -275,7 +276,7 @@ class _OfGroups(NamedTuple):
         return written(whole.reshape(shape))
 
 
-@_checks.keywords("normjax.instance_norm")
+@_checks.named("normjax.instance_norm")
 def instance_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,20 @@ from normjax._normalize import normalize
 from normjax._sample.core import affine, layer_norm, rms_norm, within
 
 
-@_checks.keywords("normjax.add_layer_norm")
+@_checks.named("normjax.add_layer_norm")
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,
     scale: ArrayLike | None = None,
     bias: ArrayLike | None = None,
-    **options: Any,
+    *,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
 
@@ -31,7 +38,8 @@ def add_layer_norm(
 
     Args:
         x, residual: floating or complex arrays of one shape and dtype.
-        scale, bias, options: as in `layer_norm`.
+        scale, bias, axis, feature_axis, epsilon, mask, axis_name, axis_index_groups, dtype: as in
+            `layer_norm`.
 
     Returns:
         `(y, s)`: the normalized sum, and the sum, which the next block adds to.
@@ -54,12 +62,26 @@ def add_layer_norm(
     """
     x, residual = _checks.alike("normjax.add_layer_norm", x, residual)
     total = x + residual
-    return layer_norm(total, scale, bias, **options), total
+    y = layer_norm(
+        total, scale, bias, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+    )  # fmt: skip
+    return y, total
 
 
-@_checks.keywords("normjax.add_rms_norm")
+@_checks.named("normjax.add_rms_norm")
 def add_rms_norm(
-    x: ArrayLike, residual: ArrayLike, scale: ArrayLike | None = None, **options: Any
+    x: ArrayLike,
+    residual: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
     """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
 
@@ -67,7 +89,8 @@ def add_rms_norm(
 
     Args:
         x, residual: floating or complex arrays of one shape and dtype.
-        scale, options: as in `rms_norm`.
+        scale, axis, feature_axis, epsilon, mask, axis_name, axis_index_groups, dtype: as in
+            `rms_norm`.
 
     Returns:
         `(y, s)`: the normalized sum, and the sum, which the next block adds to.
@@ -90,10 +113,14 @@ def add_rms_norm(
     """
     x, residual = _checks.alike("normjax.add_rms_norm", x, residual)
     total = x + residual
-    return rms_norm(total, scale, **options), total
+    y = rms_norm(
+        total, scale, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,
+        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+    )  # fmt: skip
+    return y, total
 
 
-@_checks.keywords("normjax.filter_response_norm")
+@_checks.named("normjax.filter_response_norm")
 def filter_response_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -193,7 +220,7 @@ def dynamic_tanh(
     called = "normjax.dynamic_tanh"
     x = _checks.inexact(called, "x", x, real=True)
     dtype = wide(x.dtype)
-    slope = _checks.broadcast(called, "alpha", alpha, (), dtype, real=True).astype(dtype)
+    slope = _checks.scalar(called, "alpha", alpha, dtype)
     scale, bias = affine(called, x, scale, bias, feature_axis)
     with jax.named_scope(called):
         y = jnp.tanh(slope * x.astype(dtype))
@@ -244,8 +271,10 @@ def local_response_norm(
     """
     called = "normjax.local_response_norm"
     x = _checks.inexact(called, "x", x, real=True)
-    (axis,) = _checks.axes(called, "feature_axis", (feature_axis,), x.shape)
-    _checks.window(called, size, k)
+    axis = _checks.axis(called, "feature_axis", feature_axis, x.shape)
+    _checks.window(called, size)
+    alpha, beta = _checks.finite(called, "alpha", alpha), _checks.finite(called, "beta", beta)
+    k = _checks.positive(called, "k", k)
     with jax.named_scope(called):
         values = x.astype(wide(x.dtype))
         shape, padding = [1] * x.ndim, [(0, 0)] * x.ndim
@@ -255,7 +284,7 @@ def local_response_norm(
         return (values * (k + alpha / size * total) ** -beta).astype(x.dtype)
 
 
-@_checks.keywords("normjax.l2_normalize")
+@_checks.named("normjax.l2_normalize")
 def l2_normalize(
     x: ArrayLike, *, axis: int | Collection[int] = -1, epsilon: ArrayLike = 1e-12
 ) -> Array:

@@ -43,11 +43,13 @@ def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
         >>> normjax.linen.empty_batch_moments(stats)["BatchNorm_0"]["moments"].count
         Array([0., 0.], dtype=float32)
     """
+    _checks.collection("normjax.linen.empty_batch_moments", "batch_stats", batch_stats)
     empty = _empty(batch_stats)
     _checks.some_layer("normjax.linen.empty_batch_moments", empty, list(batch_stats))
     return empty
 
 
+@_checks.named(_MOVE)
 def move_batch_stats(
     batch_stats: Mapping[str, Any],
     batch_moments: Mapping[str, Any],
@@ -90,7 +92,9 @@ def move_batch_stats(
         ... )["mean"]
         Array([0.3], dtype=float32)
     """
-    options: dict[str, Any] = dict(momentum=momentum, debias=debias, ddof=ddof)
+    _checks.collection(_MOVE, "batch_stats", batch_stats)
+    _checks.momentum(_MOVE, momentum, debias)
+    options: dict[str, Any] = dict(momentum=momentum, debias=debias, ddof=_checks.ddof(_MOVE, ddof))
     return _move(batch_stats, batch_moments, "", options)
 
 
@@ -104,6 +108,7 @@ def _empty(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _move(
     stats: Mapping[str, Any], moments: Mapping[str, Any], path: str, options: dict[str, Any]
 ) -> dict[str, Any]:
+    _checks.collection(_MOVE, f"batch_moments{path}", moments)
     if isinstance(moments.get("moments"), Moments):
         _checks.running_layer(_MOVE, path, _is_layer(stats))
         moved = move(BatchStats(**stats), moments["moments"], **options)

@@ -19,7 +19,7 @@ from normjax._act import LeakyReLU
 from normjax._batch import keeping_batch_norm, keeping_batch_renorm
 from normjax._moments import Moments
 from normjax._stats import BatchStats
-from normjax.linen._params import affine, as_mask, output_dtype
+from normjax.linen._params import MissingStatsError, affine, as_mask, output_dtype
 
 
 class ImmutableBatchStatsError(ModifyScopeVariableError):
@@ -237,8 +237,17 @@ def _run(
     scale: ArrayLike | None,
     bias: ArrayLike | None,
 ) -> Array:
-    """Carries the variables of a module into a function of running statistics, and out."""
+    """The module's step, whose errors name the module."""
     called = f"normjax.linen.{type(module).__name__}"
+    step = _checks.named(called, feature_axis="axis", stats="batch_stats")(_step)
+    return step(called, module, function, x, use_running_average, train, mask, scale, bias)
+
+
+def _step(
+    called: str, module: Any, function: Callable, x: Any, use_running_average: Any, train: Any,
+    mask: Any, scale: Any, bias: Any,
+) -> Array:  # fmt: skip
+    """Carries the variables of a module into a function of running statistics, and out."""
     mode = _checks.mode(called, train, module.use_running_average, use_running_average)
     train = mode.train
     x = _checks.inexact(called, "x", x)
@@ -247,11 +256,18 @@ def _run(
     mask = as_mask(mask)
 
     scheduled = any(callable(getattr(module, name, None)) for name in ("r_max", "d_max"))
-    counted = module.debias or module.momentum is None or scheduled
+    counted = (
+        _checks.switch(called, "debias", module.debias) or module.momentum is None or scheduled
+    )
     if counted and module.has_variable("batch_stats", "mean"):
         has_count = module.has_variable("batch_stats", "count")
         _checks.stored_count(called, has_count or not train)
         counted = has_count
+
+    for name in ("mean", "var"):
+        known = module.has_variable("batch_stats", name)
+        if not known and not module.is_mutable_collection("batch_stats"):
+            raise MissingStatsError(called, module.path, mode.asked, f"batch_stats/{name}")
 
     running = {
         name: module.variable("batch_stats", name, lambda value=value: value)

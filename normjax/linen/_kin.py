@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from normjax import _checks
 from normjax._sample import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
-from normjax.linen._params import affine, as_mask, feature_shape, output_dtype
+from normjax.linen._params import affine, as_mask, feature_shape, output_dtype, param
 
 
 @_checks.keywords("normjax.linen.AddLayerNorm")
@@ -41,6 +41,7 @@ class AddLayerNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.AddLayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -90,6 +91,7 @@ class AddRMSNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.AddRMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -145,6 +147,7 @@ class FilterResponseNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.FilterResponseNorm", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -159,8 +162,7 @@ class FilterResponseNorm(nn.Module):
         scale, bias = affine(self, features, scale, bias)
         threshold = None
         if self.use_threshold:
-            init, dtype = self.threshold_init, self.param_dtype
-            threshold = self.param("threshold", init, features, dtype)
+            threshold = param(self, "threshold", features)
         return filter_response_norm(
             x,
             scale,
@@ -199,12 +201,13 @@ class DynamicTanh(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.DynamicTanh", feature_axis="feature_axes")
     def __call__(
         self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
     ) -> Array:
         """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
         x = _checks.inexact("normjax.linen.DynamicTanh", "x", x)
         features = feature_shape("normjax.linen.DynamicTanh", self.feature_axes, x.shape)
-        alpha = self.param("alpha", self.alpha_init, (), self.param_dtype)
+        alpha = param(self, "alpha", ())
         scale, bias = affine(self, features, scale, bias)
         return dynamic_tanh(x, alpha, scale, bias, feature_axis=self.feature_axes)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
+
+# The modules put their own name in its place.
+_HERE = "normjax.linen"
+
+
+class MissingStatsError(ScopeCollectionNotFound, ScopeVariableNotFoundError):
+    """There are no statistics to start from or to normalize by; the classes that Flax raises."""
+
+    def __init__(self, called: str, path: Sequence[str], reader: str, missing: str):
+        # Flax would append a link to its own documentation of the class.
+        collection = missing.split("/")[0]
+        Exception.__init__(
+            self,
+            f"{called} at '/{'/'.join(path)}': {reader} needs {missing!r}, which the variables do "
+            f"not have. model.init makes the collection {collection!r} and training moves it. "
+            f"Pass it beside the parameters: model.apply({{'params': ..., {collection!r}: ...}}).",
+        )
 
 
 def affine(
@@ -21,12 +38,20 @@ def affine(
     """The parameters that the module uses; what was given at the call stands in for them."""
 
     def vector(name: str, given: ArrayLike | None) -> ArrayLike | None:
-        if given is not None or not getattr(module, f"use_{name}", False):
-            return given
-        return module.param(name, getattr(module, f"{name}_init"), features, module.param_dtype)
+        if given is not None:
+            return _checks.inexact(_HERE, name, given)
+        return param(module, name, features) if getattr(module, f"use_{name}", False) else None
 
     # In the order of Flax, which decides what the initializers draw.
     return vector("scale", scale), vector("bias", bias)
+
+
+def param(module: Any, name: str, shape: tuple[int, ...], path: str | None = None) -> Array:
+    """The parameter `name`, which the module's `<name>_init` makes in its `param_dtype`."""
+    init, dtype = getattr(module, f"{name}_init"), module.param_dtype
+    _checks.initializer(_HERE, f"{name}_init", init)
+    _checks.floating_dtype(_HERE, "param_dtype", dtype)
+    return module.param(path or name, init, shape, dtype)
 
 
 def feature_shape(
@@ -40,11 +65,13 @@ def feature_shape(
 
 def as_mask(mask: ArrayLike | None) -> Array | None:
     """Any nonzero is True, as in Flax; the functions take booleans alone."""
-    return None if mask is None else jnp.asarray(mask, bool)
+    return _checks.nonzero(_HERE, mask)
 
 
 def output_dtype(module: Any, *arrays: ArrayLike | None) -> DTypeLike:
     """The rule of Flax: what the input and the parameters promote to, unless one is asked for."""
+    if module.dtype is not None:
+        _checks.floating_dtype(_HERE, "dtype", module.dtype)
     with jax.numpy_dtype_promotion("standard"):
         return canonicalize_dtype(*arrays, dtype=module.dtype)
 

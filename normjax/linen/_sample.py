@@ -47,6 +47,7 @@ class LayerNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.LayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -106,6 +107,7 @@ class RMSNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.RMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -168,6 +170,7 @@ class GroupNorm(nn.Module):
     feature_axis: int = -1
 
     @nn.compact
+    @_checks.named("normjax.linen.GroupNorm", axis="reduction_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -184,10 +187,9 @@ class GroupNorm(nn.Module):
             scale, bias: in place of the parameters, which are then not made.
         """
         x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
-        _checks.group_axes(
-            "normjax.linen.GroupNorm", self.reduction_axes, self.feature_axis, x.shape
-        )
-        features = feature_shape("normjax.linen.GroupNorm", (self.feature_axis,), x.shape)
+        called = "normjax.linen.GroupNorm"
+        _checks.group_axes(called, self.reduction_axes, self.feature_axis, x.shape)
+        features = (x.shape[_checks.axis(called, "feature_axis", self.feature_axis, x.shape)],)
         scale, bias = affine(self, features, scale, bias)
         return group_norm(
             x,
@@ -233,6 +235,7 @@ class InstanceNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
+    @_checks.named("normjax.linen.InstanceNorm", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,

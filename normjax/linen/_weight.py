@@ -15,7 +15,7 @@ from jax import Array
 
 from normjax import _checks
 from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
-from normjax.linen._params import feature_shape, output_dtype
+from normjax.linen._params import MissingStatsError, feature_shape, output_dtype, param
 
 
 @_checks.keywords("normjax.linen.WeightNorm")
@@ -45,18 +45,20 @@ class WeightNorm(nn.Module):
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized weights."""
+        called = "normjax.linen.WeightNorm"
+        _checks.variable_names(called, self.variable_filter)
 
         def transform(path: str, w: Array) -> Array:
             if not _chosen(path, self.variable_filter):
                 return w
             scale = None
             if self.use_scale:
-                shape = feature_shape(type(self).__name__, self.feature_axes, w.shape)
-                scale = self.param(f"{path}/scale", self.scale_init, shape, self.param_dtype)
+                shape = feature_shape(called, self.feature_axes, w.shape)
+                scale = param(self, "scale", shape, f"{path}/scale")
             normed = weight_norm(w, scale, feature_axis=self.feature_axes, epsilon=self.epsilon)
             return normed.astype(output_dtype(self, w, scale))
 
-        return _call(self, transform, args, kwargs)
+        return _call(self, called, transform, args, kwargs)
 
 
 @_checks.keywords("normjax.linen.SpectralNorm")
@@ -93,29 +95,35 @@ class SpectralNorm(nn.Module):
 
         Beside `update_stats`, `train` is an argument of the layer.
         """
-        moves = _checks.moves("normjax.linen.SpectralNorm", train, update_stats)
+        called = "normjax.linen.SpectralNorm"
+        moves = _checks.moves(called, train, update_stats)
+        n_steps = _checks.steps(called, self.n_steps)
+        _checks.text(called, "collection_name", self.collection_name)
+        _checks.floating_dtype(called, "param_dtype", self.param_dtype)
         if train is not None and update_stats is not None:
             kwargs["train"] = train
 
         def transform(path: str, w: Array) -> Array:
-            if w.ndim < 2 or self.n_steps < 1:
+            if w.ndim < 2 or n_steps < 1:
                 return w
             if self.error_on_non_matrix:
-                _checks.only_matrix("normjax.linen.SpectralNorm", path, w.shape)
+                _checks.only_matrix(called, path, w.shape)
             name, dtype = self.collection_name, self.param_dtype
             known = self.has_variable(name, f"{path}/u")
+            if not known and not (self.is_mutable_collection(name) and self.has_rng("params")):
+                raise MissingStatsError(called, self.path, "sigma", f"{name}/{path}/u")
             key = None if known else self.make_rng("params")
             shape = (1, w.shape[-1])
             u = self.variable(name, f"{path}/u", jax.random.normal, key, shape, dtype)
             sigma = self.variable(name, f"{path}/sigma", jnp.ones, (), dtype)
             stats = SpectralStats(u.value, sigma.value)
-            options: dict[str, Any] = dict(n_steps=self.n_steps, epsilon=self.epsilon)
+            options: dict[str, Any] = dict(n_steps=n_steps, epsilon=self.epsilon)
             normed, new = spectral_norm(w, stats, train=moves, **options)
             if moves:
                 u.value, sigma.value = new
             return normed.astype(output_dtype(self, w, *stats))
 
-        return _call(self, transform, args, kwargs, mutable=True)
+        return _call(self, called, transform, args, kwargs, mutable=True)
 
 
 @_checks.keywords("normjax.linen.WeightStandardized")
@@ -156,29 +164,36 @@ class WeightStandardized(nn.Module):
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with standardized weights."""
+        called = "normjax.linen.WeightStandardized"
+        _checks.variable_names(called, self.variable_filter)
 
         def transform(path: str, w: Array) -> Array:
             if not _chosen(path, self.variable_filter):
                 return w
             gain = None
             if self.use_gain:
-                shape = feature_shape(type(self).__name__, self.feature_axes, w.shape)
-                gain = self.param(f"{path}/gain", self.gain_init, shape, self.param_dtype)
+                shape = feature_shape(called, self.feature_axes, w.shape)
+                gain = param(self, "gain", shape, f"{path}/gain")
             options: dict[str, Any] = dict(epsilon=self.epsilon, scaled=self.scaled)
             normed = standardize_weight(w, gain, feature_axis=self.feature_axes, **options)
             return normed.astype(output_dtype(self, w, gain))
 
-        return _call(self, transform, args, kwargs)
+        return _call(self, called, transform, args, kwargs)
 
 
 def _call(
-    module: Any, transform: Callable, args: tuple, kwargs: dict[str, Any], **options: Any
-) -> Any:
+    module: Any, called: str, transform: Callable, args: tuple, kwargs: dict[str, Any],
+    **options: Any,
+) -> Any:  # fmt: skip
     """Calls the wrapped layer with each of its parameters transformed, by path."""
+    _checks.layer(called, module.layer_instance, nn.Module)
 
-    def by_path(path: tuple, w: Array) -> Array:
-        inner = jax.tree_util.keystr(path[1:], simple=True, separator="/")
-        return transform(f"{module.layer_instance.name}/{inner}", jnp.asarray(w))
+    def by_path(keys: tuple, w: Array) -> Array:
+        inner = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
+        path = f"{module.layer_instance.name}/{inner}"
+        # Errors of the layer itself are its own.
+        named = _checks.named(called, w=path, x=path, feature_axis="feature_axes", stats=path)
+        return named(transform)(path, jnp.asarray(w))
 
     return nn.map_variables(
         lambda layer: layer(*args, **kwargs),

@@ -16,7 +16,7 @@ from jax import Array
 
 from normjax import Moments, _checks, normalize
 from normjax._moments import collapse, wide
-from normjax.surgery._paths import At, Path, at_path, like, norms, written
+from normjax.surgery._paths import At, Path, Variables, at_path, like, norms, written
 
 CALLED = "normjax.surgery.convert"
 # What Flax calls layers that were given no name: their class and a number.
@@ -26,13 +26,13 @@ USUAL = 32
 
 
 def convert(
-    variables: Mapping[str, Any],
+    variables: Variables,
     *,
     num_groups: int | None = None,
     group_size: int | None = None,
     at: At = None,
     epsilon: float = 1e-5,
-) -> Mapping[str, Any]:
+) -> Variables:
     """Variables for the same model with group norm in the places of batch norm.
 
         scale' = scale S / s,   bias' = bias + scale (M - running mean) / s

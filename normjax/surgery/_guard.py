@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from normjax.surgery._layers import Edit, Layer, wrap
-from normjax.surgery._paths import At, chosen, nodes, patterns, written
+from normjax.surgery._paths import Apply, At, chosen, nodes, patterns, written
 
 
-def guard(apply: Callable, *, at: At = None) -> Callable:
+def guard(apply: Apply, *, at: At = None) -> Apply:
     """Fails when a batch norm would run in training mode, or by statistics never updated.
 
         allowed: train=False, and statistics other than mean = 0, var = 1, count = 0
@@ -76,7 +76,7 @@ def guard(apply: Callable, *, at: At = None) -> Callable:
                 seen[:] = leaves
         return run(*args, **kwargs)
 
-    return guarded
+    return cast(Apply, guarded)
 
 
 def never_updated(node: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Dialect, Layout
+from normjax.surgery._paths import Tree
 from normjax.surgery._rules import Rule, give_out, take_in
 
 INPUTS = ("query", "key", "value")
@@ -67,7 +68,7 @@ KERAS = Dialect(
 )
 
 
-def import_keras(variables: Any, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Any:
+def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Tree:
     """Fills the variables of a Flax model from the weights of its Keras twin.
 
         rule: (module of Flax, layer of Keras, kind), as ("Conv_{i}", "net/conv{i+1}", "conv")

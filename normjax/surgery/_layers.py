@@ -20,7 +20,7 @@ from jax import lax
 
 import normjax.linen
 from normjax import BatchStats
-from normjax.surgery._paths import chosen, expect_matches, written
+from normjax.surgery._paths import Apply, chosen, expect_matches, written
 
 _OURS: Any = normjax.linen.BatchNorm
 
@@ -70,7 +70,7 @@ class Edit:
         return layer
 
 
-def wrap(apply: Callable, edit: type[Edit], at: Any, *options: Any) -> Callable:
+def wrap(apply: Apply, edit: type[Edit], at: Any, *options: Any) -> Apply:
     """`apply` with an edit in force during each call of it."""
     if isinstance(apply, nn.Module) or not callable(apply):
         raise TypeError(
@@ -86,7 +86,7 @@ def wrap(apply: Callable, edit: type[Edit], at: Any, *options: Any) -> Callable:
         with editing(made):
             return apply(*args, **kwargs)
 
-    return edited
+    return cast(Apply, edited)
 
 
 @functools.lru_cache(maxsize=256)

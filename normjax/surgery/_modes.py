@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from normjax.surgery._layers import Edit, Layer, wrap
-from normjax.surgery._paths import At, at_path, norms, patterns
+from normjax.surgery._paths import Apply, At, at_path, norms, patterns
 
 
-def freeze(apply: Callable, *, at: At = None) -> Callable:
+def freeze(apply: Apply, *, at: At = None) -> Apply:
     """Batch norms act by their running statistics, and learn nothing, whatever the mode.
 
         y = (x - running mean) / sqrt(running var + epsilon) * scale + bias,   d scale = d bias = 0
@@ -107,7 +107,7 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
     return jax.tree_util.tree_map_with_path(belongs, params)
 
 
-def synchronize(apply: Callable, axis_name: str | Sequence[str], *, at: At = None) -> Callable:
+def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) -> Apply:
     """Batch norms share their batch statistics over `axis_name`, in a model written without it.
 
         moments = merge of the moments of all devices along axis_name

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from flax.core import FrozenDict, freeze
 
 At: TypeAlias = str | Sequence[str] | None
 Path: TypeAlias = tuple[str, ...]
+# What goes in comes out, of the same kind of dictionary, or with the same arguments.
+Variables = TypeVar("Variables", bound=Mapping[str, Any])
+Apply = TypeVar("Apply", bound=Callable[..., Any])
+Tree = TypeVar("Tree")
 
 
 def written(path: Iterable[str]) -> str:
@@ -82,9 +86,7 @@ def at_path(tree: Any, path: Path) -> Any:
     return tree
 
 
-def with_stats(
-    variables: Mapping[str, Any], changed: Mapping[Path, Mapping[str, Any]]
-) -> Mapping[str, Any]:
+def with_stats(variables: Variables, changed: Mapping[Path, Mapping[str, Any]]) -> Variables:
     """New variables in which the batch norms at these paths have other statistics."""
     stats: Any = variables["batch_stats"]
     for path, node in changed.items():
@@ -92,9 +94,10 @@ def with_stats(
     return like(variables, {**variables, "batch_stats": stats})
 
 
-def like(given: Mapping[str, Any], tree: dict[str, Any]) -> Mapping[str, Any]:
+def like(given: Variables, tree: Any) -> Variables:
     """Of the kind of dictionary that was given: Flax has a frozen one, too."""
-    return freeze(tree) if isinstance(given, FrozenDict) else tree
+    kind: Any = freeze(tree) if isinstance(given, FrozenDict) else tree
+    return kind
 
 
 def _put(tree: Mapping[str, Any], path: Path, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from normjax.surgery._layouts import (
     Kind,
     Layout,
 )
+from normjax.surgery._paths import Tree
 from normjax.surgery._rules import Rule, give_out, take_in
 from normjax.surgery._safetensors import read
 
@@ -119,8 +120,8 @@ TORCH = Dialect(
 
 
 def import_torch(
-    variables: Any, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
-) -> Any:
+    variables: Tree, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
+) -> Tree:
     """Fills the variables of a Flax model from the state dict of its PyTorch twin.
 
         rule: (module of Flax, module of PyTorch, kind), as ("block{i}/Conv_{j}", "{i}.conv{j+1}",

@@ -1,0 +1,57 @@
+"""Errors of dtypes: what JAX has no numbers of, what would lose a part of them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+# What other libraries call them.
+_DTYPES = {
+    "fp16": "float16",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "f32": "float32",
+    "fp64": "float64",
+    "f64": "float64",
+}
+
+
+def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
+    """The dtype of the result: that of x unless one was asked for."""
+    if dtype is None:
+        return of_x
+    result = floating_dtype(called, "dtype", dtype)
+    if jnp.issubdtype(of_x, jnp.complexfloating) > jnp.issubdtype(result, jnp.complexfloating):
+        raise TypeError(
+            f"{called}: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
+            "Pass a complex dtype, or x.real."
+        )
+    return result
+
+
+def floating_dtype(called: str, name: str, dtype: DTypeLike) -> np.dtype:
+    """A floating or complex dtype, however it was named."""
+    result = None
+    # An array has a dtype and is none.
+    if not isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
+        with suppress(TypeError, ValueError):
+            result = jnp.dtype(dtype)
+    # NumPy reads "f16" as 16 bytes, which JAX has for complex numbers alone.
+    if result is None or not jnp.issubdtype(result, jnp.inexact) or result.itemsize > _size(result):
+        meant = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+        raise TypeError(
+            f"{called}: {name}={dtype if result is None else result}, expected a floating or "
+            "complex dtype of JAX, for example jnp.float32 or jnp.bfloat16."
+            + (f" Did you mean {meant!r}?" if meant else "")
+        )
+    return result
+
+
+def _size(dtype: np.dtype) -> int:
+    """Bytes of the widest number of its kind."""
+    return 16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8

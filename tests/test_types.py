@@ -1,0 +1,63 @@
+"""What a type checker says: README passes mypy --strict, results have the types of inputs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+PROMISED = '''
+from typing import assert_type
+
+running = normjax.BatchStats.make(3)
+assert_type(normjax.batch_norm(x, running, train=True), tuple[jax.Array, normjax.BatchStats])
+assert_type(normjax.batch_norm(x, None, train=True), tuple[jax.Array, None])
+assert_type(normjax.batch_norm_act(x, running, train=False), tuple[jax.Array, normjax.BatchStats])
+assert_type(normjax.batch_norm_act(x, None, train=True), tuple[jax.Array, None])
+assert_type(normjax.batch_renorm(x, running, train=True), tuple[jax.Array, normjax.BatchStats])
+
+
+def either(given: normjax.BatchStats | None) -> None:
+    """Where the caller does not know, neither does the checker."""
+    _, kept = normjax.batch_norm(x, given, train=True)
+    assert_type(kept, normjax.BatchStats | None)
+
+
+normjax.add_layer_norm(x, x, axis=-1, epsilon=1e-5, mask=None)
+normjax.add_layer_norm(x, x, eps=1e-5)  # type: ignore[call-arg]
+normjax.add_rms_norm(x, x, eps=1e-5)  # type: ignore[call-arg]
+
+tree: dict[str, dict[str, jax.Array]] = {}
+assert_type(surgery.reset(tree), dict[str, dict[str, jax.Array]])
+assert_type(surgery.convert(tree), dict[str, dict[str, jax.Array]])
+assert_type(surgery.recompute(call, tree, batches), dict[str, dict[str, jax.Array]])
+assert_type(surgery.import_torch(tree, {}, []), dict[str, dict[str, jax.Array]])
+model.apply(surgery.recompute(call, variables, batches), x, train=False)
+
+
+def double(x: float) -> float:
+    return 2 * x
+
+
+assert_type(surgery.guard(double)(1.0), float)
+assert_type(surgery.synchronize(double, "batch")(1.0), float)
+'''
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_and_the_promised_types_pass_mypy_strict(tmp_path):
+    pytest.importorskip("mypy")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = tmp_path / "page.py"
+    page.write_text("\n".join([*blocks, PROMISED]))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--config-file=", str(page)],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
