@@ -229,8 +229,7 @@ def keeping_batch_norm(
     )  # fmt: skip
     if stats is not None and not train:
         return _evaluate(called, given, epsilon, activation), stats, None
-    shape = given.x.shape
-    ghosts = _checks.virtual_batches(called, virtual_batch_size, shape, given.reduced)
+    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
             where = axis_name, axis_index_groups
@@ -244,7 +243,7 @@ def keeping_batch_norm(
         batch = _with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
-    return y.reshape(shape), stats, batch
+    return y.reshape(jnp.shape(x)), stats, batch
 
 
 def keeping_batch_renorm(
@@ -324,7 +323,7 @@ def _check(
                     called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
                 )
                 for name, leaf, is_real in leaves
-                if leaf is not None or name != "count"
+                if leaf is not None
             )
         )
         if train:
