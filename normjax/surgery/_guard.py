@@ -58,7 +58,7 @@ def guard(apply: Callable, *, at: At = None) -> Callable:
         Array([-2.,  2.], dtype=float32)
     """
     given = patterns(_Guard.called, at)
-    run = wrap(apply, _Guard, given)
+    run = wrap(apply, _Guard, _Guard.called, given)
     seen: list[Any] = []
 
     @functools.wraps(apply)
@@ -99,7 +99,7 @@ class _Guard(Edit):
                 "normalizing each example by the others in its batch. Call the model with "
                 "train=False (use_running_average=True), or freeze it: guard(freeze(apply))."
             )
-        _expect_updated(layer.path, layer.stats()._asdict())
+        _expect_updated(layer.path, layer.stats(self.called)._asdict())
         return layer
 
 

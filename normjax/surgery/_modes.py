@@ -52,14 +52,14 @@ def freeze(apply: Callable, *, at: At = None) -> Callable:
         >>> surgery.freeze(model.apply)(variables, x).round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
-    return wrap(apply, _Freeze, patterns(_Freeze.called, at))
+    return wrap(apply, _Freeze, _Freeze.called, patterns(_Freeze.called, at))
 
 
 class _Freeze(Edit):
     called = "normjax.surgery.freeze"
 
     def __call__(self, layer: Layer) -> Layer:
-        layer.stats()
+        layer.stats(self.called)
         return layer._replace(train=False, frozen=True)
 
 
@@ -150,7 +150,7 @@ def synchronize(apply: Callable, axis_name: str | Sequence[str], *, at: At = Non
         Array([-1.,  1.], dtype=float32)
     """
     names = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-    return wrap(apply, _Synchronize, patterns(_Synchronize.called, at), names)
+    return wrap(apply, _Synchronize, _Synchronize.called, patterns(_Synchronize.called, at), names)
 
 
 class _Synchronize(Edit):
