@@ -48,9 +48,9 @@ def statistics_of(module: Any) -> str | None:
 
 def copy_of(module: Any, body: Callable, args: tuple, kwargs: dict[str, Any]) -> Copy | None:
     """The call as that of a batch norm, if the module behaves like one."""
-    body = inspect.unwrap(body)
+    code = getattr(inspect.unwrap(body), "__code__", None)
     # A class that calls its parent's code is met there, in the parent.
-    delegates = "__call__" in getattr(body, "__code__", body.__call__).co_names
+    delegates = code is None or "__call__" in code.co_names
     has_children = any(
         isinstance(leaf, Mapping) for tree in module.variables.values() for leaf in tree.values()
     )

@@ -38,12 +38,14 @@ def guard(apply: Callable, *, at: At = None) -> Callable:
         ===================================  ==================================================
         statistics traced by jit             the mode alone is looked at
         statistics seen before               looked at once
+        copy of batch norm                   recognized as in `freeze`
         ===================================  ==================================================
 
     Raises:
         TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: training mode, statistics never updated, no batch norm, or a
-            pattern that matches none.
+        ValueError: when called: training mode, statistics never updated, no batch norm (as in a
+            model that is not of flax.linen), a module with a mean and a var that is not
+            recognized, or a pattern that matches none.
 
     References:
         Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -24,10 +25,9 @@ class Kept:
         if held is not None and held[0]() is owner:
             return held[1]
         value = make()
-        try:
+        # What takes no weak reference has its value made anew each time.
+        with contextlib.suppress(TypeError):
             self._held[name] = weakref.ref(owner, lambda _: self._held.pop(name, None)), value
-        except TypeError:
-            pass  # It takes no weak reference: its value is made anew each time.
         return value
 
     def forget(self, owner: Any, key: Hashable) -> None:

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,9 +34,6 @@ _OWN: Any = (normjax.linen.BatchNormAct, normjax.linen.BatchRenorm, _OURS)
 
 # The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
 KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, *_OWN)}
-
-# Where the methods of lifted modules (nn.jit, nn.scan, ...) are made.
-_TRANSFORMS = inspect.getsourcefile(nn.transforms)
 
 
 class Layer(NamedTuple):
@@ -90,11 +87,6 @@ class Edit:
         self.at = at
         self.known: set[str] = set()
         self.number = next(Edit._numbers)
-
-    @property
-    def by_path(self) -> bool:
-        """Whether what is done to a layer depends on its path."""
-        return self.at is not None
 
     def __call__(self, layer: Layer) -> Layer:
         """The layer as it should run; itself if nothing is to be changed."""
@@ -153,6 +145,7 @@ class _Met(NamedTuple):
 
     methods: list[str]
     norms: set[str]
+    jitted: set[str]
 
 
 _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
@@ -161,13 +154,13 @@ _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
 @contextmanager
 def editing(edit: Edit) -> Iterator[None]:
     """Puts an edit in force, after those of the wrappers inside."""
-    (outer, path), mine = _edits.value, _Met([], set())
+    outer, mine = _edits.value, _Met([], set(), set())
     token = _met.set((*_met.get(), mine))
     try:
         with ExitStack() as stack:
             if not outer:
                 stack.enter_context(nn.intercept_methods(_intercept))
-            stack.enter_context(_edits(((edit, *outer), path)))
+            stack.enter_context(_edits((edit, *outer)))
             yield
     finally:
         _met.reset(token)
@@ -186,22 +179,43 @@ def editing(edit: Edit) -> Iterator[None]:
         )
     if mine.norms:
         expect_matches(edit.called, edit.at, edit.known)
+        _expect_own_traces(edit, mine)
+
+
+def _expect_own_traces(edit: Edit, met: _Met) -> None:
+    """Blocks under nn.jit that are alike share the trace of the first: a path means them all."""
+    if edit.at is None:
+        return
+    for path in sorted(met.norms):
+        inside = met.jitted.intersection(path.split("/"))
+        if inside and chosen(path, edit.at):
+            raise ValueError(
+                f"{edit.called}: at={edit.at!r} names '{path}', which is inside of '{min(inside)}' "
+                "under nn.jit. Equal blocks under nn.jit share one trace, so what is done to one "
+                "of them is done to all. Leave out nn.jit and compile the whole: "
+                "jax.jit(model.apply)."
+            )
+
+
+def _is_jitted(kind: type) -> bool:
+    """Whether a class is made by nn.jit, or has a method that is."""
+    makers = ("module_class_lift_transform_cached", "decorator_lift_transform_cached")
+    codes = (getattr(method, "__code__", None) for method in vars(kind).values())
+    return any(code is not None and code.co_qualname.startswith(makers) for code in codes)
 
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+    module: Any = context.module
     for met in _met.get():
         met.methods.append(context.method_name)
-    module: Any = context.module
+        if module.name and _is_jitted(type(module)):
+            met.jitted.add(module.name)
     body: Any = getattr(context.orig_method, "func", None)
     path = written(module.path) if module.scope is not None else ""
     layer = _recognize(path, next_fun, args, kwargs, context, body)
     if layer is None:
-        lifted = getattr(getattr(body, "__code__", None), "co_filename", "") == _TRANSFORMS
-        # nn.jit gives one trace to blocks that are alike, under whatever names.
-        apart = lifted and any(edit.by_path for edit in _edits.value[0])
-        with _edits((_edits.value[0], path)) if apart else nullcontext():
-            out = next_fun(*args, **kwargs)
-        if not lifted and context.method_name != "setup" and module.scope is not None:
+        out = next_fun(*args, **kwargs)
+        if context.method_name != "setup" and module.scope is not None:
             _report_unrecognized(path, module)
         return out
     for met in _met.get():
@@ -209,7 +223,7 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context:
     if module.is_initializing():
         return next_fun(*args, **kwargs)
     changed = layer
-    for edit in _edits.value[0]:
+    for edit in _edits.value:
         if chosen(path, edit.at):
             changed = edit(changed)
     return next_fun(*args, **kwargs) if changed is layer else changed.run(changed)
@@ -220,7 +234,7 @@ def _report_unrecognized(path: str, module: Any) -> None:
     if module.is_initializing() or any(path in met.norms for met in _met.get()):
         return
     if collection := statistics_of(module):
-        for edit in _edits.value[0]:
+        for edit in _edits.value:
             if chosen(path, edit.at):
                 edit.unrecognized(path, module, collection)
 
@@ -325,31 +339,27 @@ def _variable(module: Any, collection: str, name: str) -> Any:
 class _Context:
     """The edits in force, in the key of jit's cache, for JAX before `jax.make_user_context`."""
 
-    def __init__(self, start: Any) -> None:
-        self._var: ContextVar[Any] = ContextVar("edits", default=start)
+    def __init__(self) -> None:
+        self._var: ContextVar[tuple[Edit, ...]] = ContextVar("edits", default=())
 
     @property
-    def value(self) -> Any:
+    def value(self) -> tuple[Edit, ...]:
         return self._var.get()
 
     @contextmanager
-    def __call__(self, value: Any) -> Iterator[None]:
+    def __call__(self, edits: tuple[Edit, ...]) -> Iterator[None]:
         from jax.experimental.xla_metadata import set_xla_metadata
 
-        edits, path = value
-        token = self._var.set(value)
+        token = self._var.set(edits)
         try:
             # Metadata of the compiler, which it ignores, is all that old JAX lets into the key.
             key = "-".join(str(edit.number) for edit in edits)
-            with set_xla_metadata(normjax_edits=f"{key}:{path}"):
+            with set_xla_metadata(normjax_edits=key):
                 yield
         finally:
             self._var.reset(token)
 
 
-# The edits in force, and the path of the lifted module around where they depend on paths. A jitted
-# function inside the model, or around it, must not run from a trace that was made without these.
-_START: tuple[tuple[Edit, ...], str] = (), ""
-_edits: Any = (
-    jax.make_user_context(_START) if hasattr(jax, "make_user_context") else _Context(_START)
-)
+# A jitted function inside the model, or around it, must not run from a trace that was made
+# without these edits.
+_edits: Any = jax.make_user_context(()) if hasattr(jax, "make_user_context") else _Context()
