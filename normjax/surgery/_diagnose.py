@@ -16,7 +16,7 @@ from normjax.surgery._compiled import Compiled, Seen, compiled
 from normjax.surgery._guard import never_updated
 from normjax.surgery._judge import judge, judge_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
-from normjax.surgery._paths import At, Path, at_path, norms, written
+from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
 from normjax.surgery._record import Record
 from normjax.surgery._report import Finding, NormReport, Report
 from normjax.surgery._walk import expect_batches, walk
@@ -128,6 +128,8 @@ def diagnose(
             fault = run.measure.fault(name, records[path])
             masked = "had every entry masked" if np.any(records[path].batches) else None
             findings += judge_unmeasured(name, node, devices, fault or masked)
+    for name, fault in run.measure.elsewhere(patterns(CALLED, at), records).items():
+        findings += judge_unmeasured(name, None, 0.0, fault)
     findings.sort(key=lambda finding: not finding.serious)
     return Report(tuple(reports), tuple(findings), outputs.batches, outputs.apart())
 

@@ -38,7 +38,7 @@ def judge(norm: NormReport) -> Iterator[Finding]:
         return
     if not norm.never_updated and divergence > STALE:
         worst = int(np.argmax(norm.divergence))
-        ratio = norm.actual_var[worst] / max(norm.running_var[worst], np.finfo(float).tiny)
+        ratio = norm.actual_var[worst] / max(norm.running_var[worst], np.finfo(np.float32).tiny)
         yield finding(
             "stale",
             f"the running statistics are {divergence:.2g} nats from the actual ones; at worst, in "
@@ -73,7 +73,7 @@ def judge(norm: NormReport) -> Iterator[Finding]:
 
 
 def judge_unmeasured(
-    path: str, node: Mapping[str, Any], devices_apart: float, fault: str | None
+    path: str, node: Mapping[str, Any] | None, devices_apart: float, fault: str | None
 ) -> Iterator[Finding]:
     """What the statistics alone say; and why the layer was not measured, unless on purpose."""
 
@@ -88,8 +88,9 @@ def judge_unmeasured(
             "told to train are not learned. If it is meant so, name the others: at=.",
             serious=True,
         )
-    stats = [np.asarray(node[name], np.float64) for name in ("mean", "var")]
-    yield from _stored(finding, stats, never_updated(node), devices_apart)
+    if node is not None:
+        stats = [np.asarray(node[name], np.float64) for name in ("mean", "var")]
+        yield from _stored(finding, stats, never_updated(node), devices_apart)
 
 
 def _stored(

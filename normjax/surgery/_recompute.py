@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from normjax.surgery._compiled import Records, Seen, compiled
-from normjax.surgery._paths import At, at_path, with_stats, written
+from normjax.surgery._paths import At, at_path, patterns, with_stats, written
 from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._walk import walk
 
@@ -86,23 +86,26 @@ def recompute(
         Array([2.], dtype=float32)
     """
     called = "normjax.surgery.recompute"
-    run = compiled(called, call)
+    run, given = compiled(called, call), patterns(called, at)
 
     def each(seen: Seen, batch: Any) -> None:
         # What did not run yet may be run by a later batch.
-        _expect_measured(run.measure, seen.records, ran_only=True)
+        _expect_measured(run.measure, seen.records, given, ran_only=True)
 
     records = walk(run, variables, batches, at, limit, progress, each)
-    _expect_measured(run.measure, records)
+    _expect_measured(run.measure, records, given)
     stats = variables["batch_stats"]
     changed = {path: record.stats(at_path(stats, path)) for path, record in records.items()}
     return with_stats(variables, changed)
 
 
-def _expect_measured(measure: Measure, records: Records, ran_only: bool = False) -> None:
+def _expect_measured(
+    measure: Measure, records: Records, at: tuple[str, ...] | None, ran_only: bool = False
+) -> None:
     """Statistics that stay as they are, though they were chosen, are an error."""
     faults = {written(path): measure.fault(written(path), r) for path, r in records.items()}
     wrong = {path: fault for path, fault in faults.items() if fault}
+    wrong |= measure.elsewhere(at, records)
     if ran_only:
         wrong = {path: fault for path, fault in wrong.items() if fault != DID_NOT_RUN}
     if not any(np.any(record.batches) for record in records.values()) and (wrong or not ran_only):
@@ -114,7 +117,7 @@ def _expect_measured(measure: Measure, records: Records, ran_only: bool = False)
     if wrong:
         listed = "; ".join(f"'{path}' {fault}" for path, fault in sorted(wrong.items()))
         raise ValueError(
-            f"{measure.called}: {len(wrong)} of {len(records)} batch norms were not measured, so "
-            f"their statistics would stay as they are: {listed}. Look whether the model hands "
-            "train to all of its layers. To leave some as they are, name the others: at=."
+            f"{measure.called}: {len(wrong)} chosen batch norms were not measured, so their "
+            f"statistics would stay as they are: {listed}. Look whether the model hands train to "
+            "all of its layers. To leave some as they are, name the others: at=."
         )

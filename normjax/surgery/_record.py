@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from normjax import Moments, _checks, measure, merge, synchronize
 from normjax._moments import collapse, wide
 from normjax.linen._params import as_mask
 from normjax.surgery._layers import Edit, Layer, not_recognized
+from normjax.surgery._paths import Path, chosen, written
 
 # Records travel inside `batch_stats`: whatever Flax lifts a layer through (scan, vmap, remat,
 # jit) carries that collection, and no other for sure.
@@ -114,6 +115,12 @@ class Measure(Edit):
         """Kept for the words: what was not measured is named afterwards."""
         name = type(module).__name__
         self.strangers[path] = f"is a {name} that {not_recognized(collection)}"
+
+    def elsewhere(self, at: tuple[str, ...] | None, records: Iterable[Path]) -> dict[str, str]:
+        """Chosen modules with statistics that are in no record, since they keep them elsewhere."""
+        known = set(map(written, records))
+        found = self.strangers.items()
+        return {path: why for path, why in found if path not in known and chosen(path, at)}
 
     def fault(self, path: str, record: Record) -> str | None:
         """Why a layer was not measured; None if it was, or was frozen on purpose."""

@@ -105,13 +105,14 @@ def _reword(
             f"{called}: {where} has the shapes {shapes}, the first one had {first}, and the model "
             f"does not take it: {error}"
         ) from error
-    plain = isinstance(error, TypeError | AttributeError) and not str(error).startswith("normjax")
-    if plain and "unexpected keyword argument" in str(error):
+    ours = str(error).startswith("normjax")
+    if isinstance(error, TypeError) and not ours and "unexpected keyword argument" in str(error):
         raise TypeError(
             f"{called}: call was called with train=True and mutable=['batch_stats'] and does not "
             f"take them: {error} Pass a function that does, such as\n{CALL}"
         ) from error
-    if plain and isinstance(batch, tuple | list | Mapping):
+    bare = isinstance(error, TypeError | AttributeError | ValueError) and not ours
+    if bare and isinstance(batch, tuple | list | Mapping):
         kind = type(batch).__name__
         raise TypeError(
             f"{called}: call does not take {where}, a {kind} of the shapes {shapes}: "
@@ -126,7 +127,8 @@ def _reword(
 def _finite(mean: Any) -> Any:
     """A center to start from, also where a running mean is beyond use."""
     mean = jnp.asarray(mean)
-    return jnp.where(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
+    # What is centered is squared and summed in float32.
+    return jnp.where(jnp.abs(mean) < 1e15, mean, jnp.zeros_like(mean))
 
 
 class _Tree:
