@@ -109,6 +109,19 @@ def test_diagnose_edge_layer_that_was_not_measured():
     assert findings(report) == {("second", "not measured"), ("second", "never updated")}
 
 
+def test_a_layer_with_every_entry_masked_was_not_measured():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.BatchNorm(use_running_average=not train, name="seen")(x)
+            mask = jnp.zeros(x.shape, bool)
+            return nn.BatchNorm(use_running_average=not train, name="masked")(x, mask=mask)
+
+    variables = jax.tree.map(lambda leaf: leaf + 0.5, Masked().init(jax.random.key(0), X, False))
+    report = surgery.diagnose(call_of(Masked().apply), variables, [X])
+    assert "masked: the layer had every entry masked" in str(report)
+
+
 def test_diagnose_edge_layer_that_is_frozen_inside_call():
     call = call_of(surgery.freeze(MODEL.apply, at=["second", "head"]))
     report = surgery.diagnose(call, TRAINED, [X])
