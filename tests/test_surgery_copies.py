@@ -155,6 +155,11 @@ def test_freeze_guarantee_copies_too(copy):
     surgery.guard(frozen)(variables, X, True)
 
 
+def test_init_of_a_model_of_copies_alone_runs_as_it_is():
+    init = surgery.freeze(FieldCopy(use_running_average=True).init)
+    assert "batch_stats" in jax.eval_shape(init, jax.random.key(0), X)
+
+
 @pytest.mark.parametrize("copy", COPIES)
 def test_guard_edge_copy_of_batch_norm(copy):
     """The norm of Flax is in evaluation, and the copy alone would train."""

@@ -40,21 +40,23 @@ def statistics_of(module: Any) -> str | None:
     # A module of NNX keeps the statistics of all its layers in the module of linen around it.
     whole = type(module).__module__.startswith("flax.nnx")
     for collection, tree in module.variables.items():
-        found = {} if collection == "params" else nodes(tree)
-        if found and (whole or () in found):
+        own = {name: leaf for name, leaf in tree.items() if whole or not isinstance(leaf, Mapping)}
+        if collection != "params" and nodes(own):
             return collection
     return None
 
 
 def copy_of(module: Any, body: Callable, args: tuple, kwargs: dict[str, Any]) -> Copy | None:
     """The call as that of a batch norm, if the module behaves like one."""
+    if statistics_of(module) != "batch_stats":
+        return None
     code = getattr(inspect.unwrap(body), "__code__", None)
     # A class that calls its parent's code is met there, in the parent.
     delegates = code is None or "__call__" in code.co_names
     has_children = any(
         isinstance(leaf, Mapping) for tree in module.variables.values() for leaf in tree.values()
     )
-    if delegates or has_children or statistics_of(module) != "batch_stats":
+    if delegates or has_children:
         return None
     try:
         bound = inspect.signature(body).bind(module, *args, **kwargs)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -140,12 +141,21 @@ def wrap(apply: Callable, edit: Callable[..., Edit], called: str, *arguments: An
     return edited
 
 
-class _Met(NamedTuple):
-    """What a call was seen to run. Nothing at all where jit remembers an earlier trace."""
+@dataclass
+class _Met:
+    """What a call was seen to run. Nothing at all where jit remembers an earlier trace.
 
-    methods: list[str]
-    norms: set[str]
-    jitted: set[str]
+    Attributes:
+        ran: whether any module of linen did.
+        initialized: whether that was init.
+        norms: the paths of the batch norms.
+        jitted: the names of modules under nn.jit.
+    """
+
+    ran: bool = False
+    initialized: bool = False
+    norms: set[str] = field(default_factory=set)
+    jitted: set[str] = field(default_factory=set)
 
 
 _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
@@ -154,7 +164,7 @@ _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
 @contextmanager
 def editing(edit: Edit) -> Iterator[None]:
     """Puts an edit in force, after those of the wrappers inside."""
-    outer, mine = _edits.value, _Met([], set(), set())
+    outer, mine = _edits.value, _Met()
     token = _met.set((*_met.get(), mine))
     try:
         with ExitStack() as stack:
@@ -165,13 +175,13 @@ def editing(edit: Edit) -> Iterator[None]:
     finally:
         _met.reset(token)
     edit.known |= mine.norms
-    if not edit.known and mine.methods:
+    if not edit.known and mine.ran and not mine.initialized:
         raise ValueError(
             f"{edit.called}: no batch norm ran. Recognized are flax.linen.BatchNorm, "
             "normjax.linen.BatchNorm and BatchRenorm, what extends them, and copies that keep "
             "mean and var in 'batch_stats' and take use_running_average."
         )
-    if not edit.known:
+    if not edit.known and not mine.ran:
         raise ValueError(
             f"{edit.called}: no module of flax.linen ran. This works on models of flax.linen "
             "alone, called by a function that traces them, such as model.apply or jax.jit of it. "
@@ -207,7 +217,8 @@ def _is_jitted(kind: type) -> bool:
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
     module: Any = context.module
     for met in _met.get():
-        met.methods.append(context.method_name)
+        met.ran = True
+        met.initialized |= module.scope is not None and module.is_initializing()
         if module.name and _is_jitted(type(module)):
             met.jitted.add(module.name)
     body: Any = getattr(context.orig_method, "func", None)

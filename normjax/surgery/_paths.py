@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 from flax.core import FrozenDict, freeze
 
 At: TypeAlias = str | Sequence[str] | None
 Path: TypeAlias = tuple[str, ...]
+
+# What is returned is of the kind of dictionary that was given, so that it goes where that went.
+Variables = TypeVar("Variables", bound=Mapping[str, Any])
 
 
 def written(path: Iterable[str]) -> str:
@@ -82,9 +85,7 @@ def at_path(tree: Any, path: Path) -> Any:
     return tree
 
 
-def with_stats(
-    variables: Mapping[str, Any], changed: Mapping[Path, Mapping[str, Any]]
-) -> Mapping[str, Any]:
+def with_stats(variables: Variables, changed: Mapping[Path, Mapping[str, Any]]) -> Variables:
     """New variables in which the batch norms at these paths have other statistics."""
     stats: Any = variables["batch_stats"]
     for path, node in changed.items():
@@ -92,9 +93,9 @@ def with_stats(
     return like(variables, {**variables, "batch_stats": stats})
 
 
-def like(given: Mapping[str, Any], tree: dict[str, Any]) -> Mapping[str, Any]:
+def like(given: Variables, tree: dict[str, Any]) -> Variables:
     """Of the kind of dictionary that was given: Flax has a frozen one, too."""
-    return freeze(tree) if isinstance(given, FrozenDict) else tree
+    return cast(Variables, freeze(tree) if isinstance(given, FrozenDict) else tree)
 
 
 def _put(tree: Mapping[str, Any], path: Path, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from normjax.surgery._compiled import Records, Seen, compiled
-from normjax.surgery._paths import At, at_path, patterns, with_stats, written
+from normjax.surgery._paths import At, Variables, at_path, patterns, with_stats, written
 from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._walk import walk
 
 
 def recompute(
     call: Callable,
-    variables: Mapping[str, Any],
+    variables: Variables,
     batches: Iterable[Any],
     *,
     at: At = None,
     limit: int | None = None,
     progress: bool = True,
-) -> Mapping[str, Any]:
+) -> Variables:
     """Statistics of all that the batch norms see in `batches` ("precise batch norm").
 
         mean = sum of x / count,   var = sum of |x - mean|^2 / (count - ddof)

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from normjax.surgery._paths import At, norms, with_stats
+from normjax.surgery._paths import At, Variables, norms, with_stats
 
 START = {"mean": 0, "var": 1, "count": 0}
 
 
-def reset(variables: Mapping[str, Any], *, at: At = None) -> Mapping[str, Any]:
+def reset(variables: Variables, *, at: At = None) -> Variables:
     """Running statistics as a new layer has them.
 
         mean = 0,   var = 1,   count = 0

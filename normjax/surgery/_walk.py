@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -106,7 +107,8 @@ def _reword(
             f"does not take it: {error}"
         ) from error
     ours = str(error).startswith("normjax")
-    if isinstance(error, TypeError) and not ours and "unexpected keyword argument" in str(error):
+    unknown = re.search(r"unexpected keyword argument '(train|mutable)'", str(error))
+    if isinstance(error, TypeError) and not ours and unknown:
         raise TypeError(
             f"{called}: call was called with train=True and mutable=['batch_stats'] and does not "
             f"take them: {error} Pass a function that does, such as\n{CALL}"
