@@ -206,6 +206,27 @@ def test_recompute_guarantee_compiled_once(tool):
     assert alive() is None, "what is compiled must not keep the call alive"
 
 
+def test_the_apply_of_a_model_is_compiled_once():
+    traces = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            traces.append(train)
+            return nn.BatchNorm(use_running_average=not train)(x)
+
+    model = Counted()
+    variables = model.init(jax.random.key(0), X, False)
+    surgery.recompute(model.apply, variables, [X])
+    before = len(traces)
+    surgery.recompute(model.apply, variables, [X])
+    assert len(traces) == before
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_trace_is_not_used_once_the_call_reads_another_model():
     """As in a notebook, where `model` is made anew and `call` is not."""
     model = Dropping()

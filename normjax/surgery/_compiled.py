@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -47,7 +48,8 @@ class Compiled:
         self.measure = Measure(called)
         self.reads = tuple(map(_reference, _read_by(call, set())))
         # What jit keeps must not keep `call` alive, with all that it holds.
-        alive = _reference(call)
+        method = isinstance(call, MethodType)
+        alive = weakref.WeakMethod(call) if method else _reference(call)
         self.step = jax.jit(functools.partial(_step, alive, self.measure))
         self.serve = jax.jit(functools.partial(_serve, alive))
 
@@ -62,12 +64,17 @@ def compiled(called: str, call: Callable) -> Compiled:
     """What is compiled for `call`, as long as it lives and reads the same objects."""
     expect_function(called, call, f"a function that runs the model, such as\n{CALL}")
     make = functools.partial(Compiled, called, call)
-    if not isinstance(call, FunctionType | functools.partial):
+    owner: Any = call
+    key: tuple[Any, ...] = (called,)
+    if isinstance(call, MethodType) and isinstance(call.__self__, nn.Module):
+        # Modules of linen are frozen, and each access of `model.apply` makes a new method.
+        owner, key = call.__self__, (called, call.__func__)
+    elif not isinstance(call, FunctionType | functools.partial):
         return make()  # What another object reads is not known.
-    found = _compiled.get(call, called, make)
+    found = _compiled.get(owner, key, make)
     if not found.holds(call):
-        _compiled.forget(call, called)
-        found = _compiled.get(call, called, make)
+        _compiled.forget(owner, key)
+        found = _compiled.get(owner, key, make)
     return found
 
 
