@@ -255,7 +255,7 @@ def test_diagnose_guarantee_pure(well):
     jax.tree.map(np.testing.assert_array_equal, well, before)
 
 
-def test_diagnose_edge_layer_in_evaluation_or_all_masked(well):
+def test_frozen_layers_have_no_row_in_the_report(well):
     frozen = surgery.freeze(MODEL.apply, at="block_*")
 
     def run(variables, batch, *, train, mutable=False):

@@ -110,7 +110,7 @@ def _partition(called: str, axis_name: object, axis_index_groups: object, size: 
 
 def _unbound(axis_name: str | Sequence[str]) -> str:
     """What is asked for, what there is, and what was most likely meant."""
-    bound = _bound_names()
+    bound = bound_names()
     names = _listed(axis_name)
     missing = [name for name in names if name not in bound]
     got = (
@@ -131,7 +131,8 @@ def _unbound(axis_name: str | Sequence[str]) -> str:
     )
 
 
-def _bound_names() -> list[object]:
+def bound_names() -> list[object]:
+    """The device axes that are bound here."""
     # JAX has one way of asking, and moved it from jax.core to jax.extend.core.
     for room in (jax.extend.core, jax.core):
         if ask := getattr(room, "unsafe_get_axis_names_DO_NOT_USE", None):

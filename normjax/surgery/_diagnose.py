@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -11,15 +12,19 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from normjax.surgery._compiled import Compiled, Seen, compiled
 from normjax.surgery._guard import never_updated
-from normjax.surgery._judge import judge
+from normjax.surgery._judge import judge, judge_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
-from normjax.surgery._paths import At, Path, at_path, norms, written
+from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
 from normjax.surgery._record import Record
-from normjax.surgery._report import NormReport, Report
-from normjax.surgery._walk import Seen, walk
+from normjax.surgery._report import Finding, NormReport, Report
+from normjax.surgery._walk import expect_batches, walk
 
 CALLED = "normjax.surgery.diagnose"
+
+# Flax's names of scale and bias, and those of copies.
+AFFINE = (("scale", "gamma", "weight"), ("bias", "beta", "offset"))
 
 
 def diagnose(
@@ -51,14 +56,16 @@ def diagnose(
 
     Guarantees:
         every failure has a name: statistics stale, never updated, not finite, different on the
-            devices; few samples; modes apart; channels dead, exploding or at the epsilon floor; a
-            redundant bias before.
+            devices, not measured; few samples; modes apart; channels dead, exploding or at the
+            epsilon floor; a redundant bias before.
         healthy is clean: a model that is well has no findings.
         pure: nothing is changed.
 
     Edge cases:
         ===================================  ==================================================
-        layer in evaluation, or all masked   is not in the report
+        layer that was not measured          a finding: it ran in evaluation, not at all, with
+                                             every entry masked, or is not recognized
+        layer that is frozen inside call     judged by its statistics alone
         model compared on odd outputs        outputs_apart is None
         ===================================  ==================================================
 
@@ -78,39 +85,53 @@ def diagnose(
         >>> [finding.kind for finding in surgery.diagnose(call, variables, [x]).findings]
         ['never updated']
     """
+    run = compiled(CALLED, call)
     norms(CALLED, variables, at)
+    expect_batches(CALLED, batches)
     first, batches = _peek(batches)
     replicas = variables
     if first is not None:
         variables = _first_replica(call, variables, first[0])
-    watch, apart, outputs = _Watch(), _Apart(variables), _Outputs(call, variables)
+    apart, outputs = _Apart(variables), _Outputs(run, variables)
+    watch: list[_Watch] = []
 
     def each(seen: Seen, batch: Any) -> None:
-        if not watch.epsilon:
-            watch.trace(call, variables, batch)
-        apart.add(seen.records, watch.epsilon)
+        if not watch:
+            watch.append(_Watch())
+            watch[0].trace(call, variables, batch)
+        apart.add(seen.records)
         outputs.add(seen.outputs, batch)
 
-    records = walk(CALLED, call, variables, batches, at, limit, progress, each)
+    records = walk(run, variables, batches, at, limit, progress, each)
     stacked = replicas is not variables
+    reports: list[NormReport] = []
+    findings: list[Finding] = []
     # In the order in which the model runs them.
-    order = {name: number for number, name in enumerate(watch.epsilon)}
-    reports = tuple(
-        NormReport(
-            path=written(path),
-            epsilon=watch.epsilon[written(path)],
-            **_moments(path, records[path], variables),
-            modes_apart=float(np.sqrt(np.mean(apart.squares[path]))),
-            samples=float(np.mean(apart.samples[path])),
-            devices_apart=_devices_apart(at_path(replicas["batch_stats"], path), stacked),
-            redundant_bias=watch.biased.get(written(path)),
-            never_updated=never_updated(at_path(variables["batch_stats"], path)),
-        )
-        for path in sorted(apart.samples, key=lambda path: order[written(path)])
-    )
-    findings = [finding for norm in reports for finding in judge(norm)]
+    order = {path: number for number, path in enumerate(run.measure.paths)}
+    for path in sorted(records, key=lambda path: order.get(written(path), len(order))):
+        name, node = written(path), at_path(variables["batch_stats"], path)
+        devices = _devices_apart(at_path(replicas["batch_stats"], path), stacked)
+        if path in apart.samples:
+            norm = NormReport(
+                path=name,
+                epsilon=float(np.max(records[path].epsilon)),
+                **_moments(path, records[path], variables),
+                modes_apart=float(np.sqrt(np.mean(apart.squares[path]))),
+                samples=float(np.mean(apart.samples[path])),
+                devices_apart=devices,
+                redundant_bias=watch[0].biased.get(name),
+                never_updated=never_updated(node),
+            )
+            reports.append(norm)
+            findings += judge(norm)
+        else:
+            fault = run.measure.fault(name, records[path])
+            masked = "had every entry masked" if np.any(records[path].batches) else None
+            findings += judge_unmeasured(name, node, devices, fault or masked)
+    for name, fault in run.measure.elsewhere(patterns(CALLED, at), records).items():
+        findings += judge_unmeasured(name, None, 0.0, fault)
     findings.sort(key=lambda finding: not finding.serious)
-    return Report(reports, tuple(findings), outputs.batches, outputs.apart())
+    return Report(tuple(reports), tuple(findings), outputs.batches, outputs.apart())
 
 
 def _moments(path: Path, record: Record, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -119,7 +140,7 @@ def _moments(path: Path, record: Record, variables: Mapping[str, Any]) -> dict[s
     center, mean, m2, count = map(
         _flat, (record.center, record.moments.mean, record.moments.m2, record.moments.count)
     )
-    scale, bias = affine.get("scale"), affine.get("bias")
+    scale, bias = (next((affine[n] for n in names if n in affine), None) for names in AFFINE)
     return {
         "running_mean": _flat(node["mean"]),
         "running_var": _flat(node["var"]),
@@ -134,14 +155,17 @@ def _flat(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, np.float64).ravel()
 
 
+# Numbers that are not finite are findings.
+NO_WARNINGS = np.errstate(all="ignore")
+
+
 class _Watch(Edit):
-    """What only the modules know: their epsilon, and whose output they are given."""
+    """What only a run by modules shows: whose output a layer is given."""
 
     called = CALLED
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.epsilon: dict[str, float] = {}
         self.biased: dict[str, str] = {}
         self._made: dict[int, tuple[Any, str]] = {}
 
@@ -153,11 +177,13 @@ class _Watch(Edit):
         self._made.clear()
 
     def __call__(self, layer: Layer) -> Layer:
-        self.epsilon[layer.path] = float(layer.module.epsilon)
         maker = self._made.get(id(layer.x))
-        if maker and layer.train and layer.module.axis in (-1, np.ndim(layer.x) - 1):
+        if maker and layer.train and layer.axis in (-1, np.ndim(layer.x) - 1):
             self.biased[layer.path] = maker[1]
-        return layer
+        return layer.unmapped()
+
+    def unrecognized(self, path: str, module: Any, collection: str) -> None:
+        """What measures names it."""
 
     def _follow(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         y = next_fun(*args, **kwargs)
@@ -176,13 +202,14 @@ class _Apart:
         self.squares: dict[Path, list[float]] = {}
         self.samples: dict[Path, list[float]] = {}
 
-    def add(self, records: Mapping[Path, Record], epsilon: Mapping[str, float]) -> None:
+    @NO_WARNINGS
+    def add(self, records: Mapping[Path, Record]) -> None:
         for path, record in records.items():
             count, mean, m2 = map(_flat, record.moments)
             counted = count > 0
-            if not counted.any() or written(path) not in epsilon:
+            if not counted.any():
                 continue
-            node, floor = at_path(self.stats, path), epsilon[written(path)]
+            node, floor = at_path(self.stats, path), _flat(record.epsilon)
             running = np.sqrt(_flat(node["var"]) + floor)
             batch = np.sqrt(m2 / np.maximum(count, 1) + floor)
             shift = (_flat(record.center) + mean - _flat(node["mean"])) / running
@@ -203,18 +230,21 @@ def _samples(record: Record) -> np.ndarray:
     m2, within, examples, count = map(
         _flat, (record.moments.m2, record.within, record.examples, record.moments.count)
     )
-    between = np.maximum(m2 - within, np.finfo(float).tiny)
+    # What lies between the examples is not known beyond the rounding of m2.
+    limits = np.finfo(float)
+    between = np.maximum(m2 - within, limits.eps * m2 + limits.tiny)
     return np.clip((examples - 1) * m2 / between, examples, np.maximum(count, examples))
 
 
 class _Outputs:
     """How far the outputs of the model differ between the modes."""
 
-    def __init__(self, call: Callable, variables: Any):
-        self.run = jax.jit(lambda batch: call(variables, batch, train=False, mutable=False))
+    def __init__(self, run: Compiled, variables: Any):
+        self.run = functools.partial(run.serve, variables)
         self.batches, self.squares, self.values = 0, 0.0, list[np.ndarray]()
         self.comparable = True
 
+    @NO_WARNINGS
     def add(self, trained: Any, batch: Any) -> None:
         served, trained = (jax.tree.leaves(out) for out in (self.run(batch), trained))
         self.batches += 1
@@ -227,19 +257,18 @@ class _Outputs:
             self.squares += float(np.sum((t - s) ** 2))
             self.values.append(s)
 
+    @NO_WARNINGS
     def apart(self) -> float | None:
         """The root mean square of the difference, relative to the deviation."""
         values = np.concatenate(self.values) if self.comparable and self.values else np.zeros(0)
         spread = float(np.std(values)) if values.size else 0.0
-        return float(np.sqrt(self.squares / values.size) / spread) if spread else None
+        apart = float(np.sqrt(self.squares / values.size) / spread) if spread else np.nan
+        return apart if np.isfinite(apart) else None
 
 
 def _peek(batches: Any) -> tuple[list[Any] | None, Any]:
     """The first batch, and an iterable that still has it."""
-    try:
-        walking = iter(batches)
-    except TypeError:
-        return None, batches  # The walk words it.
+    walking = iter(batches)
     for first in walking:
         return [first], chain([first], walking) if walking is batches else batches
     return None, []
@@ -250,20 +279,21 @@ def _first_replica(call: Callable, variables: Mapping[str, Any], batch: Any) -> 
     leaves = jax.tree.leaves(variables)
     if len({np.shape(leaf)[:1] for leaf in leaves}) > 1 or np.ndim(leaves[0]) < 2:
         return variables
-    run = lambda v: call(v, batch, train=True, mutable=["batch_stats"])  # noqa: E731
+    watch = _Watch()
     try:
-        jax.eval_shape(run, variables)
+        watch.trace(call, variables, batch)
     except Exception:
         # Not as they are. If the model takes one of them, they are a stack.
         one = jax.tree.map(lambda leaf: leaf[0], variables)
         try:
-            jax.eval_shape(run, one)
+            watch.trace(call, one, batch)
         except Exception:
             return variables
         return one
     return variables
 
 
+@NO_WARNINGS
 def _devices_apart(node: Mapping[str, Any], stacked: bool) -> float:
     """The largest difference between devices, in deviations."""
     mean, var = (_replicas(node[name], stacked) for name in ("mean", "var"))

@@ -38,12 +38,14 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         ===================================  ==================================================
         statistics traced by jit             the mode alone is looked at
         statistics seen before               looked at once
+        copy of batch norm                   recognized as in `freeze`
         ===================================  ==================================================
 
     Raises:
         TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: training mode, statistics never updated, no batch norm, or a
-            pattern that matches none.
+        ValueError: when called: training mode, statistics never updated, no batch norm (as in a
+            model that is not of flax.linen), a module with a mean and a var that is not
+            recognized, or a pattern that matches none.
 
     References:
         Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.
@@ -58,7 +60,7 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         Array([-2.,  2.], dtype=float32)
     """
     given = patterns(_Guard.called, at)
-    run = wrap(apply, _Guard, given)
+    run = wrap(apply, _Guard, _Guard.called, given)
     seen: list[Any] = []
 
     @functools.wraps(apply)
@@ -99,7 +101,7 @@ class _Guard(Edit):
                 "normalizing each example by the others in its batch. Call the model with "
                 "train=False (use_running_average=True), or freeze it: guard(freeze(apply))."
             )
-        _expect_updated(layer.path, layer.stats()._asdict())
+        _expect_updated(layer.path, layer.stats(self.called)._asdict())
         return layer
 
 

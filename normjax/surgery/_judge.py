@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 
+from normjax.surgery._guard import never_updated
 from normjax.surgery._report import FEW_SAMPLES, Finding, NormReport
 
 # Nats, the mean over channels: variances that differ by the factor 1.8, or means by 0.45
@@ -19,6 +21,8 @@ MODES_APART = 0.5
 # Devices that share statistics hold the same bits; this leaves room for sums in another order.
 DEVICES_APART = 1e-4
 
+NOT_FINITE = "not finite"
+
 
 def judge(norm: NormReport) -> Iterator[Finding]:
     """All that is to be said about one layer."""
@@ -26,35 +30,15 @@ def judge(norm: NormReport) -> Iterator[Finding]:
     def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
         return Finding(norm.path, kind, serious, what, remedy)
 
-    stats = (norm.running_mean, norm.running_var)
-    finite = all(np.isfinite(leaf).all() for leaf in stats)
     divergence = float(norm.divergence.mean())
-    if norm.devices_apart > DEVICES_APART:
-        yield finding(
-            "devices differ",
-            f"the devices hold statistics up to {norm.devices_apart:.2g} deviations apart.",
-            "Train with axis_name= (or surgery.synchronize), and recompute.",
-            serious=True,
-        )
-    if not finite:
-        yield finding(
-            "not finite",
-            f"{np.sum(~np.isfinite(sum(stats)))} of {len(norm.shift)} channels have running "
-            "statistics that are NaN or infinite.",
-            "surgery.recompute, after surgery.reset; normjax.linen.BatchNorm takes in no NaN.",
-            serious=True,
-        )
+    stats = (norm.running_mean, norm.running_var)
+    stored = list(_stored(finding, stats, norm.never_updated, norm.devices_apart))
+    yield from stored
+    if any(found.kind == NOT_FINITE for found in stored):
         return
-    if norm.never_updated:
-        yield finding(
-            "never updated",
-            "the running statistics are those of a new layer, mean 0 and variance 1.",
-            "Keep the updates of mutable=['batch_stats'] in training, or surgery.recompute.",
-            serious=True,
-        )
-    elif divergence > STALE:
+    if not norm.never_updated and divergence > STALE:
         worst = int(np.argmax(norm.divergence))
-        ratio = norm.actual_var[worst] / max(norm.running_var[worst], np.finfo(float).tiny)
+        ratio = norm.actual_var[worst] / max(norm.running_var[worst], np.finfo(np.float32).tiny)
         yield finding(
             "stale",
             f"the running statistics are {divergence:.2g} nats from the actual ones; at worst, in "
@@ -85,6 +69,56 @@ def judge(norm: NormReport) -> Iterator[Finding]:
             "redundant bias",
             f"'{norm.redundant_bias}' has a bias, which this layer subtracts again.",
             "use_bias=False there, unless something else takes its output.",
+        )
+
+
+def judge_unmeasured(
+    path: str, node: Mapping[str, Any] | None, devices_apart: float, fault: str | None
+) -> Iterator[Finding]:
+    """What the statistics alone say; and why the layer was not measured, unless on purpose."""
+
+    def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
+        return Finding(path, kind, serious, what, remedy)
+
+    if fault is not None:
+        yield finding(
+            "not measured",
+            f"the layer {fault}.",
+            "Look whether the model hands train to this layer: statistics of a layer that is not "
+            "told to train are not learned. If it is meant so, name the others: at=.",
+            serious=True,
+        )
+    if node is not None:
+        stats = [np.asarray(node[name], np.float64) for name in ("mean", "var")]
+        yield from _stored(finding, stats, never_updated(node), devices_apart)
+
+
+def _stored(
+    finding: Callable, stats: Sequence[np.ndarray], new: bool, devices_apart: float
+) -> Iterator[Finding]:
+    """What needs no run: statistics that differ, are not finite, or are those of a new layer."""
+    if devices_apart > DEVICES_APART:
+        yield finding(
+            "devices differ",
+            f"the devices hold statistics up to {devices_apart:.2g} deviations apart.",
+            "Train with axis_name= (or surgery.synchronize), and recompute.",
+            serious=True,
+        )
+    finite = np.isfinite(stats[0]) & np.isfinite(stats[1])
+    if not finite.all():
+        yield finding(
+            NOT_FINITE,
+            f"{np.sum(~finite)} of {finite.size} channels have running statistics that are NaN or "
+            "infinite.",
+            "surgery.recompute, after surgery.reset; normjax.linen.BatchNorm takes in no NaN.",
+            serious=True,
+        )
+    elif new:
+        yield finding(
+            "never updated",
+            "the running statistics are those of a new layer, mean 0 and variance 1.",
+            "Keep the updates of mutable=['batch_stats'] in training, or surgery.recompute.",
+            serious=True,
         )
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
 
 import flax.linen as nn
@@ -20,6 +23,9 @@ from jax import lax
 
 import normjax.linen
 from normjax import BatchStats
+from normjax._checks.devices import bound_names
+from normjax.surgery._copies import copy_of, run_copy, statistics_of
+from normjax.surgery._kept import Kept
 from normjax.surgery._paths import Apply, chosen, expect_matches, written
 
 _OURS: Any = normjax.linen.BatchNorm
@@ -43,14 +49,30 @@ class Layer(NamedTuple):
     bias: Any
     axis_name: Any
     axis_index_groups: Any
+    run: Callable[[Layer], Any]
     frozen: bool = False
 
-    def stats(self) -> BatchStats:
+    @property
+    def axis(self) -> Any:
+        """The feature axes; what a copy has no field for is as Flax has it by default."""
+        return getattr(self.module, "axis", _OURS.axis)
+
+    @property
+    def epsilon(self) -> float:
+        """Added to the variance; likewise."""
+        return float(getattr(self.module, "epsilon", getattr(self.module, "eps", _OURS.epsilon)))
+
+    def unmapped(self) -> Layer:
+        """Without its device axis where no axis is bound: the batch at hand is the whole one."""
+        alone = self.train and self.axis_name is not None and not bound_names()
+        return self._replace(axis_name=None, axis_index_groups=None) if alone else self
+
+    def stats(self, called: str) -> BatchStats:
         """The running statistics that the layer has now."""
         held = {n: _variable(self.module, "batch_stats", n) for n in BatchStats._fields}
         if held["mean"] is None or held["var"] is None:
             raise ValueError(
-                f"normjax.surgery: the batch norm at '{self.path}' has no running statistics. "
+                f"{called}: the batch norm at '{self.path}' has no running statistics. "
                 "Pass all that model.init returns, 'batch_stats' included."
             )
         return BatchStats(**held)
@@ -60,26 +82,56 @@ class Edit:
     """What a tool does to the batch norms of a call, at the paths that match."""
 
     called: ClassVar[str]
+    _numbers = itertools.count()
 
     def __init__(self, at: tuple[str, ...] | None):
         self.at = at
         self.known: set[str] = set()
+        self.number = next(Edit._numbers)
 
     def __call__(self, layer: Layer) -> Layer:
         """The layer as it should run; itself if nothing is to be changed."""
         return layer
 
-
-def wrap(apply: Apply, edit: type[Edit], at: Any, *options: Any) -> Apply:
-    """`apply` with an edit in force during each call of it."""
-    if isinstance(apply, nn.Module) or not callable(apply):
-        raise TypeError(
-            f"{edit.called}: got {type(apply).__name__}, expected a function that runs a "
-            "model, such as model.apply."
+    def unrecognized(self, path: str, module: Any, collection: str) -> None:
+        """Told of a module that ran and has statistics, though it is no batch norm known here."""
+        raise ValueError(
+            f"{self.called}: the {type(module).__name__} at '{path}' {not_recognized(collection)} "
+            "If it is no batch norm, name those that are: at=."
         )
-    # Edits are part of the key of jit's cache. Wrapping one model's apply twice gives one edit,
-    # and what was compiled for it is found again.
-    made = _made(cast(Any, edit), id(getattr(apply, "__self__", apply)), at, *options)
+
+
+def not_recognized(collection: str) -> str:
+    """Why a module with statistics cannot be treated as a batch norm, and what would help."""
+    return (
+        f"holds a mean and a var in '{collection}', as a batch norm does, and was not recognized "
+        "as one. Recognized are flax.linen.BatchNorm, normjax.linen.BatchNorm and BatchRenorm, "
+        "what extends them, and modules that keep mean and var in 'batch_stats', have no "
+        "submodules, and take use_running_average (or train, training, is_training) as a field "
+        "or when called."
+    )
+
+
+def expect_function(called: str, function: Any, expected: str) -> None:
+    """A function that runs a model; modules are what it is mistaken for."""
+    nnx = sys.modules.get("flax.nnx")
+    module = isinstance(function, (nn.Module, *((nnx.Module,) if nnx else ())))
+    if module or not callable(function):
+        raise TypeError(f"{called}: got {type(function).__name__}, expected {expected}")
+
+
+# Edits are part of the key of jit's cache. Wrapping one model's apply twice gives one edit, and
+# what was compiled for it is found again.
+_made = Kept()
+
+
+def wrap(apply: Apply, edit: Callable[..., Edit], called: str, *arguments: Any) -> Apply:
+    """`apply` with an edit in force during each call of it."""
+    expect_function(called, apply, "a function that runs a model, such as model.apply.")
+    # Each access of `model.apply` makes a new method of the same model.
+    owner = getattr(apply, "__self__", apply)
+    key = (edit, getattr(apply, "__func__", None), *arguments)
+    made = _made.get(owner, key, lambda: edit(*arguments))
 
     @functools.wraps(apply)
     def edited(*args: Any, **kwargs: Any) -> Any:
@@ -89,16 +141,21 @@ def wrap(apply: Apply, edit: type[Edit], at: Any, *options: Any) -> Apply:
     return cast(Apply, edited)
 
 
-@functools.lru_cache(maxsize=256)
-def _made(edit: type[Edit], _: int, *arguments: Any) -> Edit:
-    return edit(*arguments)
+@dataclass
+class _Met:
+    """What a call was seen to run. Nothing at all where jit remembers an earlier trace.
 
+    Attributes:
+        ran: whether any module of linen did.
+        initialized: whether that was init.
+        norms: the paths of the batch norms.
+        jitted: the names of modules under nn.jit.
+    """
 
-class _Met(NamedTuple):
-    """What a call was seen to run. Nothing at all where jit remembers an earlier trace."""
-
-    methods: list[str]
-    norms: set[str]
+    ran: bool = False
+    initialized: bool = False
+    norms: set[str] = field(default_factory=set)
+    jitted: set[str] = field(default_factory=set)
 
 
 _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
@@ -107,7 +164,7 @@ _met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
 @contextmanager
 def editing(edit: Edit) -> Iterator[None]:
     """Puts an edit in force, after those of the wrappers inside."""
-    outer, mine = _edits.value, _Met([], set())
+    outer, mine = _edits.value, _Met()
     token = _met.set((*_met.get(), mine))
     try:
         with ExitStack() as stack:
@@ -118,38 +175,116 @@ def editing(edit: Edit) -> Iterator[None]:
     finally:
         _met.reset(token)
     edit.known |= mine.norms
-    if mine.methods and not edit.known:
+    if not edit.known and mine.ran and not mine.initialized:
         raise ValueError(
-            f"{edit.called}: no batch norm ran that is or extends flax.linen.BatchNorm, "
-            "normjax.linen.BatchNorm or normjax.linen.BatchRenorm."
+            f"{edit.called}: no batch norm ran. Recognized are flax.linen.BatchNorm, "
+            "normjax.linen.BatchNorm and BatchRenorm, what extends them, and copies that keep "
+            "mean and var in 'batch_stats' and take use_running_average."
+        )
+    if not edit.known and not mine.ran:
+        raise ValueError(
+            f"{edit.called}: no module of flax.linen ran. This works on models of flax.linen "
+            "alone, called by a function that traces them, such as model.apply or jax.jit of it. "
+            "An NNX model has its own switch, model.eval() and model.train()."
         )
     if mine.norms:
         expect_matches(edit.called, edit.at, edit.known)
+        _expect_own_traces(edit, mine)
+
+
+def _expect_own_traces(edit: Edit, met: _Met) -> None:
+    """Blocks under nn.jit that are alike share the trace of the first: a path means them all."""
+    if edit.at is None:
+        return
+    for path in sorted(met.norms):
+        inside = met.jitted.intersection(path.split("/"))
+        if inside and chosen(path, edit.at):
+            raise ValueError(
+                f"{edit.called}: at={edit.at!r} names '{path}', which is inside of '{min(inside)}' "
+                "under nn.jit. Equal blocks under nn.jit share one trace, so what is done to one "
+                "of them is done to all. Leave out nn.jit and compile the whole: "
+                "jax.jit(model.apply)."
+            )
+
+
+def _is_jitted(kind: type) -> bool:
+    """Whether a class is made by nn.jit, or has a method that is."""
+    makers = ("module_class_lift_transform_cached", "decorator_lift_transform_cached")
+    codes = (getattr(method, "__code__", None) for method in vars(kind).values())
+    return any(code is not None and code.co_qualname.startswith(makers) for code in codes)
 
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+    module: Any = context.module
     for met in _met.get():
-        met.methods.append(context.method_name)
-    layer = _recognize(args, kwargs, context)
+        met.ran = True
+        met.initialized |= module.scope is not None and module.is_initializing()
+        if module.name and _is_jitted(type(module)):
+            met.jitted.add(module.name)
+    body: Any = getattr(context.orig_method, "func", None)
+    path = written(module.path) if module.scope is not None else ""
+    layer = _recognize(path, next_fun, args, kwargs, context, body)
     if layer is None:
-        return next_fun(*args, **kwargs)
+        out = next_fun(*args, **kwargs)
+        if context.method_name != "setup" and module.scope is not None:
+            _report_unrecognized(path, module)
+        return out
     for met in _met.get():
-        met.norms.add(layer.path)
-    if layer.module.is_initializing():
+        met.norms.add(path)
+    if module.is_initializing():
         return next_fun(*args, **kwargs)
     changed = layer
     for edit in _edits.value:
-        if chosen(layer.path, edit.at):
+        if chosen(path, edit.at):
             changed = edit(changed)
-    return next_fun(*args, **kwargs) if changed is layer else _run(changed)
+    return next_fun(*args, **kwargs) if changed is layer else changed.run(changed)
 
 
-def _recognize(args: tuple, kwargs: dict[str, Any], context: Any) -> Layer | None:
+def _report_unrecognized(path: str, module: Any) -> None:
+    """Tells the edits of a module that ran with statistics of its own, and was not met."""
+    if module.is_initializing() or any(path in met.norms for met in _met.get()):
+        return
+    if collection := statistics_of(module):
+        for edit in _edits.value:
+            if chosen(path, edit.at):
+                edit.unrecognized(path, module, collection)
+
+
+def _recognize(
+    path: str, next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any, body: Any
+) -> Layer | None:
     """The batch norm that is called here, if it is one."""
     module: Any = context.module
-    body: Any = getattr(context.orig_method, "func", None)
-    if body not in KINDS:
+    if body in KINDS:
+        return _recognize_kind(path, args, kwargs, module, body)
+    if context.method_name != "__call__" or module.scope is None or module.is_initializing():
         return None
+    copy = copy_of(module, body, args, kwargs)
+    if copy is None:
+        return None
+
+    def run(layer: Layer) -> Any:
+        devices = {name: getattr(layer, name) for name in ("axis_name", "axis_index_groups")}
+        return run_copy(copy, next_fun, module, layer.train, layer.frozen, devices)
+
+    return Layer(
+        path=path,
+        module=module,
+        x=copy.x,
+        train=copy.train,
+        mask=copy.bound.arguments.get("mask"),
+        scale=None,
+        bias=None,
+        axis_name=getattr(module, "axis_name", None),
+        axis_index_groups=getattr(module, "axis_index_groups", None),
+        run=run,
+    )
+
+
+def _recognize_kind(
+    path: str, args: tuple, kwargs: dict[str, Any], module: Any, body: Any
+) -> Layer | None:
+    """A batch norm whose code is known, by the arguments that it is called with."""
     try:
         given = inspect.signature(body).bind(module, *args, **kwargs).arguments
     except TypeError:
@@ -160,7 +295,7 @@ def _recognize(args: tuple, kwargs: dict[str, Any], context: Any) -> Layer | Non
     elif average is not None or module.use_running_average is not None:
         return None  # Likewise: two modes.
     return Layer(
-        path=written(module.path),
+        path=path,
         module=module,
         x=given["x"],
         train=bool(given["train"]) if given.get("train") is not None else not average,
@@ -169,6 +304,7 @@ def _recognize(args: tuple, kwargs: dict[str, Any], context: Any) -> Layer | Non
         bias=given.get("bias"),
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
+        run=_run,
     )
 
 
@@ -228,7 +364,8 @@ class _Context:
         token = self._var.set(edits)
         try:
             # Metadata of the compiler, which it ignores, is all that old JAX lets into the key.
-            with set_xla_metadata(normjax_edits="-".join(str(id(edit)) for edit in edits)):
+            key = "-".join(str(edit.number) for edit in edits)
+            with set_xla_metadata(normjax_edits=key):
                 yield
         finally:
             self._var.reset(token)

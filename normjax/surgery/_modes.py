@@ -27,6 +27,8 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
 
     Guarantees:
         any model: layers of Flax and of normjax alike, inside jit, remat, scan and vmap of Flax.
+        copies too: a class of its own that keeps mean and var in `batch_stats`, has no submodules
+            and takes `use_running_average` (or `train`, `training`, `is_training`) is a batch norm.
         statistics stay: `batch_stats` comes back as it went in, also where train=True.
         learns nothing: gradients of scale and bias are zero.
         never a stale trace: a function that jit has compiled before is compiled anew.
@@ -34,12 +36,16 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
     Edge cases:
         ===================================  ==================================================
         no batch_stats of a layer            an error
+        unrecognized module with statistics  an error, unless `at` leaves it out
+        at= inside of nn.jit                 an error: equal blocks there share one trace
         init                                 runs as it is, there is nothing to freeze yet
         ===================================  ==================================================
 
     Raises:
         TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: no batch norm ran, or a pattern matches none (they are listed).
+        ValueError: when called: no batch norm ran (as in a model that is not of flax.linen), a
+            module with a mean and a var is not recognized, or a pattern matches none (they are
+            listed).
 
     References:
         He et al. (2016), arXiv:1512.03385, appendix A: batch norm fixed while fine-tuning.
@@ -52,14 +58,14 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         >>> surgery.freeze(model.apply)(variables, x).round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
-    return wrap(apply, _Freeze, patterns(_Freeze.called, at))
+    return wrap(apply, _Freeze, _Freeze.called, patterns(_Freeze.called, at))
 
 
 class _Freeze(Edit):
     called = "normjax.surgery.freeze"
 
     def __call__(self, layer: Layer) -> Layer:
-        layer.stats()
+        layer.stats(self.called)
         return layer._replace(train=False, frozen=True)
 
 
@@ -84,7 +90,8 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
 
     Raises:
         TypeError: `variables` is no dictionary.
-        ValueError: there are no statistics, or a pattern matches none (they are listed).
+        ValueError: there are no statistics or no params, or a pattern matches none (they are
+            listed).
 
     References:
         Loshchilov, Hutter (2019), arXiv:1711.05101: decay that is no gradient.
@@ -97,8 +104,14 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
         >>> surgery.frozen_mask(variables)["layers_1"]
         {'bias': True, 'scale': True}
     """
-    frozen = norms("normjax.surgery.frozen_mask", variables, at)
-    params = variables.get("params", {})
+    called = "normjax.surgery.frozen_mask"
+    frozen = norms(called, variables, at)
+    if "params" not in variables:
+        raise ValueError(
+            f"{called}: the variables have no 'params'; their collections are {sorted(variables)}. "
+            "Pass all that model.init returns."
+        )
+    params = variables["params"]
 
     def belongs(path: tuple, _: Any) -> bool:
         names = tuple(str(getattr(key, "key", key)) for key in path)
@@ -133,7 +146,9 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
 
     Raises:
         TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: no batch norm ran, or a pattern matches none (they are listed).
+        ValueError: when called: no batch norm ran (as in a model that is not of flax.linen), a
+            module with a mean and a var is not recognized, or a pattern matches none (they are
+            listed).
         NameError: when called: `axis_name` is not bound.
 
     References:
@@ -149,8 +164,14 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
         >>> jax.vmap(step, axis_name="batch")(x).round(2).ravel()
         Array([-1.,  1.], dtype=float32)
     """
-    names = axis_name if isinstance(axis_name, str) else tuple(axis_name)
-    return wrap(apply, _Synchronize, patterns(_Synchronize.called, at), names)
+    called = _Synchronize.called
+    names = axis_name if isinstance(axis_name, str | int) else tuple(axis_name)
+    if isinstance(names, int) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{called}: axis_name={axis_name!r}, expected the name of a mapped axis or several, "
+            "such as 'batch'."
+        )
+    return wrap(apply, _Synchronize, called, patterns(called, at), names)
 
 
 class _Synchronize(Edit):
@@ -163,4 +184,9 @@ class _Synchronize(Edit):
     def __call__(self, layer: Layer) -> Layer:
         if not layer.train:
             return layer
+        if not hasattr(layer.module, "axis_name"):
+            raise ValueError(
+                f"{self.called}: the {type(layer.module).__name__} at '{layer.path}' has no field "
+                "axis_name, so it cannot share its statistics. Name the others: at=."
+            )
         return layer._replace(axis_name=self.axis_name, axis_index_groups=None)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from normjax.surgery._paths import At, Variables, at_path, with_stats
+import numpy as np
+
+from normjax.surgery._compiled import Records, Seen, compiled
+from normjax.surgery._paths import At, Variables, at_path, patterns, with_stats, written
+from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._walk import walk
 
 
@@ -27,10 +31,12 @@ def recompute(
 
     Args:
         call: `call(variables, batch, *, train, mutable)` runs the model and returns what
-            `model.apply` does. It is compiled, so it must be pure: dropout keys come in batches.
+            `model.apply` does. It is compiled once, as by `jax.jit`, so it must be pure: dropout
+            keys come in batches.
         variables: all of the model.
-        batches: whatever `call` takes, cut as in training, since each layer is measured behind
-            layers that normalize by the batch. The sizes may differ.
+        batches: an iterable of whatever `call` takes, cut as in training, since each layer is
+            measured behind layers that normalize by the batch. The sizes may differ. One batch is
+            `[batch]`.
         at: patterns over the paths of the layers, all if None.
         limit: how many batches at most.
         progress: a bar, where there is a terminal.
@@ -42,7 +48,11 @@ def recompute(
         exact: population moments to float32 rounding, whatever the offsets, drift and sizes.
         cut as you like: the result does not depend on the cuts where the layer's input does not.
         any devices: also over an `axis_name` that is bound within `call`, and sharded arrays.
-        any model: layers of Flax and of normjax, also inside jit, remat, scan and vmap of Flax.
+        unbound axis: where a layer has an `axis_name` and nothing is bound, the batch is whole.
+        any model: layers of Flax and of normjax, also inside jit, remat, scan and vmap of Flax;
+            copies of them as in `freeze`.
+        nothing left out: a chosen layer that was not measured is an error that names it.
+        compiled once: a second call with the same function and shapes compiles nothing.
         pure: the variables that were given stay as they are, also when something fails.
 
     Edge cases:
@@ -54,10 +64,12 @@ def recompute(
         ===================================  ==================================================
 
     Raises:
-        TypeError: `variables` is no dictionary, `batches` cannot be walked through, or `call`
-            returns no updates.
-        ValueError: no batches, no batch norm, none in training mode, a pattern that matches none,
-            data that are not finite, batches that the model does not take.
+        TypeError: `call` is no function, or does not take train and mutable; `variables` is no
+            dictionary; `batches` is one batch, an array, a dictionary or a tuple, or holds what is
+            no array; `call` does not take a batch, or returns no updates.
+        ValueError: no batches, no batch norm, a chosen one that ran in evaluation mode, not at
+            all, or is not recognized, a pattern that matches none, data that are not finite,
+            batches that the model does not take.
 
     References:
         Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.
@@ -74,7 +86,38 @@ def recompute(
         Array([2.], dtype=float32)
     """
     called = "normjax.surgery.recompute"
-    records = walk(called, call, variables, batches, at, limit, progress)
+    run, given = compiled(called, call), patterns(called, at)
+
+    def each(seen: Seen, batch: Any) -> None:
+        # What did not run yet may be run by a later batch.
+        _expect_measured(run.measure, seen.records, given, ran_only=True)
+
+    records = walk(run, variables, batches, at, limit, progress, each)
+    _expect_measured(run.measure, records, given)
     stats = variables["batch_stats"]
     changed = {path: record.stats(at_path(stats, path)) for path, record in records.items()}
     return with_stats(variables, changed)
+
+
+def _expect_measured(
+    measure: Measure, records: Records, at: tuple[str, ...] | None, ran_only: bool = False
+) -> None:
+    """Statistics that stay as they are, though they were chosen, are an error."""
+    faults = {written(path): measure.fault(written(path), r) for path, r in records.items()}
+    wrong = {path: fault for path, fault in faults.items() if fault}
+    wrong |= measure.elsewhere(at, records)
+    if ran_only:
+        wrong = {path: fault for path, fault in wrong.items() if fault != DID_NOT_RUN}
+    if not any(np.any(record.batches) for record in records.values()) and (wrong or not ran_only):
+        raise ValueError(
+            f"{measure.called}: call(..., train=True) ran none of the batch norms "
+            f"{sorted(faults)} in training mode. Pass train on to the model, and look whether it "
+            "hands it to its layers."
+        )
+    if wrong:
+        listed = "; ".join(f"'{path}' {fault}" for path, fault in sorted(wrong.items()))
+        raise ValueError(
+            f"{measure.called}: {len(wrong)} chosen batch norms were not measured, so their "
+            f"statistics would stay as they are: {listed}. Look whether the model hands train to "
+            "all of its layers. To leave some as they are, name the others: at=."
+        )

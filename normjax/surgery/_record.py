@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from normjax import Moments, _checks, measure, merge, synchronize
 from normjax._moments import collapse, wide
 from normjax.linen._params import as_mask
-from normjax.surgery._layers import Edit, Layer
+from normjax.surgery._layers import Edit, Layer, not_recognized
+from normjax.surgery._paths import Path, chosen, written
 
 # Records travel inside `batch_stats`: whatever Flax lifts a layer through (scan, vmap, remat,
 # jit) carries that collection, and no other for sure.
 SLOT = "normjax_record"
+
+DID_NOT_RUN = "did not run"
 
 
 class Record(NamedTuple):
@@ -28,7 +32,10 @@ class Record(NamedTuple):
         within: the part of m2 that lies within the examples and not between them.
         examples: how many examples.
         batches: how many calls in training mode.
+        evaluated: how many calls in evaluation mode.
+        frozen: how many of these because `surgery.freeze` says so.
         ddof: what the layer takes off the count for its running variance.
+        epsilon: what it adds to a variance.
     """
 
     center: Array
@@ -36,14 +43,18 @@ class Record(NamedTuple):
     within: Array
     examples: Array
     batches: Array
+    evaluated: Array
+    frozen: Array
     ddof: Array
+    epsilon: Array
 
     @classmethod
     def start(cls, center: Array) -> Record:
         """Nothing seen yet."""
         center = center.astype(wide(center.dtype))
         zero = jnp.zeros(center.shape, center.real.dtype)
-        return cls(center, Moments(zero, jnp.zeros_like(center), zero), zero, zero, zero, zero)
+        nothing = Moments(zero, jnp.zeros_like(center), zero)
+        return cls(center, nothing, *[zero] * (len(cls._fields) - 2))
 
     def merged(self, other: Record) -> Record:
         """What both saw. The center is the same, unless the first has seen nothing yet."""
@@ -53,7 +64,10 @@ class Record(NamedTuple):
             within=self.within + other.within,
             examples=self.examples + other.examples,
             batches=self.batches + other.batches,
+            evaluated=self.evaluated + other.evaluated,
+            frozen=self.frozen + other.frozen,
             ddof=jnp.maximum(self.ddof, other.ddof),
+            epsilon=jnp.maximum(self.epsilon, other.epsilon),
         )
 
     def stats(self, node: Mapping[str, Any]) -> dict[str, Array]:
@@ -77,25 +91,57 @@ class Measure(Edit):
     def __init__(self, called: str):
         super().__init__(None)
         self.called = called  # type: ignore[misc]
+        # In the order in which the model runs them.
+        self.paths: dict[str, None] = {}
+        self.strangers: dict[str, str] = {}
 
     def __call__(self, layer: Layer) -> Layer:
-        module = layer.module
-        if layer.train and module.has_variable("batch_stats", SLOT):
-            record = module.get_variable("batch_stats", SLOT)
+        layer, module = layer.unmapped(), layer.module
+        self.paths.setdefault(layer.path)
+        if not module.has_variable("batch_stats", SLOT):
+            return layer
+        record = module.get_variable("batch_stats", SLOT)
+        if layer.train:
             seen = _see(self.called, layer, record.center)
             module.put_variable("batch_stats", SLOT, record.merged(seen))
+        elif module.is_mutable_collection("batch_stats"):
+            seen = record._replace(
+                evaluated=record.evaluated + 1, frozen=record.frozen + layer.frozen
+            )
+            module.put_variable("batch_stats", SLOT, seen)
         return layer
+
+    def unrecognized(self, path: str, module: Any, collection: str) -> None:
+        """Kept for the words: what was not measured is named afterwards."""
+        name = type(module).__name__
+        self.strangers[path] = f"is a {name} that {not_recognized(collection)}"
+
+    def elsewhere(self, at: tuple[str, ...] | None, records: Iterable[Path]) -> dict[str, str]:
+        """Chosen modules with statistics that are in no record, since they keep them elsewhere."""
+        known = set(map(written, records))
+        found = self.strangers.items()
+        return {path: why for path, why in found if path not in known and chosen(path, at)}
+
+    def fault(self, path: str, record: Record) -> str | None:
+        """Why a layer was not measured; None if it was, or was frozen on purpose."""
+        if np.any(record.batches) or np.any(record.frozen):
+            return None
+        if path in self.strangers:
+            return self.strangers[path]
+        if np.any(record.evaluated):
+            return "ran in evaluation mode, though call was given train=True"
+        return DID_NOT_RUN
 
 
 def _see(called: str, layer: Layer, center: Array) -> Record:
-    x, axis = jnp.asarray(layer.x), layer.module.axis
+    x, axis = jnp.asarray(layer.x), layer.axis
     reduced = _checks.reduced_axes(called, "axis", axis, x.shape)
     features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
     if features != center.shape:
         raise ValueError(
             f"{called}: the batch norm at '{layer.path}' is given features of shape {features}, "
             f"expected {center.shape}, that of its statistics. The batches are not those of this "
-            "model."
+            "model, or the features lie on another axis than the layer says."
         )
     x = x.astype(wide(x.dtype, center.dtype)) - jnp.expand_dims(center, reduced)
     moments, within, examples = _measure(x, reduced, as_mask(layer.mask))
@@ -106,8 +152,18 @@ def _see(called: str, layer: Layer, center: Array) -> Record:
     moments, within, examples = (
         _each(center.shape, value) for value in (moments, within, examples)
     )
-    one = jnp.ones_like(within)
-    return Record(center, moments, within, examples, one, one * getattr(layer.module, "ddof", 0))
+    one, none = jnp.ones_like(within), jnp.zeros_like(within)
+    return Record(
+        center=center,
+        moments=moments,
+        within=within,
+        examples=examples,
+        batches=one,
+        evaluated=none,
+        frozen=none,
+        ddof=one * getattr(layer.module, "ddof", 0),
+        epsilon=one * layer.epsilon,
+    )
 
 
 def _measure(x: Array, reduced: tuple[int, ...], mask: Array | None) -> tuple[Moments, Any, Any]:

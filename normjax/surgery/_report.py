@@ -76,12 +76,14 @@ class NormReport:
         object.__setattr__(self, "divergence", divergence)
 
     @property
+    @np.errstate(all="ignore")
     def output_mean(self) -> np.ndarray:
         """Of what the layer puts out when it is served."""
         apart = (self.actual_mean - self.running_mean) / np.sqrt(self.running_var + self.epsilon)
         return self.scale * apart + self.bias
 
     @property
+    @np.errstate(all="ignore")
     def output_std(self) -> np.ndarray:
         """Likewise its deviation."""
         return np.abs(self.scale) * np.sqrt(self.actual_var / (self.running_var + self.epsilon))
@@ -96,7 +98,7 @@ class Report:
     """All batch norms of a model, what was found, and what to do.
 
     Attributes:
-        norms: one report for each layer.
+        norms: one report for each layer that was measured.
         findings: the serious ones first.
         batches: how many were seen.
         outputs_apart: how far the outputs of the model differ between training and evaluation,
@@ -121,7 +123,9 @@ class Report:
     def __str__(self) -> str:
         kinds: dict[str, list[str]] = {norm.path: [] for norm in self.norms}
         for finding in self.findings:
-            kinds[finding.path].append(finding.kind.upper() if finding.serious else finding.kind)
+            kinds.setdefault(finding.path, []).append(
+                finding.kind.upper() if finding.serious else finding.kind
+            )
         rows: list[tuple[str, ...]] = [
             ("layer", "channels", "shift", "KL", "modes apart", "samples", "findings")
         ]
@@ -135,6 +139,12 @@ class Report:
                     ", ".join(kinds[norm.path]) or "ok",
                 )
             )
+        measured = {norm.path for norm in self.norms}
+        rows += [
+            (path or "(the model)", *"-----", ", ".join(found))
+            for path, found in kinds.items()
+            if path not in measured
+        ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

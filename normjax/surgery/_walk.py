@@ -1,65 +1,50 @@
-"""Walking through a data set: compiled, with a bar, merged as a tree, every fault told in words."""
+"""Walking through a data set: with a bar, merged as a tree, every fault told in words."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from operator import length_hint
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._layers import editing
-from normjax.surgery._paths import At, Path, at_path, norms, with_stats, written
-from normjax.surgery._record import SLOT, Measure, Record
-
-Records = dict[Path, Record]
-
-
-class Seen(NamedTuple):
-    """One batch: what the layers saw, what the model returned, whether all of it is finite."""
-
-    records: Records
-    outputs: Any
-    finite: Any
+from normjax.surgery._compiled import CALL, Compiled, Records, Seen
+from normjax.surgery._paths import At, norms, written
 
 
 def walk(
-    called: str,
-    call: Callable,
+    compiled: Compiled,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     at: At,
     limit: int | None,
     progress: bool,
-    each: Callable[[Seen, Any], None] = lambda seen, batch: None,
+    each: Callable[[Seen, Any], None],
 ) -> Records:
     """The merged records of the chosen layers over all batches; `each` is shown every batch."""
+    called, step = compiled.measure.called, compiled.step
     found = norms(called, variables, at)
-    step = _compiled(called, call, variables, found)
+    expect_batches(called, batches)
     centers = {path: _finite(node["mean"]) for path, node in found.items()}
     tree, finite, first, centered = _Tree(), [], None, False
     for number, batch in enumerate(_bar(called, batches, limit, progress)):
+        _expect_arrays(called, number, batch)
         shapes = jax.tree.map(np.shape, batch)
         first = shapes if first is None else first
         try:
             if not centered:
                 # The first batch in which anything counts gives the center, and runs twice.
-                there = step(centers, batch).records
+                there = step(variables, centers, batch).records
                 centers = {path: r.center + r.moments.mean for path, r in there.items()}
                 centered = all(np.any(r.moments.count) for r in there.values() if np.any(r.batches))
-            seen = step(centers, batch)
+            seen = step(variables, centers, batch)
         except Exception as error:
-            if shapes == first:
-                error.add_note(f"{called}: in batch {number} (counted from 0), of shapes {shapes}.")
-                raise
-            raise ValueError(
-                f"{called}: batch {number} (counted from 0) has the shapes {shapes}, the first one "
-                f"had {first}, and the model does not take it: {error}"
-            ) from error
+            _reword(called, error, number, batch, shapes, first)
         tree.add(seen.records)
         finite.append(seen.finite)
         each(seen, batch)
@@ -68,38 +53,84 @@ def walk(
             f"{called}: the batches are empty, expected at least one. An iterator that was walked "
             "through before is empty, too: pass a list, or make it anew."
         )
-    return _checked(called, tree.whole(), finite)
+    records = tree.whole()
+    _expect_finite(called, records, finite)
+    return records
+
+
+def expect_batches(called: str, batches: Any) -> None:
+    """One batch is not several, though Python would walk through it."""
+    if hasattr(batches, "shape") or hasattr(batches, "__array__"):
+        kind, means = f"an array of shape {np.shape(batches)}", "its rows one by one"
+    elif isinstance(batches, Mapping):
+        kind, means = f"a {type(batches).__name__}", "its keys"
+    elif isinstance(batches, tuple):
+        kind, means = "a tuple", "each of its entries as a batch, and it may be one batch"
+    elif isinstance(batches, str | bytes):
+        kind, means = f"{batches!r}", "its characters"
+    elif isinstance(batches, Iterable):
+        return
+    else:
+        raise TypeError(
+            f"{called}: batches is {type(batches).__name__}, expected an iterable of batches."
+        )
+    raise TypeError(
+        f"{called}: batches is {kind}, expected an iterable of batches; this would take {means}. "
+        "Pass [batch] for one batch, or a list or a generator of batches."
+    )
+
+
+def _expect_arrays(called: str, number: int, batch: Any) -> None:
+    """A batch is made of arrays, which the compiled call takes."""
+    for leaf in jax.tree.leaves(batch):
+        known = isinstance(leaf, jax.Array | int | float | complex) or hasattr(
+            leaf, "__jax_array__"
+        )
+        numbers = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUMm"
+        if not known and not numbers:
+            kind = type(leaf)
+            raise TypeError(
+                f"{called}: batch {number} (counted from 0) holds a {kind.__module__}."
+                f"{kind.__qualname__}, expected arrays of NumPy or JAX. Pass a generator: "
+                "(np.asarray(images) for images, _ in loader)."
+            )
+
+
+def _reword(
+    called: str, error: Exception, number: int, batch: Any, shapes: Any, first: Any
+) -> NoReturn:
+    """Raises an error of the call with what it was called with, and what to do."""
+    where = f"batch {number} (counted from 0)"
+    if shapes != first:
+        raise ValueError(
+            f"{called}: {where} has the shapes {shapes}, the first one had {first}, and the model "
+            f"does not take it: {error}"
+        ) from error
+    ours = str(error).startswith("normjax")
+    unknown = re.search(r"unexpected keyword argument '(train|mutable)'", str(error))
+    if isinstance(error, TypeError) and not ours and unknown:
+        raise TypeError(
+            f"{called}: call was called with train=True and mutable=['batch_stats'] and does not "
+            f"take them: {error} Pass a function that does, such as\n{CALL}"
+        ) from error
+    bare = isinstance(error, TypeError | AttributeError | ValueError) and not ours
+    if bare and isinstance(batch, tuple | list | Mapping):
+        kind = type(batch).__name__
+        raise TypeError(
+            f"{called}: call does not take {where}, a {kind} of the shapes {shapes}: "
+            f"{type(error).__name__}: {error}. A batch is given to call as it is. If the model "
+            "takes a part of it, take that part in call, model.apply(variables, batch[0], ...), "
+            "or pass a generator, (images for images, labels in batches)."
+        ) from error
+    error.add_note(f"{called}: in {where}, of shapes {shapes}.")
+    raise error
 
 
 def _finite(mean: Any) -> Any:
     """A center to start from, also where a running mean is beyond use."""
     mean = jnp.asarray(mean)
-    return jnp.where(jnp.isfinite(mean), mean, jnp.zeros_like(mean))
-
-
-def _compiled(
-    called: str, call: Callable, variables: Mapping[str, Any], found: Mapping[Path, Any]
-) -> Callable:
-    measuring = Measure(called)
-
-    @jax.jit
-    def step(variables: Any, centers: Any, batch: Any) -> Seen:
-        slots = {path: {SLOT: Record.start(center)} for path, center in centers.items()}
-        with editing(measuring):
-            out = call(with_stats(variables, slots), batch, train=True, mutable=["batch_stats"])
-        try:
-            outputs, updates = out
-            records = {path: at_path(updates["batch_stats"], path)[SLOT] for path in slots}
-        except (TypeError, ValueError, KeyError, IndexError):
-            raise TypeError(
-                f"{called}: call(variables, batch, train=True, mutable=['batch_stats']) must "
-                "return (outputs, updates) with the updated 'batch_stats', as model.apply does. "
-                "Pass mutable on: model.apply(variables, ..., train=train, mutable=mutable)."
-            ) from None
-        finite = [jnp.isfinite(r.moments.m2).all() for r in records.values()]
-        return Seen(records, outputs, jnp.stack(finite).all())
-
-    return lambda centers, batch: step(variables, centers, batch)
+    # What is centered is squared and summed in float32.
+    return jnp.where(jnp.abs(mean) < 1e15, mean, jnp.zeros_like(mean))
 
 
 class _Tree:
@@ -126,36 +157,26 @@ def _join(first: Records, second: Records) -> Records:
     return {path: record.merged(second[path]) for path, record in first.items()}
 
 
-def _checked(called: str, records: Records, finite: list[Any]) -> Records:
-    """Records that are finite, of layers that ran in training mode."""
-    ran = {path: record for path, record in records.items() if np.any(record.batches)}
-    if not ran:
-        raise ValueError(
-            f"{called}: call(..., train=True) ran none of the batch norms "
-            f"{sorted(map(written, records))} in training mode. Pass train on to the model."
-        )
+def _expect_finite(called: str, records: Records, finite: list[Any]) -> None:
+    """Records that are finite."""
     if not np.all(finite):
         bad = [
-            written(p) for p, r in ran.items() if not np.isfinite(np.asarray(r.moments.m2)).all()
+            written(p)
+            for p, r in records.items()
+            if not np.isfinite(np.asarray(r.moments.m2)).all()
         ]
         raise ValueError(
             f"{called}: what reaches the batch norms {bad} is not finite, or has squares beyond "
             f"float32, first in batch {int(np.argmin(finite))} (counted from 0). Leave such "
             "examples out, or mask them; the variables are as they were."
         )
-    return ran
 
 
 def _bar(called: str, batches: Iterable[Any], limit: int | None, progress: bool) -> Iterator[Any]:
     """The batches, up to the limit, with a bar on a terminal."""
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{called}: limit={limit!r}, expected a number of batches, or None.")
-    try:
-        chosen = islice(iter(batches), limit)
-    except TypeError:
-        raise TypeError(
-            f"{called}: batches is {type(batches).__name__}, expected an iterable of batches."
-        ) from None
+    chosen = islice(iter(batches), limit)
     known = [n for n in (length_hint(batches), limit) if n]
     total = min(known, default=None)
     name = called.rsplit(".", 1)[-1]
