@@ -165,7 +165,7 @@ def batch_renorm(
             axis_index_groups, dtype: as in `batch_norm`.
         stats: `BatchStats` of the shape of the feature axes; r and d need them.
         r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
-            feature) to a number.
+            feature, in the dtype of the variance) to a number.
         d_max: at least 0; likewise.
 
     Returns:
@@ -259,8 +259,9 @@ def keeping_batch_renorm(
     )  # fmt: skip
     if not train:
         return _evaluate(called, given, epsilon), stats, None
-    r_max = _checks.bound(called, "r_max", r_max, 1, stats.count)
-    d_max = _checks.bound(called, "d_max", d_max, 0, stats.count)
+    steps = None if stats.count is None else stats.count.astype(wide(stats.var.dtype))
+    r_max = _checks.bound(called, "r_max", r_max, 1, steps)
+    d_max = _checks.bound(called, "d_max", d_max, 0, steps)
     with jax.named_scope(called):
         _enough(called, given, axis_name, axis_index_groups)
         x = input_of_norm(x)
@@ -313,16 +314,15 @@ def _check(
     real = not jnp.iscomplexobj(x)
     if stats is not None:
         _checks.batch_stats(called, stats, BatchStats, "BatchStats or None")
-        leaves = zip(("mean", "var", "count"), stats, (real, True, True), strict=True)
-        stats = BatchStats(
-            *(
-                _checks.feature_vector(
-                    called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
-                )
-                for name, leaf, is_real in leaves
-                if leaf is not None
+        mean, var = (
+            _checks.feature_vector(
+                called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
             )
+            for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
         )
+        count = stats.count
+        count = None if count is None else _checks.count_vector(called, count, features)
+        stats = BatchStats(mean, var, count)
         if train:
             _checks.count(called, stats.count, momentum, debias)
     scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)

@@ -234,10 +234,14 @@ def test_synchronize_guarantee_shared_exactly(rng):
     np.testing.assert_allclose(got.m2[0], m2, rtol=1e3 * 8 * reference.EPS["float32"])
 
 
+@pytest.mark.parametrize("deviation", [2.0, 0.0])
 @pytest.mark.parametrize("how", ["synchronize", "merge"])
-def test_second_derivatives_of_the_pooled_m2(rng, x64, how):
-    """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces."""
-    x, w = rng.normal(3, 2, 24), rng.random(24) < 0.6
+def test_second_derivatives_of_the_pooled_m2(rng, x64, how, deviation):
+    """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces.
+
+    At a constant as well, where m2 is 0 and a maximum(m2, 0) would have half of it.
+    """
+    x, w = rng.normal(3, deviation, 24), rng.random(24) < 0.6
     pieces, mask = (4, 6), jnp.asarray(w.reshape(4, 6))
 
     def pooled(x):

@@ -153,6 +153,19 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
+def count_vector(called: str, value: ArrayLike, expected: tuple[int, ...]) -> Array:
+    """How many batches each feature has taken in: whole numbers, in any real dtype."""
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        array = inexact(called, "stats.count", array, real=True)
+    if array.shape != expected:
+        raise ValueError(
+            f"{called}: stats.count has shape {array.shape}, expected {expected}, that of "
+            "stats.mean. Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
+        )
+    return array
+
+
 def something(called: str, shape: tuple[int, ...], reduced: tuple[int, ...]) -> None:
     """Nothing has no statistics."""
     if any(shape[a] == 0 for a in reduced):
