@@ -91,8 +91,10 @@ def batch_norm(
                                              statistics stay
         NaN or infinity that counts          y of its feature is NaN; its statistics stay
         NaN or infinity that is masked       taken as 0 in y, and has gradient 0
-        deviations beyond 1e18 in float32    their squares overflow: y = bias, the
-                                             statistics stay
+        deviations beyond 1.8e19 / sqrt(n)   the sum of n squares overflows float32: y = bias,
+                                             the statistics stay
+        dy below 1e-38 var                   the part of dx that goes through the variance
+                                             underflows in float32
         empty batch, train=False             y is empty
         momentum=1                           statistics never move
         momentum=0                           statistics of the last batch
@@ -259,7 +261,8 @@ def keeping_batch_renorm(
     )  # fmt: skip
     if not train:
         return _evaluate(called, given, epsilon), stats, None
-    steps = None if stats.count is None else stats.count.astype(wide(stats.var.dtype))
+    _, var, count = given.stats
+    steps = None if count is None else count.astype(wide(var.dtype))
     r_max = _checks.bound(called, "r_max", r_max, 1, steps)
     d_max = _checks.bound(called, "d_max", d_max, 0, steps)
     with jax.named_scope(called):
@@ -320,9 +323,7 @@ def _check(
             )
             for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
         )
-        count = stats.count
-        count = None if count is None else _checks.count_vector(called, count, features)
-        stats = BatchStats(mean, var, count)
+        stats = BatchStats(mean, var, _checks.count_vector(called, stats.count, features))
         if train:
             _checks.count(called, stats.count, momentum, debias)
     scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)

@@ -190,7 +190,7 @@ def test_counting_goes_on_beside_a_plain_momentum():
 
 
 @pytest.mark.parametrize("options", [dict(momentum=None), dict(debias=True), dict()])
-def test_counting_does_not_stop_where_float32_does(options):
+def test_move_edge_a_count_at_the_end_of_its_dtype(options):
     """From 2^24 on a float32 plus one is itself; 2^31 - 1 is where int32 ends, and it stays."""
     counts = jnp.array([2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1], jnp.int32)
     start = BatchStats(jnp.zeros(4), jnp.ones(4), counts)

@@ -153,8 +153,10 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
-def count_vector(called: str, value: ArrayLike, expected: tuple[int, ...]) -> Array:
+def count_vector(called: str, value: ArrayLike | None, expected: tuple[int, ...]) -> Array | None:
     """How many batches each feature has taken in: whole numbers, in any real dtype."""
+    if value is None:
+        return None
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         array = inexact(called, "stats.count", array, real=True)
@@ -193,7 +195,7 @@ def number_of_groups(
             else f"Number of channels ({features}) is not multiple of the group size ({given})"
         )
         raise ValueError(f"{called}: {kind}, expected {name} to be one of {divisors}.")
-    return given if group_size is None else features // given
+    return int(given) if group_size is None else features // int(given)
 
 
 def broadcast(
@@ -295,7 +297,7 @@ def matrix(called: str, shape: tuple[int, ...], u: tuple[int, ...], n_steps: int
             f"{called}: stats.u has shape {u}, expected {(1, shape[-1])} for w with shape {shape}. "
             "Start from jax.random.normal(key, (1, w.shape[-1]))."
         )
-    if not isinstance(n_steps, int) or n_steps < 1:
+    if not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
         raise ValueError(
             f"{called}: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
         )
@@ -319,7 +321,7 @@ def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]
 
 def window(called: str, size: int, k: float) -> None:
     """A window holds a feature at least."""
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"{called}: size={size!r}, expected a whole number of at least 1.")
     if not k > 0:
         raise ValueError(f"{called}: k={k!r}, expected a number above 0, or zeros divide by zero.")

@@ -124,10 +124,12 @@ def filter_response_norm(
     Guarantees:
         masked out means out: a masked entry takes no part in the mean square, and no NaN or
             infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
 
     Edge cases:
         ===================================  ==================================================
         one position                         y = max(sign(x) * scale + bias, threshold)
+        y at the threshold                   half of the gradient goes to each, as in PyTorch
         ===================================  ==================================================
 
     Raises:
@@ -190,6 +192,7 @@ def dynamic_tanh(
 
     Guarantees:
         no statistics: an entry depends on no other.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
 
     Raises:
         TypeError, ValueError: as in `layer_norm`; an alpha that is not a scalar.
@@ -239,6 +242,7 @@ def local_response_norm(
 
     Guarantees:
         float32 inside: half precision input is squared and summed in float32.
+        light backward: `x` in its own dtype is kept, nothing else.
 
     Raises:
         TypeError: `x` of integers or complex.
@@ -258,7 +262,8 @@ def local_response_norm(
     (axis,) = _checks.axes(called, "feature_axis", (feature_axis,), x.shape)
     _checks.window(called, size, k)
     with jax.named_scope(called):
-        return damped(Window(size, axis - x.ndim), alpha, beta, k, x)
+        numbers = (jnp.asarray(v, wide(x.dtype)).reshape((1,) * x.ndim) for v in (alpha, beta, k))
+        return damped(Window(int(size), axis - x.ndim), x, *numbers)
 
 
 def l2_normalize(

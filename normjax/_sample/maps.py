@@ -91,34 +91,45 @@ class Window(NamedTuple):
         return lax.reduce_window(values, zero, lax.add, shape, [1] * values.ndim, padding)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def damped(window: Window, alpha: float, beta: float, k: float, x: Array) -> Array:
-    """x (k + alpha mean)^-beta, with the mean of the squares in the window."""
-    values = widened(x)
-    base = k + alpha / window.size * window.total(values**2)
-    return (values * base**-beta).astype(x.dtype)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
+    """x (k + alpha mean)^-beta, with the mean of the squares in the window.
+
+    The other numbers in the rank of x, and as wide as its squares.
+    """
+    base = k + alpha / window.size * window.total(widened(x) ** 2)
+    return (widened(x) * base**-beta).astype(x.dtype)
 
 
-@damped.defjvp
-def _damped_jvp(window, alpha, beta, k, primals, tangents):
-    # dy = base^-beta dx - beta x base^(-beta - 1) d_base
-    ((x,), (dx,)), weight = (primals, tangents), alpha / window.size
+@partial(damped.defjvp, symbolic_zeros=True)
+def _damped_jvp(window, primals, tangents):
+    # dy = base^-beta (dx - x (beta d_base / base + log(base) d_beta))
+    x, alpha, *_ = primals
+    dx, d_alpha, d_beta, d_k = tangents
 
-    def base(x):
-        return k + weight * window.total(widened(x) ** 2)
+    def mean(x):
+        return window.total(widened(x) ** 2) / window.size
 
-    def of_x(t, x):
-        return t * base(x) ** -beta
+    def of_x(t, x, alpha, beta, k):
+        return t * (k + alpha * mean(x)) ** -beta
 
-    def of_base(t, x):
-        return -beta * t * widened(x) * base(x) ** (-beta - 1)
+    def of_base(t, x, alpha, beta, k):
+        return -beta * t * widened(x) * (k + alpha * mean(x)) ** (-beta - 1)
 
-    def squared(t, x):
-        return 2 * weight * t * widened(x)
+    def of_alpha(t, x, *rest):
+        return of_base(t * mean(x), x, *rest)
 
-    y, dx = damped(window, alpha, beta, k, x), widened(dx)
-    d_base = window.total(diagonal(squared, dx, x))
-    return y, _tangent(y, (of_x, of_base), (dx, d_base), dx.dtype, x)
+    def of_beta(t, x, alpha, beta, k):
+        base = k + alpha * mean(x)
+        return -t * widened(x) * jnp.log(base) * base**-beta
+
+    d_base = dx
+    if not isinstance(dx, SymbolicZero):
+        doubled = diagonal(lambda t, x: 2 * t * widened(x), widened(dx), x)
+        d_base = window.total(doubled) * (alpha / window.size)
+    y = damped(window, *primals)
+    maps = of_x, of_base, of_alpha, of_beta, of_base
+    return y, _tangent(y, maps, (dx, d_base, d_alpha, d_beta, d_k), alpha.dtype, *primals)
 
 
 def _tangent(
