@@ -260,3 +260,13 @@ def test_second_derivatives_of_the_pooled_m2(rng, x64, how, deviation):
 def test_every_public_name_has_one_address():
     for name in normjax.__all__:
         assert getattr(getattr(normjax, name), "__name__", name) == name
+
+
+def test_what_is_no_moments_is_refused_with_a_remedy():
+    for call in (
+        lambda: merge((1, 2, 3)),
+        lambda: merge(measure(jnp.ones(3), 0), jnp.ones(3)),
+        lambda: synchronize(jnp.ones(3), "d"),
+    ):
+        with pytest.raises(TypeError, match=r"moments is .*, expected Moments. .*normjax.measure"):
+            call()
