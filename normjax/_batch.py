@@ -92,8 +92,10 @@ def batch_norm(
                                              statistics stay
         NaN or infinity that counts          y of its feature is NaN; its statistics stay
         NaN or infinity that is masked       taken as 0 in y, and has gradient 0
-        deviations beyond 1e18 in float32    their squares overflow: y = bias, the
-                                             statistics stay
+        deviations beyond 1.8e19 / sqrt(n)   the sum of n squares overflows float32: y = bias,
+                                             the statistics stay
+        dy below 1e-38 var                   the part of dx that goes through the variance
+                                             underflows in float32
         empty batch, train=False             y is empty
         momentum=1                           statistics never move
         momentum=0                           statistics of the last batch
@@ -167,7 +169,7 @@ def batch_renorm(
             axis_index_groups, dtype: as in `batch_norm`.
         stats: `BatchStats` of the shape of the feature axes; r and d need them.
         r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
-            feature) to a number.
+            feature, in the dtype of the variance) to a number.
         d_max: at least 0; likewise.
 
     Returns:
@@ -262,8 +264,12 @@ def keeping_batch_renorm(
     )  # fmt: skip
     if not train:
         return _evaluate(called, given, epsilon), stats, None
-    r_max = _checks.bound(called, "r_max", r_max, 1, given.stats)
-    d_max = _checks.bound(called, "d_max", d_max, 0, given.stats)
+    _, var, count = given.stats
+    # Schedules are functions of a number of the dtype of the variance.
+    steps = None if count is None else count.astype(wide(var.dtype))
+    counted = given.stats._replace(count=steps)
+    r_max = _checks.bound(called, "r_max", r_max, 1, counted)
+    d_max = _checks.bound(called, "d_max", d_max, 0, counted)
     with jax.named_scope(called):
         _enough(called, given, axis_name, axis_index_groups)
         x = input_of_norm(x)
@@ -316,16 +322,13 @@ def _check(
     real = not jnp.iscomplexobj(x)
     if stats is not None:
         _checks.batch_stats(called, stats, BatchStats, "BatchStats or None")
-        leaves = zip(("mean", "var", "count"), stats, (real, True, True), strict=True)
-        stats = BatchStats(
-            *(
-                _checks.feature_vector(
-                    called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
-                )
-                for name, leaf, is_real in leaves
-                if leaf is not None
+        mean, var = (
+            _checks.feature_vector(
+                called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
             )
+            for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
         )
+        stats = BatchStats(mean, var, _checks.count_vector(called, stats.count, features))
         if train:
             _checks.count(called, stats.count, momentum, debias)
     scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)

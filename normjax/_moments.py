@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial, reduce
-from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
+from normjax._counts import Count, counted, or_one
 from normjax._walks import apart, diagonal, moments_of_norm, summed
-
-Count: TypeAlias = Array | np.ndarray | np.floating
 
 _HALF = (np.dtype(jnp.float16), np.dtype(jnp.bfloat16))
 
@@ -62,8 +60,8 @@ class Moments(NamedTuple):
         0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
         """
         freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
-        where = np.where if isinstance(freedom, np.generic) else jnp.where
-        return self.m2 / where(freedom > 0, freedom, np.inf).astype(self.m2.dtype)
+        some = (freedom > 0).astype(self.m2.dtype)
+        return self.m2 / or_one(freedom).astype(self.m2.dtype) * some
 
 
 def measure(
@@ -127,7 +125,7 @@ def measured(
     it, wide, and are rounded once. Rounding each takes 1.9 times as long on a CPU.
     """
     with jax.named_scope("normjax.measure"):
-        count = _count(x, axes, mask)
+        count = counted(x.shape, axes, mask, jnp.finfo(wide(x.dtype)).dtype)
         # Alone, a sum over what lies in one piece fuses into one pass with all that follows.
         fused = x.dtype not in _HALF and axes == tuple(range(1, x.ndim))[-len(axes) :]
         both = _jitted_mean_and_m2(x, wide_x, mask, or_one(count), axes, centered, fused)
@@ -154,6 +152,7 @@ def merge(first: Moments, *others: Moments) -> Moments:
         monoid: associative and commutative to rounding; moments with count 0 change nothing.
 
     Raises:
+        TypeError: an argument is no `Moments`.
         ValueError: the moments are of unequal features.
 
     References:
@@ -168,6 +167,8 @@ def merge(first: Moments, *others: Moments) -> Moments:
     """
     called = "normjax.merge"
     pieces = (first, *others)
+    for piece in pieces:
+        _checks.moments(called, piece, Moments)
     features = _checks.features(called, [jnp.shape(m.mean) for m in pieces])
     # A count shared by all features stays one number if all pieces have such a count.
     counted = _checks.features(called, [jnp.shape(m.count) for m in pieces])
@@ -217,6 +218,7 @@ def synchronize(
             counts, a device without a valid entry included.
 
     Raises:
+        TypeError: `moments` is no `Moments`.
         NameError: `axis_name` is not bound.
         ValueError: `axis_index_groups` do not name each device once.
         NotImplementedError: `axis_index_groups` where JAX has none: under `vmap`, and of unequal
@@ -233,6 +235,7 @@ def synchronize(
         Array([4., 4.], dtype=float32)
     """
     called = "normjax.synchronize"
+    _checks.moments(called, moments, Moments)
     _checks.axis_size(called, axis_name, axis_index_groups)
     where: dict[str, Any] = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
     if axis_index_groups is not None:
@@ -263,7 +266,9 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
     squares = moments_of_norm(squares - _abs_square(rest) * entries)
-    return Moments(pooled_count, rough + rest, jnp.maximum(squares, 0))
+    # Below 0 is rounding alone. It is taken off as a constant, since a selection or a maximum
+    # would take a derivative with it, of which the second one is not 0 there.
+    return Moments(pooled_count, rough + rest, squares - lax.stop_gradient(jnp.minimum(squares, 0)))
 
 
 @jax.custom_jvp
@@ -279,18 +284,6 @@ def _between_jvp(primals, tangents):
     count, mean, pooled_mean = primals
     slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
     return _between(*primals), jnp.real(slope * tangents[1])
-
-
-def _count(x: Array, axes: tuple[int, ...], mask: Array | None) -> Count:
-    """How many entries count, rank kept where there is a mask."""
-    dtype = jnp.finfo(wide(x.dtype)).dtype
-    if mask is None:
-        # A NumPy constant: summing it over devices then costs no communication.
-        entries = prod(x.shape[a] for a in axes)
-        return dtype.type(entries) if isinstance(entries, int) else jnp.asarray(entries, dtype)
-    repeats = prod(x.shape[a] for a in axes if mask.shape[a] == 1)
-    # Counted in integers, since a float32 running sum of ones stops growing at 2^24.
-    return jnp.sum(mask, axes, dtype=jnp.int32, keepdims=True).astype(dtype) * repeats
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
@@ -360,12 +353,6 @@ def _deviation(x: Array, center: Array | None, mask: Array | None) -> Array:
     if center is None:
         return _admitted(x, mask)
     return (x if mask is None else jnp.where(mask, x, center)) - center
-
-
-def or_one(count: Count) -> Count:
-    """What to divide by: an empty sum is 0 already and stays so. A constant stays one."""
-    where = np.where if isinstance(count, np.generic) else jnp.where
-    return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
 
 
 def _stack(leaves: Sequence[ArrayLike], shape: tuple[int, ...]) -> Array:

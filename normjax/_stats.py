@@ -24,8 +24,10 @@ class BatchStats(NamedTuple):
     Attributes:
         mean: running mean, float32 or wider, of the shape of the feature axes.
         var: running variance, real, of the same shape.
-        count: how many batches each feature has taken in, real, of the same shape; None where
-            no count is needed. `momentum=None` and `debias=True` need it.
+        count: how many batches each feature has taken in, int32, of the same shape; None where
+            no count is needed. `momentum=None` and `debias=True` need it. A count of floating
+            numbers, as a checkpoint or `lax.pmean` may give it, is taken as well and keeps its
+            dtype; one of float32 stops at 2^24.
     """
 
     mean: Array
@@ -38,7 +40,7 @@ class BatchStats(NamedTuple):
     ) -> BatchStats:
         """Statistics that have seen nothing yet: mean 0, variance 1, and count 0 if `counted`.
 
-        Of `dtype`, or of float32 if that is narrower; variance and count are real.
+        Of `dtype`, or of float32 if that is narrower; the variance is real, the count int32.
 
         Example:
             >>> import normjax
@@ -51,7 +53,7 @@ class BatchStats(NamedTuple):
         dtype = wide(_checks.output_dtype(called, dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
         counted = _checks.switch(called, "counted", counted)
-        count = jnp.zeros(shape, real) if counted else None
+        count = jnp.zeros(shape, jnp.int32) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
 
 
@@ -93,6 +95,7 @@ def move(
     Edge cases:
         ===================================  ==================================================
         no degree of freedom                 where count <= ddof, the statistics stay
+        a count at the end of its dtype      stays there (2^31 - 1 for int32, as in optax)
         momentum=0                           statistics of the batch, whatever was there before
         ===================================  ==================================================
 
@@ -118,16 +121,25 @@ def move(
     ddof = _checks.ddof(called, ddof)
     _checks.count(called, stats.count, momentum, debias)
     _checks.same_shape(called, stats, moments)
-    count = None if stats.count is None else stats.count.astype(wide(stats.count.dtype))
-    step = _step(count, momentum, debias)
+    count = stats.count
+    if count is not None and jnp.issubdtype(count.dtype, jnp.floating):
+        count = count.astype(wide(count.dtype))
+    steps = None if count is None else count.astype(wide(stats.var.dtype))
+    step = _step(steps, momentum, debias)
     mean = _blend(stats.mean, moments.mean, step)
     var = _blend(stats.var, moments.variance(ddof), step)
     taken = (moments.count > ddof) & jnp.isfinite(mean) & jnp.isfinite(var)
     return BatchStats(
         _choose(taken, mean, stats.mean),
         _choose(taken, var, stats.var),
-        None if count is None else _choose(taken, count + 1, count),
+        None if count is None else _choose(taken, _incremented(count), count),
     )
+
+
+def _incremented(count: Array) -> Array:
+    if jnp.issubdtype(count.dtype, jnp.floating):
+        return count + 1
+    return jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
 
 
 def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> ArrayLike:
@@ -139,7 +151,9 @@ def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> Arra
     step = jnp.asarray(1 - momentum, count.dtype)
     # 1 - momentum^k without cancellation. The first batch is taken whole: a rounding error of
     # the ratio would leave a trace of the initial variance.
-    return jnp.where(count == 0, 1, step / -jnp.expm1((count + 1) * jnp.log1p(-step)))
+    # A step of 1, for which the logarithm is infinite, has the weight of its neighbor.
+    rest = jnp.log1p(-jnp.minimum(step, 1 - jnp.finfo(step.dtype).epsneg))
+    return jnp.where(count == 0, 1, step / -jnp.expm1((count + 1) * rest))
 
 
 def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:

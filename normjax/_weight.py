@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import Moments, measure, wide
+from normjax._moments import measure, wide
 from normjax._normalize import normalize
 
 
@@ -72,8 +72,8 @@ def weight_norm(
     called = "normjax.weight_norm"
     w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(_measure(w, reduced, centered=False).m2, reduced)
-        return normalize(w, 0.0, m2, scale, epsilon=epsilon)
+        m2 = jnp.expand_dims(measure(w, reduced, centered=False).m2, reduced)
+        return normalize(w, 0.0, m2, scale, epsilon=epsilon)[0]
 
 
 @_checks.named("normjax.standardize_weight", x="w")
@@ -125,11 +125,11 @@ def standardize_weight(
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
     scaled = _checks.switch(called, "scaled", scaled)
     with jax.named_scope(called):
-        moments = _measure(w, reduced)
+        moments = measure(w, reduced)
         # n times the biased variance is m2 itself.
         spread = moments.m2 if scaled else moments.variance()
         mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
-        return normalize(w, mean, spread, gain, epsilon=epsilon)
+        return normalize(w, mean, spread, gain, epsilon=epsilon)[0]
 
 
 @_checks.named("normjax.spectral_norm", x="w")
@@ -206,7 +206,7 @@ def spectral_norm(
         u, v = lax.stop_gradient((u, v))
         sigma = product(product(v, matrix), u.T)[0, 0]
         divisor = jnp.where(sigma != 0, sigma, jnp.ones((), sigma.dtype))
-        normed = (matrix / divisor).reshape(w.shape).astype(w.dtype)
+        normed = normalize(w, None, 1.0, 1 / divisor, epsilon=0.0)
         if not train:
             return normed, stats
         sigma = lax.stop_gradient(sigma).astype(stats.sigma.dtype)
@@ -222,11 +222,6 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     return jnp.where(jnp.isnan(largest), otherwise, unit)
 
 
-def _measure(w: Array, reduced: tuple[int, ...], *, centered: bool = True) -> Moments:
-    """Over an axis more, so that a weight of features alone has something to reduce."""
-    return measure(w[None], (0, *(a + 1 for a in reduced)), centered=centered)
-
-
 def _weight(
     called: str,
     w: ArrayLike,
@@ -234,17 +229,21 @@ def _weight(
     scale: ArrayLike | None,
     feature_axis: int | Collection[int] | None,
 ) -> tuple[Array, tuple[int, ...], Array | None]:
-    """The weight, its reduced axes, and the scale in its rank."""
+    """The weight, its reduced axes, and the scale in its rank.
+
+    Under an axis more, so that a weight of features alone has something to reduce.
+    """
     w = _checks.inexact(called, "w", w)
     kept: tuple[int, ...] = ()
     if feature_axis is not None:
         kept = _checks.axes(called, "feature_axis", feature_axis, w.shape)
     reduced = tuple(a for a in range(w.ndim) if a not in kept)
     _checks.something(called, w.shape, reduced)
+    lifted = w[None], (0, *(a + 1 for a in reduced))
     if scale is None:
-        return w, reduced, None
+        return *lifted, None
     features = tuple(w.shape[a] for a in kept)
     real = not jnp.iscomplexobj(w)
     axis = () if feature_axis is None else feature_axis
     scale = _checks.feature_vector(called, name, scale, features, axis, w.shape, real=real)
-    return w, reduced, jnp.expand_dims(scale, reduced)
+    return *lifted, jnp.expand_dims(scale, lifted[1])

@@ -86,12 +86,37 @@ def added_module(module):
 
 SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
 
-# Without a mask or a batch: tests/test_weight.py and tests/test_kin.py hold them.
-UNMASKED = {
-    normjax.weight_norm,
-    normjax.spectral_norm,
-    normjax.l2_normalize,
-    normjax.local_response_norm,
+
+def unmasked_call(function, *vectors, **options):
+    def call(x, mask=None):
+        assert mask is None
+        return function(x, *vectors, **options)
+
+    return call
+
+
+def spectral_call(x, mask=None):
+    assert mask is None
+    stats = normjax.SpectralStats(jnp.ones((1, 3)), jnp.ones(()))
+    return normjax.spectral_norm(x, stats, train=True)[0]
+
+
+# Without a mask or a batch: tests/test_weight.py and tests/test_kin.py hold most of their laws.
+PLAIN = {
+    "weight_norm": Norm(normjax.weight_norm, unmasked_call(normjax.weight_norm, SCALE)),
+    "standardize_weight": Norm(
+        normjax.standardize_weight, unmasked_call(normjax.standardize_weight, SCALE)
+    ),
+    "spectral_norm": Norm(normjax.spectral_norm, spectral_call),
+    "l2_normalize": Norm(normjax.l2_normalize, unmasked_call(normjax.l2_normalize)),
+    "local_response_norm": Norm(
+        normjax.local_response_norm, unmasked_call(normjax.local_response_norm, alpha=0.5)
+    ),
+    "dynamic_tanh": Norm(
+        normjax.dynamic_tanh, unmasked_call(normjax.dynamic_tanh, 0.5, SCALE, BIAS)
+    ),
+}
+UNMASKED = {norm.public for norm in PLAIN.values()} | {
     normjax.linen.DynamicTanh,
     normjax.linen.WeightNorm,
     normjax.linen.SpectralNorm,
@@ -139,6 +164,10 @@ NORMS = {
     "filter_response_norm": Norm(
         normjax.filter_response_norm,
         affine_call(normjax.filter_response_norm, SCALE, BIAS),
+    ),
+    "filter_response_norm, threshold": Norm(
+        normjax.filter_response_norm,
+        affine_call(normjax.filter_response_norm, SCALE, BIAS, jnp.array([0.0, -1, 0.5])),
     ),
     "linen.FilterResponseNorm": Norm(
         normjax.linen.FilterResponseNorm,

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "normjax"
 ROOMS = [
     "_checks",
     "_walks",
+    "_counts",
     "_moments",
     "_stats",
     "_normalize",

@@ -327,12 +327,24 @@ def test_batch_norm_edge_nan_or_infinity_that_is_masked():
         assert float(pullback(jnp.ones((3, 1)))[0][2, 0]) == 0
 
 
-def test_batch_norm_edge_deviations_beyond_1e18_in_float32():
-    x = jnp.array([[1e20], [-1e20], [3e20]], jnp.float32)
-    start, bias = BatchStats.make(1), jnp.array([2.0])
-    y, stats = batch_norm(x, start, None, bias, train=True)
-    np.testing.assert_array_equal(y, np.full((3, 1), 2.0))
-    assert (stats.mean, stats.var) == (start.mean, start.var)
+def test_batch_norm_edge_deviations_beyond_1_8e19_sqrt_n():
+    start, bias, signs = BatchStats.make(1), jnp.array([2.0]), np.tile([1.0, -1.0], 50)[:, None]
+    for deviation, inside in ((1.8e18, True), (1.9e18, False), (1e20, False)):
+        x = jnp.asarray(deviation * signs, jnp.float32)
+        y, stats = batch_norm(x, start, None, bias, train=True)
+        np.testing.assert_allclose(y, 2 + signs * inside, rtol=1e-6)
+        assert bool(stats.var > start.var) == inside
+
+
+def test_batch_norm_edge_dy_below_1e_38_var(rng):
+    x, dy = rng.normal(size=(2, 20, 3))
+    x, dy = (1e15 * x).astype(np.float32), dy + x / 1e15
+    _, pullback = jax.vjp(lambda x: batch_norm(x, None, train=True)[0], x)
+    for size, inside in ((1e-5, True), (1e-10, False)):
+        (dx,) = pullback((size * dy).astype(np.float32))
+        r = reference.batch_norm(x, dy=size * dy, axes=(0,))
+        want = r.dx if inside else size * (dy - dy.mean(0)) / np.sqrt(r.var)
+        np.testing.assert_allclose(dx, want, atol=1e-5 * np.max(abs(want)))
 
 
 def test_batch_norm_edge_empty_batch_train_false():

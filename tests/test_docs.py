@@ -61,8 +61,8 @@ def test_every_guarantee_and_edge_case_has_a_test_of_its_name(name):
 def test_a_missing_test_would_be_found():
     doc = normjax.batch_norm.__doc__
     assert len(guarantees(doc)) == 7
-    assert len(edge_cases(doc)) == 10
-    assert len(missing_tests("batch_norm", doc, set())) == 17
+    assert len(edge_cases(doc)) == 11
+    assert len(missing_tests("batch_norm", doc, set())) == 18
     assert missing_tests("batch_norm", doc, names_of_tests() - {"test_batch_norm_edge_momentum_1"})
 
 

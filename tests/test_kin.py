@@ -221,3 +221,109 @@ def test_a_stored_gamma_is_reached_by_the_initializer(rng):
     layer = normjax.linen.RMSNorm(scale_init=one_plus)
     scale = layer.init(KEY, x)["params"]["scale"]
     assert abs(float(scale.mean()) - 1) < 0.2
+
+
+def kept_of_half_precision(saved_arrays, rng, function, vectors):
+    """What is kept where every argument moves, of the size of x at least."""
+    x = jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.bfloat16)
+    kept = saved_arrays(function, x, *(jnp.asarray(v, jnp.float32) for v in vectors))
+    return [k.dtype for k in kept if k.size >= x.size]
+
+
+def test_dynamic_tanh_guarantee_light_backward(rng, saved_arrays):
+    vectors = 0.5, *rng.normal(size=(2, 3))
+    assert kept_of_half_precision(saved_arrays, rng, dynamic_tanh, vectors) == ["bfloat16"]
+
+
+def test_filter_response_norm_guarantee_light_backward(rng, saved_arrays):
+    vectors = rng.normal(size=(3, 3))
+    assert kept_of_half_precision(saved_arrays, rng, filter_response_norm, vectors) == ["bfloat16"]
+
+
+def lrn(x, alpha=0.5, beta=0.75, k=1.0):
+    return local_response_norm(x, size=3, alpha=alpha, beta=beta, k=k)
+
+
+def test_local_response_norm_guarantee_light_backward(rng, saved_arrays):
+    assert kept_of_half_precision(saved_arrays, rng, lrn, (0.5, 0.75)) == ["bfloat16"]
+
+
+def numpy_tanh(x, alpha, scale, bias):
+    return np.tanh(x * alpha) * scale + bias
+
+
+def numpy_frn(x, scale, bias, floor):
+    y = x / np.sqrt((x * x).mean(1, keepdims=True) + 1e-6) * scale + bias
+    return np.where(y.real > floor.real, y, floor + 0 * y)
+
+
+def numpy_lrn(x, alpha, beta, k):
+    squares = np.pad(x * x, [(0, 0), (0, 0), (1, 1)])
+    total = squares[..., :-2] + squares[..., 1:-1] + squares[..., 2:]
+    return x * (k + alpha / 3 * total) ** -beta
+
+
+RECOMPUTED = {
+    "dynamic_tanh": (dynamic_tanh, numpy_tanh, [(), (3,), (3,)]),
+    "filter_response_norm": (filter_response_norm, numpy_frn, [(3,), (3,), (3,)]),
+    "local_response_norm": (lrn, numpy_lrn, [(), (), ()]),
+}
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_derivatives_computed_anew_are_those_of_the_formula(name, rng, x64):
+    """Of all arguments: forward mode, reverse mode, and forward over reverse by differences."""
+    function, formula, shapes = RECOMPUTED[name]
+    args = rng.normal(size=(2, 4, 3)), *(1 + 0.5 * rng.random(shape) for shape in shapes)
+    moves = tuple(rng.normal(size=np.shape(a)) for a in args)
+    dy, h = rng.normal(size=(2, 4, 3)), 1e-30
+
+    def along(i, args=args):
+        moved = [
+            a + 1j * h * m * (i in (j, None))
+            for j, (a, m) in enumerate(zip(args, moves, strict=True))
+        ]
+        return np.imag(formula(*moved)) / h
+
+    np.testing.assert_allclose(function(*args), formula(*args), rtol=1e-12, atol=1e-12)
+    pushed = jax.jvp(function, args, moves)[1]
+    np.testing.assert_allclose(pushed, along(None), rtol=1e-10, atol=1e-12)
+    pull = jax.grad(lambda args: jnp.vdot(dy, function(*args)))
+    for i, (gradient, move) in enumerate(zip(pull(args), moves, strict=True)):
+        assert np.vdot(gradient, move) == pytest.approx(np.vdot(dy, along(i)), rel=1e-10)
+    second = jax.jvp(lambda args: jax.jvp(function, args, moves)[1], (args,), (moves,))[1]
+    twice = jax.jvp(pull, (args,), (moves,))[1]
+    step = 1e-6
+    ahead, back = (
+        along(None, [a + s * m for a, m in zip(args, moves, strict=True)]) for s in (step, -step)
+    )
+    want = (ahead - back) / (2 * step)
+    np.testing.assert_allclose(second, want, rtol=1e-5, atol=1e-6 * np.max(abs(want)))
+    total = sum(np.vdot(t, m) for t, m in zip(twice, moves, strict=True))
+    assert total == pytest.approx(np.vdot(dy, want), rel=1e-5)
+
+
+def test_filter_response_norm_edge_y_at_the_threshold(torch):
+    """The tie of a maximum, where zeros are common: x = 0, bias = 0, threshold = 0."""
+    x, zero = jnp.zeros((1, 2, 1)), jnp.zeros(1)
+    options = dict(epsilon=1.0)
+    dx, d_floor = jax.grad(
+        lambda x, t: jnp.sum(filter_response_norm(x, None, None, t, **options)), (0, 1)
+    )(x, zero)
+    y, floor = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    torch.maximum(y, floor).sum().backward()
+    np.testing.assert_array_equal(dx.ravel(), y.grad)
+    np.testing.assert_array_equal(d_floor, [floor.grad.sum()])
+
+
+def test_whole_numbers_of_numpy_are_taken(rng):
+    x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
+    stats = normjax.SpectralStats(jnp.ones((1, 6)), jnp.ones(()))
+    for call in (
+        lambda n: local_response_norm(x, size=n),
+        lambda n: normjax.group_norm(x, num_groups=n),
+        lambda n: normjax.group_norm(x, group_size=n),
+        lambda n: normjax.spectral_norm(x, stats, train=True, n_steps=n)[0],
+        lambda n: normjax.batch_norm(x, None, train=True, virtual_batch_size=n)[0],
+    ):
+        np.testing.assert_array_equal(call(np.int64(2)), call(2))

@@ -237,6 +237,7 @@ def test_ddof_debias_and_cumulative_average(options, mean, var):
     variables = module.init(KEY, x, train=True)
     counted = options.get("debias", False) or options["momentum"] is None
     assert ("count" in variables["batch_stats"]) == counted
+    assert not counted or variables["batch_stats"]["count"].dtype == jnp.int32
     _, updates = module.apply(variables, x, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["mean"], [mean], rtol=1e-6)
     np.testing.assert_allclose(updates["batch_stats"]["var"], [var], rtol=1e-6)

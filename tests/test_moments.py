@@ -234,10 +234,14 @@ def test_synchronize_guarantee_shared_exactly(rng):
     np.testing.assert_allclose(got.m2[0], m2, rtol=1e3 * 8 * reference.EPS["float32"])
 
 
+@pytest.mark.parametrize("deviation", [2.0, 0.0])
 @pytest.mark.parametrize("how", ["synchronize", "merge"])
-def test_second_derivatives_of_the_pooled_m2(rng, x64, how):
-    """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces."""
-    x, w = rng.normal(3, 2, 24), rng.random(24) < 0.6
+def test_second_derivatives_of_the_pooled_m2(rng, x64, how, deviation):
+    """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces.
+
+    At a constant as well, where m2 is 0 and a maximum(m2, 0) would have half of it.
+    """
+    x, w = rng.normal(3, deviation, 24), rng.random(24) < 0.6
     pieces, mask = (4, 6), jnp.asarray(w.reshape(4, 6))
 
     def pooled(x):
@@ -256,3 +260,13 @@ def test_second_derivatives_of_the_pooled_m2(rng, x64, how):
 def test_every_public_name_has_one_address():
     for name in normjax.__all__:
         assert getattr(getattr(normjax, name), "__name__", name) == name
+
+
+def test_what_is_no_moments_is_refused_with_a_remedy():
+    for call in (
+        lambda: merge((1, 2, 3)),
+        lambda: merge(measure(jnp.ones(3), 0), jnp.ones(3)),
+        lambda: synchronize(jnp.ones(3), "d"),
+    ):
+        with pytest.raises(TypeError, match=r"moments is .*, expected Moments. .*normjax.measure"):
+            call()

@@ -277,13 +277,42 @@ def test_layer_norm_edge_example_with_every_entry_masked():
     np.testing.assert_allclose(y[0], [1 / 0.5 + 1, 2 / 0.5 + 1])
 
 
-def test_layer_norm_edge_deviations_beyond_1e18_in_float32():
-    y = layer_norm(jnp.array([1e20, -1e20, 3e20]), bias=jnp.ones(3))
-    np.testing.assert_array_equal(y, np.ones(3))
+# Of 100 entries, of which 1.8e19 / sqrt(n) is 1.8e18.
+SIGNS = np.tile([1.0, -1.0], 50)
+SIZES = [(1.8e18, True), (1.9e18, False), (1e20, False)]
 
 
-def test_rms_norm_edge_x_beyond_1e18_in_float32():
-    np.testing.assert_array_equal(rms_norm(jnp.array([1e20, -1e20])), np.zeros(2))
+@pytest.mark.parametrize(("size", "inside"), SIZES)
+def test_layer_norm_edge_deviations_beyond_1_8e19_sqrt_n(size, inside):
+    y = layer_norm(jnp.asarray(size * SIGNS, jnp.float32), bias=jnp.ones(100))
+    np.testing.assert_allclose(y, 1 + SIGNS * inside, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "inside"), SIZES)
+def test_rms_norm_edge_x_beyond_1_8e19_sqrt_n(size, inside):
+    y = rms_norm(jnp.asarray(size * SIGNS, jnp.float32))
+    np.testing.assert_allclose(y, SIGNS * inside, rtol=1e-6)
+
+
+def through_the_variance(norm, centered, rng):
+    """dx within the range and beyond it, against the formula with and without that part."""
+    x, dy = rng.normal(size=(2, 2, 40))
+    x, dy = (1e15 * x).astype(np.float32), dy + x / 1e15
+    _, pullback = jax.vjp(norm, x)
+    for size, inside in ((1e-5, True), (1e-10, False)):
+        (dx,) = pullback((size * dy).astype(np.float32))
+        r = reference.standardized(x, 1.0, 0.0, size * dy, axes=(1,), centered=centered)
+        direct = size * (dy - centered * dy.mean(1, keepdims=True)) / np.sqrt(r.var)
+        want = r.dx if inside else direct
+        np.testing.assert_allclose(dx, want, atol=1e-5 * np.max(abs(want)))
+
+
+def test_layer_norm_edge_dy_below_1e_38_var(rng):
+    through_the_variance(layer_norm, True, rng)
+
+
+def test_rms_norm_edge_dy_below_1e_38_mean_x_2(rng):
+    through_the_variance(rms_norm, False, rng)
 
 
 def test_an_empty_batch_stays_empty():

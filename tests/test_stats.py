@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import normjax
 from normjax import BatchStats, Moments, measure, merge, move
 from tests import reference
 from tests.reference import EPS
@@ -26,7 +27,8 @@ def test_make_starts_where_flax_starts():
     assert stats.count is None
     counted = BatchStats.make(3, jnp.complex64, counted=True)
     assert counted.mean.dtype == jnp.complex64
-    assert counted.var.dtype == counted.count.dtype == jnp.float32
+    assert counted.var.dtype == jnp.float32
+    assert counted.count.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.99, 1.0])
@@ -160,7 +162,7 @@ def test_statistics_take_the_wider_dtype(x64):
 
 def test_statistics_and_count_are_never_half_precision():
     stats = BatchStats.make(2, jnp.bfloat16, counted=True)
-    assert {leaf.dtype for leaf in stats} == {jnp.dtype("float32")}
+    assert stats.mean.dtype == stats.var.dtype == jnp.float32
     half = BatchStats(*(leaf.astype(jnp.bfloat16) for leaf in stats))
     assert {leaf.dtype for leaf in moved(half, batch([1, 2], [1, 1]))} == {jnp.dtype("float32")}
 
@@ -185,3 +187,42 @@ def test_momentum_may_be_traced():
 def test_counting_goes_on_beside_a_plain_momentum():
     stats = moved(BatchStats.make(1, counted=True), batch([1], [1]))
     np.testing.assert_array_equal(stats.count, [1])
+
+
+@pytest.mark.parametrize("options", [dict(momentum=None), dict(debias=True), dict()])
+def test_move_edge_a_count_at_the_end_of_its_dtype(options):
+    """From 2^24 on a float32 plus one is itself; 2^31 - 1 is where int32 ends, and it stays."""
+    counts = jnp.array([2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1], jnp.int32)
+    start = BatchStats(jnp.zeros(4), jnp.ones(4), counts)
+    stats = moved(start, batch([1] * 4, [1] * 4), **options)
+    np.testing.assert_array_equal(stats.count, [2**24 + 1, 2**24 + 2, 2**31 - 1, 2**31 - 1])
+    if options == dict(momentum=None):
+        weight = 1 / (np.asarray(counts, np.float64) + 1)
+        np.testing.assert_allclose(stats.mean, weight, rtol=4 * EPS["float32"])
+
+
+def test_a_count_of_floating_numbers_is_taken_and_keeps_its_dtype():
+    """That of an old checkpoint, or of states averaged over devices: fit for scan and jit."""
+    for dtype in (jnp.float32, jnp.int32):
+        start = BatchStats(jnp.zeros(1), jnp.ones(1), jnp.ones(1, dtype))
+
+        def body(stats, mean, dtype=dtype):
+            x = mean + jnp.array([[1.0], [3.0]])
+            return normjax.batch_norm(x, stats, train=True, momentum=None)[1], None
+
+        stats, _ = jax.lax.scan(body, start, jnp.array([0.0, 3.0]))
+        assert stats.count.dtype == dtype
+        np.testing.assert_array_equal(stats.count, [3])
+        np.testing.assert_allclose(stats.mean, [(0 + 2 + 5) / 3], rtol=1e-6)
+    each = jax.tree.map(lambda v: jnp.stack([v, v]), stats)
+    average = jax.vmap(lambda s: jax.lax.pmean(s, "d"), axis_name="d")(each)
+    again = moved(BatchStats(*(leaf[0] for leaf in average)), batch([1], [1]), momentum=None)
+    np.testing.assert_array_equal(again.count, [4])
+
+
+def test_a_count_of_a_wrong_shape_or_kind_is_refused():
+    x, stats = jnp.ones((4, 3)), BatchStats.make(3, counted=True)
+    with pytest.raises(ValueError, match=r"stats.count has shape \(2,\), expected \(3,\)"):
+        normjax.batch_norm(x, stats._replace(count=jnp.zeros(2, jnp.int32)), train=True)
+    with pytest.raises(TypeError, match=r"stats.count has dtype bool"):
+        normjax.batch_norm(x, stats._replace(count=jnp.zeros(3, bool)), train=True)

@@ -144,6 +144,21 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
+def count_vector(called: str, value: ArrayLike | None, expected: tuple[int, ...]) -> Array | None:
+    """How many batches each feature has taken in: whole numbers, in any real dtype."""
+    if value is None:
+        return None
+    array = _array(called, "stats.count", value, "an array of whole numbers")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        array = inexact(called, "stats.count", array, real=True)
+    if array.shape != expected:
+        raise ValueError(
+            f"{called}: stats.count has shape {array.shape}, expected {expected}, that of "
+            "stats.mean. Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
+        )
+    return array
+
+
 def something(
     called: str, shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x"
 ) -> None:
@@ -338,7 +353,7 @@ def matrix(called: str, shape: tuple[int, ...], stats: Any, kind: type, n_steps:
                 f"{called}: stats.{name} has shape {got}, expected {expected} for w with shape "
                 f"{shape}. Start from {start}."
             )
-    if not isinstance(n_steps, int) or n_steps < 1:
+    if not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
         raise ValueError(
             f"{called}: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
         )
@@ -362,7 +377,7 @@ def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]
 
 def window(called: str, size: int) -> None:
     """A window holds a feature at least."""
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"{called}: size={size!r}, expected a whole number of at least 1.")
 
 

@@ -373,13 +373,13 @@ def virtual_batches(
     """How many virtual batches the examples along axis 0 are cut into."""
     if size is None:
         return None
-    whole = isinstance(size, int) and size > 0 and 0 in reduced and shape[0] > 0
+    whole = isinstance(size, (int, np.integer)) and size > 0 and 0 in reduced and shape[0] > 0
     if not whole or shape[0] % size:
         raise ValueError(
             f"{called}: virtual_batch_size={size} for x with shape {shape}, expected a divisor of "
             "the number of examples, which lie along axis 0. Cut or pad the batch to a multiple."
         )
-    return shape[0] // size
+    return shape[0] // int(size)
 
 
 def moves(called: str, train: bool | None, update_stats: bool | None) -> bool:

@@ -62,7 +62,9 @@ def layer_norm(
         one element                          y = bias (epsilon > 0)
         constant example                     y = bias (epsilon > 0)
         example with every entry masked      y = x * scale / sqrt(epsilon) + bias
-        deviations beyond 1e18 in float32    their squares overflow: y = bias
+        deviations beyond 1.8e19 / sqrt(n)   the sum of n squares overflows float32: y = bias
+        dy below 1e-38 var                   the part of dx that goes through the variance
+                                             underflows in float32
         ===================================  ==================================================
 
     Raises:
@@ -131,7 +133,9 @@ def rms_norm(
         ===================================  ==================================================
         one element                          y = sign(x) * scale (|x| >> sqrt(epsilon))
         zeros                                y = 0 (epsilon > 0)
-        x beyond 1e18 in float32             its square overflows: y = 0
+        x beyond 1.8e19 / sqrt(n)            the sum of n squares overflows float32: y = 0
+        dy below 1e-38 mean(x^2)             the part of dx that goes through the mean square
+                                             underflows in float32
         ===================================  ==================================================
 
     Raises:

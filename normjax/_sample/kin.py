@@ -7,14 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measure, wide
-from normjax._normalize import normalize
+from normjax._moments import measure, measured, wide, widened
+from normjax._normalize import normalize, normalized
 from normjax._sample.core import affine, layer_norm, rms_norm, within
+from normjax._sample.maps import Window, damped, squashed, thresholded
+from normjax._walks import input_of_norm, moments_of_norm
 
 
 @_checks.named("normjax.add_layer_norm")
@@ -153,10 +154,12 @@ def filter_response_norm(
     Guarantees:
         masked out means out: a masked entry takes no part in the mean square, and no NaN or
             infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
 
     Edge cases:
         ===================================  ==================================================
         one position                         y = max(sign(x) * scale + bias, threshold)
+        y at the threshold                   half of the gradient goes to each, as in PyTorch
         ===================================  ==================================================
 
     Raises:
@@ -177,9 +180,23 @@ def filter_response_norm(
     scale, bias = affine(called, x, scale, bias, feature_axis)
     kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
     floor = _checks.affine(called, "threshold", threshold, kept, feature_axis, x.shape, real=True)
-    options: dict[str, Any] = dict(epsilon=epsilon, axis_name=None, axis_index_groups=None)
-    y = within(called, x, scale, bias, reduced, centered=False, mask=mask, dtype=dtype, **options)
-    return y if floor is None else jnp.maximum(y, floor.astype(y.dtype))
+    if floor is None:
+        options: dict[str, Any] = dict(epsilon=epsilon, axis_name=None, axis_index_groups=None)
+        options |= dict(mask=mask, dtype=dtype)
+        return within(called, x, scale, bias, reduced, centered=False, **options)
+    _checks.epsilon(called, epsilon)
+    _checks.something(called, x.shape, reduced)
+    mask = _checks.mask(called, mask, x.shape)
+    dtype = _checks.output_dtype(called, dtype, x.dtype)
+    with jax.named_scope(called):
+        x = input_of_norm(x)
+        wide_x = widened(x)
+        moments = moments_of_norm(measured(x, wide_x, reduced, mask, centered=False))
+        var = jnp.expand_dims(moments.variance(), reduced)
+        var = var + jnp.asarray(epsilon, var.dtype)
+        options = dict(epsilon=0.0, mask=mask, dtype=dtype)
+        y = normalized(x, wide_x, None, var, scale, bias, **options)
+        return thresholded(y, floor.astype(y.dtype), x, mask, var, scale, bias)
 
 
 def dynamic_tanh(
@@ -205,6 +222,7 @@ def dynamic_tanh(
 
     Guarantees:
         no statistics: an entry depends on no other.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
 
     Raises:
         TypeError, ValueError: as in `layer_norm`; an alpha that is not a scalar.
@@ -222,10 +240,9 @@ def dynamic_tanh(
     dtype = wide(x.dtype)
     slope = _checks.scalar(called, "alpha", alpha, dtype)
     scale, bias = affine(called, x, scale, bias, feature_axis)
+    vectors = (v if v is None else v.astype(dtype) for v in (scale, bias))
     with jax.named_scope(called):
-        y = jnp.tanh(slope * x.astype(dtype))
-        y = y if scale is None else y * scale.astype(dtype)
-        return (y if bias is None else y + bias.astype(dtype)).astype(x.dtype)
+        return squashed(x, slope.reshape((1,) * x.ndim), *vectors)
 
 
 def local_response_norm(
@@ -255,6 +272,7 @@ def local_response_norm(
 
     Guarantees:
         float32 inside: half precision input is squared and summed in float32.
+        light backward: `x` in its own dtype is kept, nothing else.
 
     Raises:
         TypeError: `x` of integers or complex.
@@ -276,12 +294,8 @@ def local_response_norm(
     alpha, beta = _checks.finite(called, "alpha", alpha), _checks.finite(called, "beta", beta)
     k = _checks.positive(called, "k", k)
     with jax.named_scope(called):
-        values = x.astype(wide(x.dtype))
-        shape, padding = [1] * x.ndim, [(0, 0)] * x.ndim
-        shape[axis], padding[axis] = size, (size // 2, (size - 1) // 2)
-        zero = np.zeros((), values.dtype)
-        total = lax.reduce_window(values**2, zero, lax.add, shape, [1] * x.ndim, padding)
-        return (values * (k + alpha / size * total) ** -beta).astype(x.dtype)
+        numbers = (jnp.asarray(v, wide(x.dtype)).reshape((1,) * x.ndim) for v in (alpha, beta, k))
+        return damped(Window(int(size), axis - x.ndim), x, *numbers)
 
 
 @_checks.named("normjax.l2_normalize")

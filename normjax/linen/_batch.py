@@ -53,7 +53,7 @@ class BatchNorm(nn.Module):
         use_running_average: normalize by the running statistics; `not train`. Here or at call.
         axis: the feature axis or axes of the input.
         momentum: weight of the OLD running value. None: the plain average over all batches; this
-            adds `batch_stats/count`.
+            adds `batch_stats/count`, int32; one of floating numbers in a checkpoint stays so.
         epsilon: added to the variance.
         dtype: of the result; by default what the input and the parameters promote to, as in Flax.
         param_dtype: of scale and bias.

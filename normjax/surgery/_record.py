@@ -78,10 +78,9 @@ class Record(NamedTuple):
             "var": self.moments.variance(self.ddof),  # type: ignore[arg-type]
             "count": self.batches,
         }
+        old = {name: jnp.asarray(node[name]) for name in new if name in node}
         return {
-            name: jnp.where(seen, value, node[name]).astype(jnp.asarray(node[name]).dtype)
-            for name, value in new.items()
-            if name in node
+            name: jnp.where(seen, new[name].astype(leaf.dtype), leaf) for name, leaf in old.items()
         }
 
 

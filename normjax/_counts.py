@@ -1,0 +1,58 @@
+"""How many entries a statistic is taken over."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+Count: TypeAlias = Array | np.ndarray | np.floating
+
+
+def counted(
+    shape: tuple[int, ...], axes: tuple[int, ...], mask: Array | None, dtype: np.dtype
+) -> Count:
+    """How many entries of an array of `shape` count over `axes`, rank kept where there is a mask.
+
+    Exact where `dtype` holds the number, else rounded.
+    """
+    if mask is None:
+        # A NumPy constant: summing it over devices then costs no communication.
+        return _product([shape[a] for a in axes], dtype)
+    repeats = _product([shape[a] for a in axes if mask.shape[a] == 1], dtype)
+    return _ones(mask, axes, dtype) * repeats
+
+
+def or_one(count: Count) -> Count:
+    """What to divide by: an empty sum is 0 already and stays so. A constant stays one."""
+    where = np.where if isinstance(count, np.generic) else jnp.where
+    return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
+
+
+def _product(sizes: list[int], dtype: np.dtype) -> Count:
+    """The product of `sizes`: a constant, or a scalar where one of them is symbolic."""
+    entries = prod(sizes)
+    return dtype.type(entries) if isinstance(entries, int) else jnp.asarray(entries, dtype)
+
+
+def _ones(mask: Array, axes: tuple[int, ...], dtype: np.dtype) -> Array:
+    """How often a mask is True over `axes`."""
+    # Counted in integers, since a float32 running sum of ones stops growing at 2^24.
+    total = partial(jnp.sum, dtype=jnp.uint32, keepdims=True)
+    sizes = [mask.shape[a] for a in axes]
+    known = all(isinstance(size, int) for size in sizes)
+    if known and prod(sizes) < 2**32:
+        return total(mask, axes).astype(dtype)
+    # An integer of 32 bits would wrap: the longest axis is summed first, and then what lies below
+    # 2^12 and what lies above each by itself.
+    first, *rest = sorted(axes, key=mask.shape.__getitem__, reverse=True) if known else axes
+    below = total(mask, first)
+    above = jnp.zeros_like(below)
+    for axis in rest:
+        below, above = total(below & 0xFFF, axis), total(above + (below >> 12), axis)
+    above, below = above + (below >> 12), below & 0xFFF
+    return above.astype(dtype) * 2**12 + below.astype(dtype)

@@ -1,0 +1,144 @@
+"""Maps whose derivative is computed anew from their input, which is all that is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from normjax._moments import widened
+from normjax._normalize import normalize
+from normjax._walks import diagonal, rounded_sum
+
+
+@jax.custom_jvp
+def squashed(x: Array, slope: Array, scale: Array | None, bias: Array | None) -> Array:
+    """tanh(slope x) scale + bias; vectors in the rank of x and in one dtype."""
+    y = jnp.tanh(slope * x.astype(slope.dtype))
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@partial(squashed.defjvp, symbolic_zeros=True)
+def _squashed_jvp(primals, tangents):
+    # dy = (1 - tanh^2) scale (slope dx + x d_slope) + tanh d_scale + d_bias
+    x, slope, scale, _ = primals
+    dtype = slope.dtype
+
+    def steep(t, x, slope, scale):
+        y = jnp.tanh(slope * x.astype(dtype))
+        t = t * (1 - y * y)
+        return t if scale is None else t * scale
+
+    def of_x(t, x, slope, scale):
+        return steep(t * slope, x, slope, scale)
+
+    def of_slope(t, x, slope, scale):
+        return steep(t * x.astype(dtype), x, slope, scale)
+
+    def of_scale(t, x, slope, scale):
+        return t * jnp.tanh(slope * x.astype(dtype))
+
+    def of_bias(t, *_):
+        return t
+
+    y = squashed(*primals)
+    return y, _tangent(y, (of_x, of_slope, of_scale, of_bias), tangents, dtype, x, slope, scale)
+
+
+@jax.custom_jvp
+def thresholded(y: Array, floor: Array, *origin: Any) -> Array:
+    """max(y, floor); `origin` is what y was normalized from, and is anew in the derivative."""
+    return jnp.maximum(y, floor)
+
+
+@partial(thresholded.defjvp, symbolic_zeros=True)
+def _thresholded_jvp(primals, tangents):
+    y, floor, *origin = primals
+    dtype = y.dtype
+
+    def again(x, mask, var, scale, bias):
+        return normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=dtype)
+
+    def of_y(t, floor, *origin):
+        return jax.jvp(lambda y: jnp.maximum(y, floor), (again(*origin),), (t,))[1]
+
+    def of_floor(t, floor, *origin):
+        y, floor = again(*origin), jnp.broadcast_to(floor, t.shape)
+        return jax.jvp(lambda floor: jnp.maximum(y, floor), (floor,), (t,))[1]
+
+    z = thresholded(*primals)
+    return z, _tangent(z, (of_y, of_floor), tangents[:2], dtype, floor, *origin)
+
+
+class Window(NamedTuple):
+    """Neighboring features, `axis` counted from the last."""
+
+    size: int
+    axis: int
+
+    def total(self, values: Array) -> Array:
+        """The sum of the values of a window around each feature."""
+        shape, padding = [1] * values.ndim, [(0, 0)] * values.ndim
+        shape[self.axis], padding[self.axis] = self.size, (self.size // 2, (self.size - 1) // 2)
+        zero = np.zeros((), values.dtype)
+        return lax.reduce_window(values, zero, lax.add, shape, [1] * values.ndim, padding)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
+    """x (k + alpha mean)^-beta, with the mean of the squares in the window.
+
+    The other numbers in the rank of x, and as wide as its squares.
+    """
+    base = k + alpha / window.size * window.total(widened(x) ** 2)
+    return (widened(x) * base**-beta).astype(x.dtype)
+
+
+@partial(damped.defjvp, symbolic_zeros=True)
+def _damped_jvp(window, primals, tangents):
+    # dy = base^-beta (dx - x (beta d_base / base + log(base) d_beta))
+    x, alpha, *_ = primals
+    dx, d_alpha, d_beta, d_k = tangents
+
+    def mean(x):
+        return window.total(widened(x) ** 2) / window.size
+
+    def of_x(t, x, alpha, beta, k):
+        return t * (k + alpha * mean(x)) ** -beta
+
+    def of_base(t, x, alpha, beta, k):
+        return -beta * t * widened(x) * (k + alpha * mean(x)) ** (-beta - 1)
+
+    def of_alpha(t, x, *rest):
+        return of_base(t * mean(x), x, *rest)
+
+    def of_beta(t, x, alpha, beta, k):
+        base = k + alpha * mean(x)
+        return -t * widened(x) * jnp.log(base) * base**-beta
+
+    d_base = dx
+    if not isinstance(dx, SymbolicZero):
+        doubled = diagonal(lambda t, x: 2 * t * widened(x), widened(dx), x)
+        d_base = window.total(doubled) * (alpha / window.size)
+    y = damped(window, *primals)
+    maps = of_x, of_base, of_alpha, of_beta, of_base
+    return y, _tangent(y, maps, (dx, d_base, d_alpha, d_beta, d_k), alpha.dtype, *primals)
+
+
+def _tangent(
+    y: Array, maps: tuple[Callable[..., Array], ...], tangents: Any, dtype: np.dtype, *kept: Any
+) -> Array:
+    """The sum of `map(t, *kept)` over the tangents that are not zero."""
+    terms = [
+        diagonal(one, t.astype(dtype), *kept, shape=y.shape)
+        for one, t in zip(maps, tangents, strict=True)
+        if not (t is None or isinstance(t, SymbolicZero))
+    ]
+    return rounded_sum(y.shape, y.dtype, *terms)
