@@ -328,7 +328,7 @@ def _check(
             )
             for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
         )
-        stats = BatchStats(mean, var, _checks.count_vector(called, stats.count, features))
+        stats = BatchStats(mean, var, stats.count)
         if train:
             _checks.count(called, stats.count, momentum, debias)
     scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)

@@ -144,10 +144,8 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
-def count_vector(called: str, value: ArrayLike | None, expected: tuple[int, ...]) -> Array | None:
+def count_vector(called: str, value: ArrayLike, expected: tuple[int, ...]) -> None:
     """How many batches each feature has taken in: whole numbers, in any real dtype."""
-    if value is None:
-        return None
     array = _array(called, "stats.count", value, "an array of whole numbers")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         array = inexact(called, "stats.count", array, real=True)
@@ -156,7 +154,6 @@ def count_vector(called: str, value: ArrayLike | None, expected: tuple[int, ...]
             f"{called}: stats.count has shape {array.shape}, expected {expected}, that of "
             "stats.mean. Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
         )
-    return array
 
 
 def something(

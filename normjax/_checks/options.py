@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax._checks.arrays import fits, whole
+from normjax._checks.arrays import count_vector, fits, whole
 
 
 def _number(called: str, name: str, value: Any, expected: str) -> float | None:
@@ -193,21 +193,21 @@ def _shown(value: object) -> str:
     return f"an array of shape {shape}" if shape else repr(value)
 
 
-def batch_stats(called: str, given: Any, kind: type, expected: str) -> None:
+def batch_stats(called: str, given: Any, kind: Any, expected: str) -> None:
     """Statistics are read by name, never by position."""
     if not isinstance(given, kind):
         raise TypeError(
             f"{called}: stats is {type(given).__name__}, expected {expected}. Make it by "
             'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
         )
-    _arrays(called, "stats", given, optional=("count",))
+    _arrays(called, "stats", {"mean": given.mean, "var": given.var})
+    if given.count is not None:
+        count_vector(called, given.count, np.shape(given.mean))
 
 
-def _arrays(called: str, name: str, leaves: Any, optional: tuple[str, ...] = ()) -> None:
+def _arrays(called: str, name: str, leaves: dict[str, Any]) -> None:
     """What is averaged is read from floating arrays."""
-    for field, leaf in zip(leaves._fields, leaves, strict=True):
-        if leaf is None and field in optional:
-            continue
+    for field, leaf in leaves.items():
         array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
         if not array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             got = f"has dtype {leaf.dtype}" if array else f"is {type(leaf).__name__}"
@@ -217,14 +217,16 @@ def _arrays(called: str, name: str, leaves: Any, optional: tuple[str, ...] = ())
             )
 
 
-def moments(called: str, given: Any, kind: type) -> None:
+def moments(called: str, given: Any, kind: Any) -> None:
     """Moments are more than a mean and a variance: without a count they do not merge."""
     if not isinstance(given, kind):
         raise TypeError(
             f"{called}: moments is {type(given).__name__}, expected Moments. Make it by "
             "normjax.measure(x, axis), and merge pieces by normjax.merge."
         )
-    _arrays(called, "moments", given)
+    # Moments(0, 0, 0) is the neutral element for any features.
+    leaves = {name: leaf for name, leaf in given._asdict().items() if type(leaf) not in (int, float)}
+    _arrays(called, "moments", leaves)
 
 
 def same_shape(called: str, stats: Any, moments: Any) -> None:
