@@ -25,14 +25,10 @@ CASES = {
     name: (NORMS | PLAIN)[name]
     for name in (
         "batch_norm, train",
-        "batch_norm, virtual",
         "batch_renorm",
-        "batch_norm_act",
-        "rms_norm",
         "group_norm",
         "filter_response_norm, threshold",
         "spectral_norm",
-        "l2_normalize",
         "local_response_norm",
         "dynamic_tanh",
     )
