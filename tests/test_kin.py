@@ -286,13 +286,17 @@ def test_derivatives_computed_anew_are_those_of_the_formula(name, rng, x64):
         return np.imag(formula(*moved)) / h
 
     np.testing.assert_allclose(function(*args), formula(*args), rtol=1e-12, atol=1e-12)
-    pushed = jax.jvp(function, args, moves)[1]
-    np.testing.assert_allclose(pushed, along(None), rtol=1e-10, atol=1e-12)
-    pull = jax.grad(lambda args: jnp.vdot(dy, function(*args)))
+
+    def push(args):
+        return jax.jvp(function, args, moves)[1]
+
+    np.testing.assert_allclose(jax.jit(push)(args), along(None), rtol=1e-10, atol=1e-12)
+    pull = jax.jit(jax.grad(lambda args: jnp.vdot(dy, function(*args))))
     for i, (gradient, move) in enumerate(zip(pull(args), moves, strict=True)):
         assert np.vdot(gradient, move) == pytest.approx(np.vdot(dy, along(i)), rel=1e-10)
-    second = jax.jvp(lambda args: jax.jvp(function, args, moves)[1], (args,), (moves,))[1]
-    twice = jax.jvp(pull, (args,), (moves,))[1]
+    second, twice = (
+        jax.jit(lambda args, f=f: jax.jvp(f, (args,), (moves,))[1])(args) for f in (push, pull)
+    )
     step = 1e-6
     ahead, back = (
         along(None, [a + s * m for a, m in zip(args, moves, strict=True)]) for s in (step, -step)
