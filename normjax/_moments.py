@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, export, lax
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
@@ -64,9 +64,6 @@ class Moments(NamedTuple):
         freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
         where = np.where if isinstance(freedom, np.generic) else jnp.where
         return self.m2 / where(freedom > 0, freedom, np.inf).astype(self.m2.dtype)
-
-
-export.register_namedtuple_serialization(Moments, serialized_name="normjax.Moments")
 
 
 def measure(

@@ -280,6 +280,7 @@ def _normalized_tangent(
     if d_scale is not None:
         beyond = diagonal(standardized, d_scale, mask, inv, mean, x, shape=x.shape)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
+    terms = terms or [jnp.zeros((1,) * x.ndim, number)]
     return rounded_sum(x.shape, out, *terms, beside=(x, mask, vectors))
 
 

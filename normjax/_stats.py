@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, export, lax
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
@@ -53,9 +53,6 @@ class BatchStats(NamedTuple):
         counted = _checks.switch(called, "counted", counted)
         count = jnp.zeros(shape, real) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
-
-
-export.register_namedtuple_serialization(BatchStats, serialized_name="normjax.BatchStats")
 
 
 def move(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, export, lax
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
@@ -25,9 +25,6 @@ class SpectralStats(NamedTuple):
 
     u: Array
     sigma: Array
-
-
-export.register_namedtuple_serialization(SpectralStats, serialized_name="normjax.SpectralStats")
 
 
 @_checks.named("normjax.weight_norm", x="w")
