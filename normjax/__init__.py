@@ -9,6 +9,8 @@ the tools for trained models in `normjax.surgery`; both are imported on first us
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from jax.export import register_namedtuple_serialization as _register
+
 from normjax._act import ELU, LeakyReLU, batch_norm_act
 from normjax._batch import batch_norm, batch_renorm
 from normjax._moments import Moments, measure, merge, synchronize
@@ -44,6 +46,10 @@ else:
 
 
 __version__ = "0.1.0"
+
+# By these names a program that jax.export has written knows the states it takes and returns.
+for _state in (BatchStats, Moments, SpectralStats):
+    _register(_state, serialized_name=f"normjax.{_state.__name__}")
 
 __all__ = [
     "ELU",

@@ -15,7 +15,15 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._moments import Moments, measured, synchronize, wide, widened
-from normjax._walks import apart, diagonal, input_of_norm, moments_of_norm, rounded_sum, written
+from normjax._walks import (
+    apart,
+    broadcast_together,
+    diagonal,
+    input_of_norm,
+    moments_of_norm,
+    rounded_sum,
+    written,
+)
 
 Activation: TypeAlias = Callable[[Array], Array]
 
@@ -206,7 +214,7 @@ def _apply_jvp(out, activation, primals, tangents):
         x, vectors = apart((x, vectors), walk=4)
         y = apply(x, widened(x), mask, *vectors, _number(x, *vectors), None)
         # Under vmap dy may be that of each example, and x of all.
-        y = jnp.broadcast_to(y, dy.shape)
+        (y,) = broadcast_together(dy.shape, [y], [dy])
         return jax.jvp(activation, (y,), (dy.astype(y.dtype),))[1].astype(out)
 
     return y, diagonal(activated, dy, x, mask, *vectors)
@@ -263,22 +271,24 @@ def _normalized_tangent(
         shift,
     ]
     if scale is not None:
+        # A product of two vectors would lie on the devices as both do, and not as x does.
+        if shift is not None:
+            within[2:] = broadcast_together(x.shape, [shift], jax.tree.leaves((x, mask, vectors)))
         own = apart((scale, scale, scale))
         within = [_product(term, s) for term, s in zip(within, own, strict=True)]
     beyond = d_scale
     if d_scale is not None:
         beyond = diagonal(standardized, d_scale, mask, inv, mean, x, shape=x.shape)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
-    if not terms:
-        return jnp.zeros(x.shape, out)
-    return rounded_sum(x.shape, out, *terms)
+    terms = terms or [jnp.zeros((1,) * x.ndim, number)]
+    return rounded_sum(x.shape, out, *terms, beside=(x, mask, vectors))
 
 
 def _folds(vector: Array | None, statistic: Array) -> bool:
     """Whether `vector` is constant over what the statistic was taken over."""
     if vector is None:
         return False
-    return np.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
+    return jnp.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
 
 
 def _outside(vector: Array | None) -> Array | None:

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 _INPUT, _MOMENTS = "normjax.input", "normjax.moments"
 
@@ -125,7 +126,7 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     autodiff of the product would keep the factor, x - mean for example, in float32.
     """
     leaves, structure = jax.tree.flatten(kept)
-    (whole,) = _wholes(t.shape if shape is None else shape, [t], leaves)
+    (whole,) = broadcast_together(t.shape if shape is None else shape, [t], leaves)
 
     def flat(t: Array, *leaves: Any) -> Array:
         return function(t, *jax.tree.unflatten(structure, leaves))
@@ -133,39 +134,57 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     return _diagonal_p.bind(whole, *leaves, function=flat)
 
 
-def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array) -> Array:
+def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: Any = ()) -> Array:
     """The sum of `terms`, broadcast to `shape` and rounded once to `dtype`.
+
+    It lies on the devices as the sum of the terms and of the arrays in `beside` would.
 
     Linear; its transpose gives each term a cotangent of its own to make wide. Autodiff of a sum
     that is then rounded would make the cotangent wide once, for all of them, and so in memory.
     """
-    return _rounded_sum_p.bind(*_wholes(shape, terms), dtype=np.dtype(dtype))
+    wholes = broadcast_together(shape, terms, jax.tree.leaves(beside))
+    return _rounded_sum_p.bind(*wholes, dtype=np.dtype(dtype))
 
 
-def _wholes(
+def broadcast_together(
     shape: tuple[int, ...], terms: Sequence[Array], beside: Sequence[Any] = ()
 ) -> list[Array]:
-    """The terms broadcast to `shape`, of the type that they and what is `beside` have together."""
-    dtype, point = terms[0].dtype, (1,) * len(shape)
-    wholes = [_spread(term, shape) for term in terms]
-    full = [*wholes, *(v for v in beside if np.shape(v) == shape)]
-    if len({jax.typeof(v).update(dtype=dtype, weak_type=False) for v in full}) == 1:
-        return wholes
-    # Meshes and devices type arrays by where they lie and vary. Added zeros make the types alike;
-    # that of devices while a vector is a vector, because the transpose of it sums over devices.
-    nil = reduce(jnp.add, (jnp.zeros_like(v, dtype, point) for v in (*terms, *beside)))
-    wholes = [_spread(term + nil, shape) for term in terms]
-    nil = reduce(jnp.add, (jnp.zeros_like(v, dtype) for v in (*wholes, *full)))
-    return [whole + nil for whole in wholes]
+    """The terms broadcast to `shape`, of the type that they and what is `beside` have together.
+
+    A type says how an array lies on the axes of a mesh, and along which of them it varies. All are
+    of the rank of `shape`.
+    """
+    first, place = terms[0].dtype, None
+    types = (jax.typeof(v) for v in (*terms, *beside))
+    if len({t.update(shape=shape, dtype=first, weak_type=False) for t in types}) > 1:
+        # The zeros are never computed. A term varies along an axis before it is broadcast, since
+        # the transpose sums over the devices of that axis.
+        nil = reduce(jnp.add, (jnp.zeros_like(v, first) for v in (*terms, *beside)))
+        place = jax.typeof(nil).sharding
+        point = (1,) * len(shape)
+        nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *beside)))
+        terms = [term + nil.astype(term.dtype) for term in terms]
+    return [_spread(term, shape, place) for term in terms]
 
 
-def _spread(term: Array, shape: tuple[int, ...]) -> Array:
-    """`term` broadcast to `shape` in such steps that the transpose sums as `summed` does."""
+def _spread(term: Array, shape: tuple[int, ...], place: Any) -> Array:
+    """`term` broadcast to `shape` in such steps that the transpose sums as `summed` does.
+
+    The result lies at `place`. Broadcast without it the term would be on every device, and so
+    would its whole cotangent be.
+    """
+
+    def broadcast(term: Array, shape: tuple[int, ...]) -> Array:
+        if place is None or not any(place.spec):
+            return jnp.broadcast_to(term, shape)
+        spec = (None if n == 1 else axis for n, axis in zip(shape, place.spec, strict=True))
+        return jnp.broadcast_to(term, shape, out_sharding=place.update(spec=PartitionSpec(*spec)))
+
     axes = tuple(a for a, n in enumerate(jnp.shape(term)) if n != shape[a])
     if _in_two_steps(axes, len(shape)):
         row = tuple(1 if a == max(axes) else n for a, n in enumerate(shape))
-        term = written(jnp.broadcast_to(term, row))
-    return jnp.broadcast_to(term, shape)
+        term = written(broadcast(term, row))
+    return broadcast(term, shape)
 
 
 def _rounded_sum(*terms: Array, dtype: np.dtype) -> Array:
@@ -183,8 +202,8 @@ def _transposed_sum(cotangent: Any, *terms: Any, dtype: np.dtype) -> list[Any]:
 def _rounded_sum_batched(terms: Any, axes: Any, **how: Any) -> Any:
     # To full size: a term of one example for all would be given the cotangents of all.
     terms = _in_front(terms, axes)
-    shape = np.broadcast_shapes(*(term.shape for term in terms))
-    return _rounded_sum_p.bind(*(jnp.broadcast_to(term, shape) for term in terms), **how), 0
+    shape = jnp.broadcast_shapes(*(term.shape for term in terms))
+    return _rounded_sum_p.bind(*broadcast_together(shape, terms), **how), 0
 
 
 def _in_front(values: Any, axes: Any) -> list[Array]:
@@ -227,8 +246,8 @@ def _diagonal_transposed(cotangent: Any, t: Any, *kept: Any, **how: Any) -> list
 
 def _diagonal_batched(operands: Any, axes: Any, **how: Any) -> Any:
     t, *kept = _in_front(operands, axes)
-    shape = np.broadcast_shapes(t.shape, *((len(v), *(1,) * (t.ndim - 1)) for v in kept))
-    return _diagonal_p.bind(jnp.broadcast_to(t, shape), *kept, **how), 0
+    shape = jnp.broadcast_shapes(t.shape, *((v.shape[0], *(1,) * (t.ndim - 1)) for v in kept))
+    return _diagonal_p.bind(*broadcast_together(shape, [t], kept), *kept, **how), 0
 
 
 _diagonal_p = Primitive("diagonal")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -194,23 +193,24 @@ def spectral_norm(
     _checks.matrix(called, w.shape, stats, SpectralStats, n_steps)
     _checks.epsilon(called, epsilon)
     with jax.named_scope(called):
-        matrix = w.astype(wide(w.dtype)).reshape(-1, w.shape[-1])
-        # A singular value to full precision, also where matrix products are rounded by default.
-        product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-        fixed = lax.stop_gradient(matrix)
-        u = stats.u.astype(matrix.dtype)
+        # Sums of products, where a matrix product would ask how explicitly sharded axes are to be
+        # contracted, and a reshape to a matrix would gather them.
+        kernel = w.astype(wide(w.dtype))
+        rows = tuple(range(w.ndim - 1))
+        fixed = lax.stop_gradient(kernel)
+        u = jnp.expand_dims(stats.u.astype(kernel.dtype), rows[1:])
         for _ in range(n_steps):
-            along = product(u, fixed.T)
+            along = jnp.sum(fixed * u, -1, keepdims=True)
             v = _unit(along, along, epsilon)
-            u = _unit(product(v, fixed), u, epsilon)
+            u = _unit(jnp.sum(fixed * v, rows, keepdims=True), u, epsilon)
         u, v = lax.stop_gradient((u, v))
-        sigma = product(product(v, matrix), u.T)[0, 0]
+        sigma = jnp.sum(v * jnp.sum(kernel * u, -1, keepdims=True))
         divisor = jnp.where(sigma != 0, sigma, jnp.ones((), sigma.dtype))
         normed = normalize(w, None, 1.0, 1 / divisor, epsilon=0.0)
         if not train:
             return normed, stats
         sigma = lax.stop_gradient(sigma).astype(stats.sigma.dtype)
-        return normed, SpectralStats(u.astype(stats.u.dtype), sigma)
+        return normed, SpectralStats(jnp.squeeze(u, rows[1:]).astype(stats.u.dtype), sigma)
 
 
 def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
@@ -218,8 +218,10 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     largest = jnp.max(jnp.abs(vector))
     found = largest > 0
     scaled = vector / jnp.where(found, largest, jnp.ones((), vector.dtype))
-    unit = jnp.where(found, weight_norm(scaled, feature_axis=None, epsilon=epsilon), vector)
-    return jnp.where(jnp.isnan(largest), otherwise, unit)
+    unit = weight_norm(scaled, feature_axis=None, epsilon=epsilon)
+    # A selection wants all to lie on the devices alike, as the zeros make them.
+    otherwise = otherwise + jnp.zeros_like(unit)
+    return jnp.where(jnp.isnan(largest), otherwise, jnp.where(found, unit, vector))
 
 
 def _weight(

@@ -113,7 +113,8 @@ def feature_vector(
     array = inexact(called, name, value, real=real)
     if array.shape != expected:
         remedy = "If the features of x lie on another axis, pass feature_axis=."
-        if sorted(array.shape) == sorted(expected):
+        # As text, since symbolic sizes have no order.
+        if sorted(map(str, array.shape)) == sorted(map(str, expected)):
             remedy = "Several feature axes keep the order that they have in x."
         raise ValueError(
             f"{called}: {name} has shape {array.shape}, expected {expected}, the size of "
@@ -202,7 +203,9 @@ def number_of_groups(
             f"{called}: {name}={given!r}, expected a whole number that divides the {features} "
             "features of x. Pass an integer."
         ) from None
-    divisors = [n for n in range(1, features + 1) if features % n == 0]
+    # Of a symbolic size it is known whether a number divides it, but not which ones do.
+    candidates = range(1, features + 1) if isinstance(features, int) else {1, given}
+    divisors = [n for n in candidates if n and features % n == 0]
     if given not in divisors:
         kind = (
             f"Number of groups ({given}) does not divide the number of channels ({features})."
@@ -300,8 +303,8 @@ def features(called: str, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     found = {shape for shape in shapes if shape}
     if len(found) > 1:
         raise ValueError(
-            f"{called}: got moments of the shapes {sorted(found)}, expected equal ones. Measure "
-            "all pieces over the same features."
+            f"{called}: got moments of the shapes {sorted(found, key=str)}, expected equal ones. "
+            "Measure all pieces over the same features."
         )
     return found.pop() if found else ()
 

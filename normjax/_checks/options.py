@@ -225,7 +225,9 @@ def moments(called: str, given: Any, kind: Any) -> None:
             "normjax.measure(x, axis), and merge pieces by normjax.merge."
         )
     # Moments(0, 0, 0) is the neutral element for any features.
-    leaves = {name: leaf for name, leaf in given._asdict().items() if type(leaf) not in (int, float)}
+    leaves = {
+        name: leaf for name, leaf in given._asdict().items() if type(leaf) not in (int, float)
+    }
     _arrays(called, "moments", leaves)
 
 
