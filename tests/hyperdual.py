@@ -1,0 +1,111 @@
+"""Exact first and second derivatives in NumPy float64. Imports no JAX and nothing of normjax.
+
+A hyper-dual number a + b s + c t + d st with s^2 = t^2 = 0 carries the derivative along s, that
+along t, and the mixed one through any formula without a step size and so without cancellation
+(Fike, Alonso 2011, The Development of Hyper-Dual Numbers for Exact Second-Derivative
+Calculations). One evaluation with s along every input and t along one direction gives the value,
+the Jacobian, the JVP and the Hessian-vector product.
+"""
+
+import numpy as np
+
+
+class HyperDual:
+    """Arrays a, b, c and d that broadcast against each other; axes are counted from the end."""
+
+    __array_ufunc__ = None  # an array on the left leaves the operation to this class
+
+    def __init__(self, a, b=0.0, c=0.0, d=0.0):
+        self.parts = tuple(np.asarray(v, np.float64) for v in (a, b, c, d))
+
+    @property
+    def value(self):
+        return self.parts[0]
+
+    def linear(self, function):
+        return HyperDual(*map(function, self.parts))
+
+    def smooth(self, value, slope, curvature):
+        """A function of this number from its value and two derivatives at it."""
+        _, b, c, d = self.parts
+        return HyperDual(value, slope * b, slope * c, slope * d + curvature * b * c)
+
+    def __add__(self, other):
+        other = as_dual(other)
+        return HyperDual(*(u + v for u, v in zip(self.parts, other.parts, strict=True)))
+
+    def __mul__(self, other):
+        a, b, c, d = self.parts
+        e, f, g, h = as_dual(other).parts
+        return HyperDual(a * e, a * f + b * e, a * g + c * e, a * h + b * g + c * f + d * e)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self):
+        return self.linear(np.negative)
+
+    def __sub__(self, other):
+        return self + -as_dual(other)
+
+    def __rsub__(self, other):
+        return -self + other
+
+    def __pow__(self, p):
+        a = self.value
+        return self.smooth(a**p, p * a ** (p - 1), p * (p - 1) * a ** (p - 2))
+
+    def __truediv__(self, other):
+        return self * (as_dual(other) ** -1)
+
+    def exp(self):
+        e = np.exp(self.value)
+        return self.smooth(e, e, e)
+
+    def tanh(self):
+        y = np.tanh(self.value)
+        return self.smooth(y, 1 - y * y, -2 * y * (1 - y * y))
+
+    def sum(self, axes):
+        return self.linear(lambda v: v.sum(axes, keepdims=True))
+
+    def __matmul__(self, matrix):
+        return self.linear(lambda v: v @ matrix)
+
+    def spread(self, shape):
+        """Broadcast to the trailing axes `shape`."""
+        rank = len(shape)
+        return self.linear(lambda v: np.broadcast_to(v, (*v.shape[:-rank], *shape)))
+
+
+def as_dual(value):
+    return value if isinstance(value, HyperDual) else HyperDual(value)
+
+
+def where(condition, yes, no):
+    """Selection by a constant; what is not selected takes no part, NaN included."""
+    pairs = zip(as_dual(yes).parts, as_dual(no).parts, strict=True)
+    return HyperDual(*(np.where(condition, u, v) for u, v in pairs))
+
+
+def standardized(
+    x, scale=1.0, bias=0.0, *, axes, mask=None, epsilon, centered=True, pool=None, times=1
+):
+    """(x - mean) / sqrt(times var + epsilon) * scale + bias over negative axes; also the moments.
+
+    `pool` merges features: a matrix of zeros and ones that sums the features of each group.
+    """
+    valid = np.ones(1, bool) if mask is None else mask
+    valid = np.broadcast_to(valid, x.value.shape)
+    x = where(valid | np.isfinite(x.value), x, 0.0)
+
+    def total(v):
+        v = v.sum(axes) if isinstance(v, HyperDual) else v.sum(axes, keepdims=True)
+        return v if pool is None else v @ pool
+
+    n = np.maximum(total(valid.astype(float)), 1)
+    mean = total(where(valid, x, 0.0)) * (1 / n) * float(centered)
+    deviation = x - mean
+    var = total(where(valid, deviation * deviation, 0.0)) * (1 / n)
+    spread = var * (n if times == "n" else times)
+    return deviation * (spread + epsilon) ** -0.5 * scale + bias, mean, var
+
