@@ -5,6 +5,10 @@ along t, and the mixed one through any formula without a step size and so withou
 (Fike, Alonso 2011, The Development of Hyper-Dual Numbers for Exact Second-Derivative
 Calculations). One evaluation with s along every input and t along one direction gives the value,
 the Jacobian, the JVP and the Hessian-vector product.
+
+With a `rounding` every operation is off by a random relative error of eps, in as many rows as
+wanted: what the result changes by is what arithmetic of that eps costs (Parker 1997, Monte Carlo
+Arithmetic). So the bounds of tests are derived for each input, however hard it is.
 """
 
 import numpy as np
@@ -15,34 +19,44 @@ class HyperDual:
 
     __array_ufunc__ = None  # an array on the left leaves the operation to this class
 
-    def __init__(self, a, b=0.0, c=0.0, d=0.0):
+    def __init__(self, a, b=0.0, c=0.0, d=0.0, rounding=None):
         self.parts = tuple(np.asarray(v, np.float64) for v in (a, b, c, d))
+        self.rounding = rounding
 
     @property
     def value(self):
         return self.parts[0]
 
-    def linear(self, function):
-        return HyperDual(*map(function, self.parts))
+    def moved(self, function):
+        """The parts in another place, as they are."""
+        return HyperDual(*map(function, self.parts), self.rounding)
+
+    def made(self, other, *parts):
+        """The result of an operation with `other`, rounded if one of both is."""
+        rounding = self.rounding or other.rounding
+        return HyperDual(*(map(rounding, parts) if rounding else parts), rounding)
 
     def smooth(self, value, slope, curvature):
         """A function of this number from its value and two derivatives at it."""
         _, b, c, d = self.parts
-        return HyperDual(value, slope * b, slope * c, slope * d + curvature * b * c)
+        return self.made(self, value, slope * b, slope * c, slope * d + curvature * b * c)
 
     def __add__(self, other):
         other = as_dual(other)
-        return HyperDual(*(u + v for u, v in zip(self.parts, other.parts, strict=True)))
+        pairs = zip(self.parts, other.parts, strict=True)
+        return self.made(other, *(u + v for u, v in pairs))
 
     def __mul__(self, other):
+        other = as_dual(other)
         a, b, c, d = self.parts
-        e, f, g, h = as_dual(other).parts
-        return HyperDual(a * e, a * f + b * e, a * g + c * e, a * h + b * g + c * f + d * e)
+        e, f, g, h = other.parts
+        parts = a * e, a * f + b * e, a * g + c * e, a * h + b * g + c * f + d * e
+        return self.made(other, *parts)
 
     __radd__, __rmul__ = __add__, __mul__
 
     def __neg__(self):
-        return self.linear(np.negative)
+        return self.moved(np.negative)
 
     def __sub__(self, other):
         return self + -as_dual(other)
@@ -66,15 +80,17 @@ class HyperDual:
         return self.smooth(y, 1 - y * y, -2 * y * (1 - y * y))
 
     def sum(self, axes):
-        return self.linear(lambda v: v.sum(axes, keepdims=True))
+        terms = self.made(self, *self.parts)
+        return terms.moved(lambda v: v.sum(axes, keepdims=True))
 
     def __matmul__(self, matrix):
-        return self.linear(lambda v: v @ matrix)
+        terms = self.made(self, *self.parts)
+        return terms.moved(lambda v: v @ matrix)
 
     def spread(self, shape):
         """Broadcast to the trailing axes `shape`."""
         rank = len(shape)
-        return self.linear(lambda v: np.broadcast_to(v, (*v.shape[:-rank], *shape)))
+        return self.moved(lambda v: np.broadcast_to(v, (*v.shape[:-rank], *shape)))
 
 
 def as_dual(value):
@@ -83,8 +99,9 @@ def as_dual(value):
 
 def where(condition, yes, no):
     """Selection by a constant; what is not selected takes no part, NaN included."""
-    pairs = zip(as_dual(yes).parts, as_dual(no).parts, strict=True)
-    return HyperDual(*(np.where(condition, u, v) for u, v in pairs))
+    yes, no = as_dual(yes), as_dual(no)
+    parts = (np.where(condition, u, v) for u, v in zip(yes.parts, no.parts, strict=True))
+    return HyperDual(*parts, yes.rounding or no.rounding)
 
 
 def standardized(
@@ -108,4 +125,3 @@ def standardized(
     var = total(where(valid, deviation * deviation, 0.0)) * (1 / n)
     spread = var * (n if times == "n" else times)
     return deviation * (spread + epsilon) ** -0.5 * scale + bias, mean, var
-

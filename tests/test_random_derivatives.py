@@ -23,7 +23,7 @@ from tests.reference import EPS
 from tests.strategies import DTYPES, axes, canonical, examples, few, how_to_run, runs
 
 SHAPES = [(2, 3, 4), (6, 4), (2, 2, 3, 4)]
-# How often the exact function is evaluated at inputs that are off by eps, and what multiple of the
+# How often the formula is evaluated with operations that are off by eps, and what multiple of the
 # largest change of the result an error may be. Of six changes hardly ever all are small.
 PERTURBED, FACTOR = 6, 16
 
@@ -255,7 +255,9 @@ def batch_norm(d, train, act=None):
     x = d.x(shape, reduced)
     names, epsilon = d.affine(x, kept), d.eps()
     mean, var = running(d, [shape[a] for a in kept])
-    options = dict(train=train, feature_axis=d.options["feature_axis"], mask=d.mask, epsilon=epsilon)
+    options = dict(
+        train=train, feature_axis=d.options["feature_axis"], mask=d.mask, epsilon=epsilon
+    )
     function, activated = normjax.batch_norm, lambda y: y
     if act:
         function = normjax.batch_norm_act
@@ -367,9 +369,7 @@ def group_norm(d):
     reduced = tuple(range(1, rank))
     pool = blocks(features, groups)
     spatial = reduced[:-1]
-    return within(
-        d, normjax.group_norm, reduced, (rank - 1,), shape, axes=spatial, pool=pool
-    )
+    return within(d, normjax.group_norm, reduced, (rank - 1,), shape, axes=spatial, pool=pool)
 
 
 @norm("instance_norm")
@@ -532,43 +532,50 @@ def derivatives(case, cotangents):
 
 
 def exact_derivatives(case, cotangents, rng):
-    """The same in float64 in the first row; in the others for inputs that are off by eps."""
+    """The same in float64 in the first row; in the others with every operation off by eps."""
     eps = EPS["float64" if case.inputs[0].dtype == np.float64 else "float32"]
 
-    def off(v, shape):
-        by = 1 + eps * rng.uniform(-1, 1, (PERTURBED + 1, 1, *shape))
-        by[0] = 1
-        return np.asarray(v, np.float64).reshape(shape) * by
+    def rounding(v):
+        if v.ndim == 0:
+            return v
+        off = rng.uniform(-eps, eps, (PERTURBED + 1, *v.shape[1:]))
+        off[0] = 0
+        return v + v * off
+
+    def number(v, direction, shape, one):
+        v, direction = (np.reshape(u, (1, 1, *shape)) for u in (v, direction))
+        return HyperDual(v, one.reshape(1, total, *shape), direction, 0.0, rounding)
 
     sizes = [int(np.prod(shape)) for shape in case.shapes]
     ends, total = np.cumsum(sizes), sum(sizes)
     every = np.split(np.eye(total), ends[:-1], axis=1)
-    numbers = [
-        HyperDual(off(v, shape), one.reshape(1, total, *shape), off(t, shape))
-        for v, t, shape, one in zip(case.inputs, case.directions, case.shapes, every, strict=True)
-    ]
+    numbers = map(number, case.inputs, case.directions, case.shapes, every)
     outputs = case.exact(*numbers)
     rank = len(case.shapes[0])
     outputs = [y.spread(case.shapes[0]) for y in outputs]
-    weights = [off(w, case.shapes[0]) for w in cotangents]
+    weights = [w.astype(float) for w in cotangents]
 
     def owed(part):
         """Of the derivatives along every input, what the cotangents ask of them."""
         across = tuple(range(-rank, 0))
-        sums = sum((w * y.parts[part]).sum(across) for w, y in zip(weights, outputs, strict=True))
+        sums = sum(
+            rounding(w * y.parts[part]).sum(across) for w, y in zip(weights, outputs, strict=True)
+        )
         sums = np.broadcast_to(sums, (PERTURBED + 1, total))
         parts = np.split(sums, ends[:-1], axis=1)
         return [g.reshape(-1, *shape) for g, shape in zip(parts, case.shapes, strict=True)]
 
     def along(part):
-        rows = (PERTURBED + 1, *case.shapes[0])
-        return [np.broadcast_to(y.parts[part][:, 0], rows) for y in outputs]
+        return [
+            np.broadcast_to(y.parts[part], (PERTURBED + 1, 1, *case.shapes[0]))[:, 0]
+            for y in outputs
+        ]
 
     return along(0), along(2), owed(1), owed(3)
 
 
 def check(case):
-    """Compares everything, each within the error that inputs off by eps explain."""
+    """Compares everything, each within the error that rounding explains."""
     dtype = case.inputs[0].dtype
     rng = np.random.default_rng(case.seed + 1)
     cotangents = tuple(
@@ -589,7 +596,7 @@ def check(case):
 
 
 def close(what, case, got, rows, eps):
-    """An error is `FACTOR` times what inputs off by eps change, and a rounding of the result.
+    """An error is `FACTOR` times what operations off by eps change, and a rounding of the result.
 
     Of a group that shares statistics the largest change counts for all of its entries.
     """

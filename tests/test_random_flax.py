@@ -6,8 +6,8 @@ tests/test_random_derivatives.py has the data that are hard on the arithmetic.
 """
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,8 @@ from tests.strategies import DTYPES, axes, canonical, examples, few, how_to_run,
 
 KEY = jax.random.key(0)
 SHAPES = [(3, 5, 4), (6, 4), (2, 3, 2, 4), (2, 3, 1, 2, 4)]
-NORMS = "BatchNorm LayerNorm RMSNorm GroupNorm InstanceNorm WeightNorm SpectralNorm".split()
+SAMPLE = ["LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"]
+NORMS = ["BatchNorm", *SAMPLE, "WeightNorm", "SpectralNorm"]
 # Flax computes WeightNorm and SpectralNorm in the dtype of the weight, ten roundings in a row.
 ROUNDINGS = 16
 
@@ -125,7 +126,9 @@ def cases(draw, name):
         fields["feature_axes"] = draw(axes(rank))
         reduced = canonical(fields["reduction_axes"], rank)
     elif name == "InstanceNorm":
-        fields["feature_axes"] = draw(axes(rank, lambda kept: 0 not in kept and len(kept) < rank - 1))
+        fields["feature_axes"] = draw(
+            axes(rank, lambda kept: 0 not in kept and len(kept) < rank - 1)
+        )
         reduced = tuple(a for a in every[1:] if a not in canonical(fields["feature_axes"], rank))
     else:
         groups = draw(st.sampled_from([1, 2, 4]))
@@ -135,7 +138,9 @@ def cases(draw, name):
         reduced = every[1:]
         if draw(st.booleans()):
             reduced = canonical(draw(axes(rank, lambda chosen: rank - 1 in chosen)), rank)
-            spelled = draw(st.permutations([a - rank if draw(st.booleans()) else a for a in reduced]))
+            spelled = draw(
+                st.permutations([a - rank if draw(st.booleans()) else a for a in reduced])
+            )
             fields["reduction_axes"] = tuple(spelled)
     x = spread(shape, draw(st.integers(0, 9)))
     x = np.asarray(jnp.asarray(x, draw(st.sampled_from(DTYPES))))
@@ -178,14 +183,13 @@ def grouped(x, reduced, groups):
     return x.reshape(*x.shape[:-1], groups, -1), (*reduced[:-1], x.ndim)
 
 
-def build(library, case, **more):
-    fields = {**case.fields, **more}
-    if library is nn and "use_fast_variance" in nn.LayerNorm.__dataclass_fields__:
-        # The fast one is a difference of large numbers; ours is exact whatever this says.
-        if case.name not in ("WeightNorm", "SpectralNorm"):
-            fields["use_fast_variance"] = False
+def build(library, case):
+    fields = dict(case.fields)
     if case.weight:
         fields["layer_instance"] = Weight(**case.weight, name="layer")
+    elif library is nn:
+        # The fast one is a difference of large numbers; ours is exact whatever this says.
+        fields["use_fast_variance"] = False
     return getattr(library, case.name)(**fields)
 
 
@@ -299,7 +303,9 @@ def check(case):
     assert jax.tree.structure(ours) == jax.tree.structure(flax)
     for when in ("first", "second"):
         for part, bound in (("y", of_y), ("grads", of_grads)):
-            for a, b in zip(*map(jax.tree.leaves, (ours[when][part], flax[when][part])), strict=True):
+            for a, b in zip(
+                *map(jax.tree.leaves, (ours[when][part], flax[when][part])), strict=True
+            ):
                 assert a.dtype == b.dtype, (when, part)
                 close(case, a, b, bound)
     for a, b in zip(*map(jax.tree.leaves, (ours["stats"], flax["stats"])), strict=True):
@@ -309,6 +315,23 @@ def check(case):
     for a, b in zip(*map(jax.tree.leaves, (ours["evaluated"], flax["evaluated"])), strict=True):
         assert a.dtype == b.dtype, "evaluated"
         close(case, a, b, of_y)
+    if case.weight is None:
+        check_given_at_call(case, own_start.get("params", {}), ours, of_y)
+
+
+def check_given_at_call(case, params, ours, bound):
+    """scale and bias at the call, for all examples or for each, stand in for the parameters."""
+    layer = build(normjax.linen, case)
+    axes_of = next((case.fields[k] for k in ("feature_axes", "axis") if k in case.fields), -1)
+    with jax.disable_jit():
+        for examples in ((), case.x.shape[:1]):
+            if examples and 0 in canonical(axes_of, case.x.ndim):
+                continue
+            vectors = {k: jnp.broadcast_to(v, (*examples, *v.shape)) for k, v in params.items()}
+            how = {**modes(case, False), **called_with(case, normjax.linen)}
+            y = layer.apply(ours["stats"], case.x, **vectors, **how)
+            assert y.dtype == ours["evaluated"].dtype
+            close(case, y, ours["evaluated"], bound)
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -317,5 +340,75 @@ def test_any_layer_is_that_of_flax(name):
     @hypothesis.given(cases(name))
     def compare(case):
         check(case)
+
+    compare()
+
+
+def train(layer, x, **given):
+    """One step in training; only batch norm has a mode."""
+    if "use_running_average" in type(layer).__dataclass_fields__ and "mode" not in given:
+        given["use_running_average"] = False
+    return layer.init_with_output(KEY, x, **{k: v for k, v in given.items() if k != "mode"})
+
+
+def wrong_parameters(layer, x, **given):
+    mode = dict(use_running_average=True) if hasattr(layer, "use_running_average") else {}
+    variables = layer.init(KEY, x, **mode)
+    longer = {"scale": jnp.ones((*variables["params"]["scale"].shape, 2))}
+    return layer.apply({**variables, "params": {**variables["params"], **longer}}, x, **mode)
+
+
+def immutable(layer, x, **given):
+    variables = layer.init(KEY, x, use_running_average=True)
+    return layer.apply(variables, x, use_running_average=False)
+
+
+def spectral(layer, x):
+    return layer.init(KEY, x, update_stats=False)
+
+
+def raised(call):
+    with jax.disable_jit():
+        try:
+            call()
+        except Exception as error:
+            return error
+    return None
+
+
+FAULTS = {
+    "no mode": ("BatchNorm", {}, partial(train, mode=None)),
+    "immutable statistics": ("BatchNorm", {}, immutable),
+    "parameters of another shape": (None, {}, wrong_parameters),
+    "a mask of another shape": (None, {}, partial(train, mask=np.ones((1, 3, 1), bool))),
+    "groups twice": ("GroupNorm", dict(num_groups=2, group_size=2), train),
+    "no groups": ("GroupNorm", dict(num_groups=None), train),
+    "groups that do not divide": ("GroupNorm", dict(num_groups=3), train),
+    "groups by default": ("GroupNorm", {}, train),
+    "a group size that does not divide": ("GroupNorm", dict(num_groups=None, group_size=3), train),
+    "no group": ("GroupNorm", dict(num_groups=0), train),
+    "the leading axis": ("InstanceNorm", dict(feature_axes=(0, -1)), train),
+    "no matrix": ("SpectralNorm", dict(error_on_non_matrix=True), spectral),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_where_flax_raises_ours_raises_the_same_class(fault):
+    @examples(3, tests=len(FAULTS))
+    @hypothesis.given(st.data())
+    def compare(data):
+        only, fields, call = FAULTS[fault]
+        name = only or data.draw(st.sampled_from(NORMS[:5]))
+        if fault in ("parameters of another shape", "a mask of another shape"):
+            fields = dict(num_groups=2) if name == "GroupNorm" else {}
+        if name == "SpectralNorm":
+            fields = {**fields, "layer_instance": Weight((3, 2, 4), "float32", name="layer")}
+        fields = {**fields, "dtype": data.draw(st.sampled_from([None, *DTYPES]))}
+        x = jnp.ones((3, 5, 4), data.draw(st.sampled_from(DTYPES)))
+        with lenient():
+            theirs = raised(lambda: call(getattr(nn, name)(**fields), x))
+        ours = raised(lambda: call(getattr(normjax.linen, name)(**fields), x))
+        assert theirs is not None
+        assert isinstance(ours, type(theirs)), (ours, theirs)
 
     compare()
