@@ -122,6 +122,13 @@ def standardized(
     n = np.maximum(total(valid.astype(float)), 1)
     mean = total(where(valid, x, 0.0)) * (1 / n) * float(centered)
     deviation = x - mean
-    var = total(where(valid, deviation * deviation, 0.0)) * (1 / n)
+    # The deviations sum to zero, so a constant in place of the second mean changes nothing. But a
+    # rounding of the mean is then seen in the derivatives, as in those that leave out d mean.
+    squares = deviation * (x - mean.value)
+    var = total(where(valid, squares, 0.0)) * (1 / n)
+    if x.rounding:
+        # What a stable variance may be off by, the mean in units of the deviation.
+        condition = 1 + abs(mean.value) / np.sqrt(var.value + epsilon)
+        var = var * (1 + x.rounding(condition) - condition)
     spread = var * (n if times == "n" else times)
     return deviation * (spread + epsilon) ** -0.5 * scale + bias, mean, var

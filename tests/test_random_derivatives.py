@@ -211,11 +211,7 @@ class Draw:
         return self.options["epsilon"]
 
     def case(self, ours, exact):
-        drawn = self.rng.normal(size=(len(self.inputs), 1))
-        directions = tuple(
-            rounded(self.rng.normal(size=v.shape) + 0 * d, v.dtype)
-            for v, d in zip(self.inputs, drawn, strict=True)
-        )
+        directions = tuple(rounded(self.rng.normal(size=v.shape), v.dtype) for v in self.inputs)
         options = {**self.options, "x": self.kind, "mask": self.masked}
         how = self.draw(how_to_run)
         return Case(
@@ -544,7 +540,8 @@ def exact_derivatives(case, cotangents, rng):
 
     def number(v, direction, shape, one):
         v, direction = (np.reshape(u, (1, 1, *shape)) for u in (v, direction))
-        return HyperDual(v, one.reshape(1, total, *shape), direction, 0.0, rounding)
+        one = one.reshape(1, total, *shape)
+        return HyperDual(v, one, direction, np.zeros_like(v, float), rounding)
 
     sizes = [int(np.prod(shape)) for shape in case.shapes]
     ends, total = np.cumsum(sizes), sum(sizes)
