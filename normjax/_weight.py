@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import Moments, measure, wide
-from normjax._normalize import normalize
+from normjax._moments import Moments, measured, wide, widened
+from normjax._normalize import normalized
 
 
 class SpectralStats(NamedTuple):
@@ -71,8 +71,9 @@ def weight_norm(
     called = "normjax.weight_norm"
     w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(_measure(w, reduced, centered=False).m2, reduced)
-        return normalize(w, 0.0, m2, scale, epsilon=epsilon)
+        wide_w = widened(w)
+        m2 = jnp.expand_dims(_measure(w, wide_w, reduced, centered=False).m2, reduced)
+        return _normalized(w, wide_w, None, m2, scale, epsilon)
 
 
 def standardize_weight(
@@ -122,11 +123,12 @@ def standardize_weight(
     called = "normjax.standardize_weight"
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
     with jax.named_scope(called):
-        moments = _measure(w, reduced)
+        wide_w = widened(w)
+        moments = _measure(w, wide_w, reduced)
         # n times the biased variance is m2 itself.
         spread = moments.m2 if scaled else moments.variance()
         mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
-        return normalize(w, mean, spread, gain, epsilon=epsilon)
+        return _normalized(w, wide_w, mean, spread, gain, epsilon)
 
 
 def spectral_norm(
@@ -148,7 +150,8 @@ def spectral_norm(
         stats: `SpectralStats`; start from a random u of shape (1, features).
         train: whether the returned state moves.
         n_steps: steps of the power iteration, at least 1.
-        epsilon: added to the squared lengths.
+        epsilon: added to the squared lengths of vectors whose largest entry is 1, so that small
+            weights are normalized like others.
 
     Returns:
         `(w / sigma, stats)`: the weight with its shape and dtype, the state with its dtypes; with
@@ -211,9 +214,19 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     return jnp.where(found, weight_norm(scaled, feature_axis=None, epsilon=epsilon), otherwise)
 
 
-def _measure(w: Array, reduced: tuple[int, ...], *, centered: bool = True) -> Moments:
+def _measure(
+    w: Array, wide_w: Array, reduced: tuple[int, ...], *, centered: bool = True
+) -> Moments:
     """Over an axis more, so that a weight of features alone has something to reduce."""
-    return measure(w[None], (0, *(a + 1 for a in reduced)), centered=centered)
+    axes = (0, *(a + 1 for a in reduced))
+    return measured(w[None], wide_w[None], axes, None, centered=centered)
+
+
+def _normalized(
+    w: Array, wide_w: Array, mean: Array | None, var: Array, scale: Array | None, epsilon: ArrayLike
+) -> Array:
+    """By what was measured of the same wide weight: its gradient is rounded once."""
+    return normalized(w, wide_w, mean, var, scale, None, epsilon=epsilon, mask=None, dtype=None)
 
 
 def _weight(

@@ -221,3 +221,25 @@ def test_a_stored_gamma_is_reached_by_the_initializer(rng):
     layer = normjax.linen.RMSNorm(scale_init=one_plus)
     scale = layer.init(KEY, x)["params"]["scale"]
     assert abs(float(scale.mean()) - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [l2_normalize, normjax.weight_norm, normjax.standardize_weight],
+    ids=lambda f: f.__name__,
+)
+def test_a_gradient_of_half_precision_is_rounded_once(rng, function):
+    """It comes from the statistics and from the division; each rounded, their sum would be off."""
+    x, dy = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.bfloat16)
+    (got,) = jax.vjp(function, x)[1](dy)
+    (want,) = jax.vjp(function, x.astype(np.float32))[1](dy.astype(np.float32))
+    bound = EPS["bfloat16"] / 2 * abs(want) + 16 * EPS["float32"] * abs(want).max()
+    assert np.all(abs(np.asarray(got, np.float32) - want) <= bound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_threshold_is_summed_in_its_own_dtype(dtype):
+    """In half precision a sum of 70,000 ones is 70,144 or infinite."""
+    x = jnp.zeros((1, 70_000, 1), dtype)
+    y, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), jnp.ones(1))
+    np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], [70_000])

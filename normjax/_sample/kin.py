@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measure, wide
-from normjax._normalize import normalize
+from normjax._moments import measured, wide, widened
+from normjax._normalize import normalized
 from normjax._sample.core import affine, layer_norm, rms_norm, within
 
 
@@ -149,7 +149,10 @@ def filter_response_norm(
     floor = _checks.affine(called, "threshold", threshold, kept, feature_axis, x.shape, real=True)
     options: dict[str, Any] = dict(epsilon=epsilon, axis_name=None, axis_index_groups=None)
     y = within(called, x, scale, bias, reduced, centered=False, mask=mask, dtype=dtype, **options)
-    return y if floor is None else jnp.maximum(y, floor.astype(y.dtype))
+    if floor is None:
+        return y
+    # Broadcast before it is rounded: the gradient of the threshold is summed as wide as it is.
+    return jnp.maximum(y, jnp.broadcast_to(floor, y.shape).astype(y.dtype))
 
 
 def dynamic_tanh(
@@ -292,5 +295,8 @@ def l2_normalize(
     x = _checks.inexact(called, "x", x)
     axes = _checks.axes(called, "axis", axis, x.shape)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(measure(x, axes, centered=False).m2, axes)
-        return normalize(x, 0.0, m2, epsilon=epsilon)
+        # One wide x for both, so that the gradient of half precision is rounded once.
+        wide_x = widened(x)
+        m2 = jnp.expand_dims(measured(x, wide_x, axes, None, centered=False).m2, axes)
+        vectors = None, m2, None, None
+        return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=None, dtype=None)
