@@ -71,9 +71,11 @@ class HyperDual:
     def __truediv__(self, other):
         return self * (as_dual(other) ** -1)
 
-    def exp(self):
-        e = np.exp(self.value)
-        return self.smooth(e, e, e)
+    def expm1(self):
+        # The slope is taken from the value, as libraries do: off by eps of 1 where it vanishes.
+        y = np.expm1(self.value)
+        one = self.rounding(np.ones_like(y)) if self.rounding else 1.0
+        return self.smooth(y, y + one, y + one)
 
     def tanh(self):
         y = np.tanh(self.value)

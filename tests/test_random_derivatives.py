@@ -137,7 +137,7 @@ def leaky_relu(slope):
 def elu(alpha):
     def exact(y):
         up = above(y, 0.0)
-        return where(up, y, alpha * (where(up, 0.0, y).exp() - 1))
+        return where(up, y, alpha * where(up, 0.0, y).expm1())
 
     return normjax.ELU(alpha), exact
 
@@ -283,16 +283,10 @@ NORMS["batch_norm, train"] = partial(batch_norm, train=True)
 NORMS["batch_norm, eval"] = partial(batch_norm, train=False)
 
 
-# batch_norm_act computes x from its output, which loses what the output has lost.
-INVERTED = hasattr(normjax.ELU, "inverse")
-
-if not INVERTED:
-
-    @norm("batch_norm_act")
-    def batch_norm_act(d):
-        slope = d.pick(0.01, 0.3, 1.0)
-        act = d.pick(leaky_relu, elu)(slope)
-        return batch_norm(d, d.pick(True, True, False), act)
+@norm("batch_norm_act")
+def batch_norm_act(d):
+    act = d.pick(leaky_relu, elu)(d.pick(0.01, 0.3, 1.0))
+    return batch_norm(d, d.pick(True, True, False), act)
 
 
 @norm("batch_renorm")
