@@ -79,6 +79,7 @@ class HyperDual:
 
     def tanh(self):
         y = np.tanh(self.value)
+        y = self.rounding(y) if self.rounding else y
         return self.smooth(y, 1 - y * y, -2 * y * (1 - y * y))
 
     def sum(self, axes):
@@ -134,3 +135,14 @@ def standardized(
         var = var * (1 + x.rounding(condition) - condition)
     spread = var * (n if times == "n" else times)
     return deviation * (spread + epsilon) ** -0.5 * scale + bias, mean, var
+
+
+def windows(features, size):
+    """The features that local response norm sums for each feature, as in PyTorch."""
+    i = np.arange(features)
+    reach = i[:, None] - i[None, :]
+    return ((-(size // 2) <= reach) & (reach <= (size - 1) // 2)).astype(float)
+
+
+def blocks(features, groups):
+    return np.kron(np.eye(groups), np.ones((features // groups, features // groups)))
