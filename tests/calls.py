@@ -58,11 +58,7 @@ NORMS = {}
 
 
 def norm(name):
-    def registered(function):
-        NORMS[name] = function
-        return function
-
-    return registered
+    return lambda function: NORMS.setdefault(name, function)
 
 
 class Draw:
@@ -158,7 +154,7 @@ def batch_norm(d, train, act=None):
     options = dict(
         train=train, feature_axis=d.options["feature_axis"], mask=d.mask, epsilon=epsilon
     )
-    function, activated = normjax.batch_norm, lambda y: y
+    function, activated = normjax.batch_norm, None
     if act:
         function = normjax.batch_norm_act
         options["activation"], activated = act
@@ -178,7 +174,10 @@ def batch_norm(d, train, act=None):
             given = np.isfinite(x.value) | (True if d.mask is None else full(d.mask))
             y = (where(given, x, 0.0) - m) * (v + epsilon) ** -0.5 * vectors.get("scale", 1.0)
             y = y + vectors.get("bias", 0.0)
-        return (activated(y),)
+        if activated and d.dtype in ("bfloat16", "float16"):
+            # Between both the derivatives have the dtype of x, as if these were two functions.
+            y = y.narrowed(EPS[d.dtype] / EPS["float32"])
+        return (activated(y) if activated else y,)
 
     return d.case(ours, exact)
 

@@ -36,6 +36,14 @@ class HyperDual:
         rounding = self.rounding or other.rounding
         return HyperDual(*(map(rounding, parts) if rounding else parts), rounding)
 
+    def narrowed(self, factor):
+        """The same with derivatives rounded to a dtype whose eps is `factor` times as large."""
+        if not self.rounding:
+            return self
+        value, *rest = self.parts
+        rest = (v + factor * (self.rounding(v) - v) for v in rest)
+        return HyperDual(value, *rest, self.rounding)
+
     def smooth(self, value, slope, curvature):
         """A function of this number from its value and two derivatives at it."""
         _, b, c, d = self.parts
