@@ -124,9 +124,9 @@ def negative(axes, rank):
     return tuple(a - rank for a in axes)
 
 
-def batch_axes(d, smallest=2):
+def batch_axes(d):
     """A shape, its feature axes as drawn, and the rest."""
-    shape = d.shape(smallest)
+    shape = d.shape()
     rank = len(shape)
     feature = d.draw(axes(rank, lambda kept: len(kept) < rank))
     kept = canonical(feature, rank)
@@ -221,11 +221,11 @@ def batch_renorm(d):
     return d.case(ours, exact)
 
 
-def within(d, function, reduced, kept, shape, names=("scale", "bias"), more=(), **exact_options):
+def within(d, function, reduced, kept, shape, names=("scale", "bias"), **formula):
     """The norms without a state: one function, and the formula over the reduced axes."""
     x = d.x(shape, reduced)
     names, epsilon = d.affine(x, kept, names), d.eps()
-    options = {k: v for k, v in d.options.items() if k not in more}
+    options = dict(d.options)
 
     def ours(x, *vectors):
         return (function(x, **dict(zip(names, vectors, strict=True)), mask=d.mask, **options),)
@@ -233,9 +233,9 @@ def within(d, function, reduced, kept, shape, names=("scale", "bias"), more=(), 
     def exact(x, *vectors):
         vectors = dict(zip(names, vectors, strict=True))
         floor = vectors.pop("threshold", None)
-        how = dict(axes=negative(exact_options.get("axes", reduced), len(shape)), epsilon=epsilon)
-        rest = {k: v for k, v in exact_options.items() if k != "axes"}
-        y, *_ = hyperdual.standardized(x, **vectors, mask=full(d.mask), **how, **rest)
+        how = {"axes": reduced, "epsilon": epsilon, **vectors, **formula}
+        how["axes"] = negative(how["axes"], len(shape))
+        y, *_ = hyperdual.standardized(x, mask=full(d.mask), **how)
         return (y if floor is None else where(above(y - floor, 0.0), y, floor),)
 
     return d.case(ours, exact)
