@@ -35,23 +35,26 @@ FACTOR = 16
 
 
 def leaky_relu(slope):
-    return normjax.LeakyReLU(slope), lambda y: where(above(y, 0.0), y, slope * y)
+    return normjax.LeakyReLU(slope), lambda y: where(above(y, 0.0, tie=True), y, slope * y)
 
 
 def elu(alpha):
     def exact(y):
-        up = above(y, 0.0)
+        up = above(y, 0.0, tie=False)
         return where(up, y, alpha * where(up, 0.0, y).expm1())
 
     return normjax.ELU(alpha), exact
 
 
-def above(y, threshold):
-    """y >= threshold; an example in which a rounding decides that says nothing."""
+def above(y, threshold, tie=None):
+    """Where y is above, or just there if a `tie` is; a rounding that decides says nothing."""
     side = (y - threshold).value
     change = abs(side - side[:1]).max(0) + 8 * EPS["float32"] * abs(y.value[0])
-    hypothesis.assume(np.all(abs(side[0]) >= FACTOR * change))
-    return np.broadcast_to(side[:1] >= 0, side.shape)
+    clear = abs(side[0]) > FACTOR * change
+    if tie is not None:
+        clear |= (side == 0).all(0)
+    hypothesis.assume(clear.all())
+    return np.broadcast_to(side[:1] >= 0 if tie else side[:1] > 0, side.shape)
 
 
 NORMS = {}
@@ -236,7 +239,7 @@ def within(d, function, reduced, kept, shape, names=("scale", "bias"), **formula
         how = {"axes": reduced, "epsilon": epsilon, **vectors, **formula}
         how["axes"] = negative(how["axes"], len(shape))
         y, *_ = hyperdual.standardized(x, mask=full(d.mask), **how)
-        return (y if floor is None else where(above(y - floor, 0.0), y, floor),)
+        return (y if floor is None else where(above(y, floor), y, floor),)
 
     return d.case(ours, exact)
 

@@ -151,8 +151,9 @@ def filter_response_norm(
     y = within(called, x, scale, bias, reduced, centered=False, mask=mask, dtype=dtype, **options)
     if floor is None:
         return y
-    # Broadcast before it is rounded: the gradient of the threshold is summed as wide as it is.
-    return jnp.maximum(y, jnp.broadcast_to(floor, y.shape).astype(y.dtype))
+    # Broadcast while it is wide, and so the gradient of the threshold is summed.
+    floor = jnp.broadcast_to(floor.astype(wide(floor.dtype)), y.shape)
+    return jnp.maximum(y, floor.astype(y.dtype))
 
 
 def dynamic_tanh(
