@@ -243,3 +243,14 @@ def test_the_gradient_of_a_threshold_is_summed_in_its_own_dtype(dtype):
     x = jnp.zeros((1, 70_000, 1), dtype)
     y, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), jnp.ones(1))
     np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], [70_000])
+
+
+def test_the_gradient_of_a_narrow_threshold_is_rounded_once(rng):
+    x, dy = jnp.zeros((8, 6, 4, 3), jnp.bfloat16), rng.normal(size=(8, 6, 4, 3))
+    dy, threshold = jnp.asarray(dy, x.dtype), jnp.ones(3, x.dtype)
+    _, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), threshold)
+    want = np.asarray(dy, np.float64).sum((0, 1, 2))
+    got = np.asarray(pullback(dy)[0], np.float64)
+    # Terms up to 4 in a float32 sum of 192, and one rounding.
+    bound = EPS["bfloat16"] / 2 * abs(want) + 192 * 4 * EPS["float32"]
+    assert np.all(abs(got - want) <= bound)
