@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import measure, wide
-from normjax._normalize import normalize
+from normjax._moments import measured, wide, widened
+from normjax._normalize import normalize, normalized
 
 
 class SpectralStats(NamedTuple):
@@ -71,8 +71,9 @@ def weight_norm(
     called = "normjax.weight_norm"
     w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(measure(w, reduced, centered=False).m2, reduced)
-        return normalize(w, 0.0, m2, scale, epsilon=epsilon)[0]
+        wide_w = widened(w)
+        m2 = jnp.expand_dims(measured(w, wide_w, reduced, None, centered=False).m2, reduced)
+        return _normalized(w, wide_w, None, m2, scale, epsilon)
 
 
 @_checks.named("normjax.standardize_weight", x="w")
@@ -124,11 +125,12 @@ def standardize_weight(
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
     scaled = _checks.switch(called, "scaled", scaled)
     with jax.named_scope(called):
-        moments = measure(w, reduced)
+        wide_w = widened(w)
+        moments = measured(w, wide_w, reduced, None)
         # n times the biased variance is m2 itself.
         spread = moments.m2 if scaled else moments.variance()
         mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
-        return normalize(w, mean, spread, gain, epsilon=epsilon)[0]
+        return _normalized(w, wide_w, mean, spread, gain, epsilon)
 
 
 @_checks.named("normjax.spectral_norm", x="w")
@@ -151,7 +153,8 @@ def spectral_norm(
         stats: `SpectralStats`; start from a random u of shape (1, features).
         train: whether the returned state moves.
         n_steps: steps of the power iteration, at least 1.
-        epsilon: added to the squared lengths.
+        epsilon: added to the squared lengths of vectors whose largest entry is 1, so that small
+            weights are normalized like others.
 
     Returns:
         `(w / sigma, stats)`: the weight with its shape and dtype, the state with its dtypes; with
@@ -222,6 +225,14 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     # A selection wants all to lie on the devices alike, as the zeros make them.
     otherwise = otherwise + jnp.zeros_like(unit)
     return jnp.where(jnp.isnan(largest), otherwise, jnp.where(found, unit, vector))
+
+
+def _normalized(
+    w: Array, wide_w: Array, mean: Array | None, var: Array, scale: Array | None, epsilon: ArrayLike
+) -> Array:
+    """By what was measured of the same wide weight: its gradient is rounded once."""
+    options: dict[str, Any] = dict(epsilon=epsilon, mask=None, dtype=None)
+    return normalized(w, wide_w, mean, var, scale, None, **options)[0]
 
 
 def _weight(

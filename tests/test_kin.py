@@ -331,3 +331,36 @@ def test_whole_numbers_of_numpy_are_taken(rng):
         lambda n: normjax.batch_norm(x, None, train=True, virtual_batch_size=n)[0],
     ):
         np.testing.assert_array_equal(call(np.int64(2)), call(2))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [l2_normalize, normjax.weight_norm, normjax.standardize_weight],
+    ids=lambda f: f.__name__,
+)
+def test_a_gradient_of_half_precision_is_rounded_once(rng, function):
+    """It comes from the statistics and from the division; each rounded, their sum would be off."""
+    x, dy = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.bfloat16)
+    (got,) = jax.vjp(function, x)[1](dy)
+    (want,) = jax.vjp(function, x.astype(np.float32))[1](dy.astype(np.float32))
+    bound = EPS["bfloat16"] / 2 * abs(want) + 16 * EPS["float32"] * abs(want).max()
+    assert np.all(abs(np.asarray(got, np.float32) - want) <= bound)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_gradient_of_a_threshold_is_summed_in_its_own_dtype(dtype):
+    """In half precision a sum of 70,000 ones is 70,144 or infinite."""
+    x = jnp.zeros((1, 70_000, 1), dtype)
+    y, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), jnp.ones(1))
+    np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], [70_000])
+
+
+def test_the_gradient_of_a_narrow_threshold_is_rounded_once(rng):
+    x, dy = jnp.zeros((8, 6, 4, 3), jnp.bfloat16), rng.normal(size=(8, 6, 4, 3))
+    dy, threshold = jnp.asarray(dy, x.dtype), jnp.ones(3, x.dtype)
+    _, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), threshold)
+    want = np.asarray(dy, np.float64).sum((0, 1, 2))
+    got = np.asarray(pullback(dy)[0], np.float64)
+    # Terms up to 4 in a float32 sum of 192, and one rounding.
+    bound = EPS["bfloat16"] / 2 * abs(want) + 192 * 4 * EPS["float32"]
+    assert np.all(abs(got - want) <= bound)

@@ -11,8 +11,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measure, measured, wide, widened
-from normjax._normalize import normalize, normalized
+from normjax._moments import measured, wide, widened
+from normjax._normalize import normalized
 from normjax._sample.core import affine, layer_norm, rms_norm, within
 from normjax._sample.maps import Window, damped, squashed, thresholded
 from normjax._walks import input_of_norm, moments_of_norm
@@ -196,7 +196,8 @@ def filter_response_norm(
         var = var + jnp.asarray(epsilon, var.dtype)
         options = dict(epsilon=0.0, mask=mask, dtype=dtype)
         y = normalized(x, wide_x, None, var, scale, bias, **options)
-        return thresholded(y, floor.astype(y.dtype), x, mask, var, scale, bias)
+        floor = floor.astype(wide(floor.dtype, y.dtype))
+        return thresholded(y, floor, x, mask, var, scale, bias)
 
 
 def dynamic_tanh(
@@ -339,5 +340,8 @@ def l2_normalize(
     x = _checks.inexact(called, "x", x)
     axes = _checks.axes(called, "axis", axis, x.shape)
     with jax.named_scope(called):
-        m2 = jnp.expand_dims(measure(x, axes, centered=False).m2, axes)
-        return normalize(x, 0.0, m2, epsilon=epsilon)
+        # One wide x for both, so that the gradient of half precision is rounded once.
+        wide_x = widened(x)
+        m2 = jnp.expand_dims(measured(x, wide_x, axes, None, centered=False).m2, axes)
+        vectors = None, m2, None, None
+        return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=None, dtype=None)

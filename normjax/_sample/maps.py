@@ -54,27 +54,34 @@ def _squashed_jvp(primals, tangents):
 
 @jax.custom_jvp
 def thresholded(y: Array, floor: Array, *origin: Any) -> Array:
-    """max(y, floor); `origin` is what y was normalized from, and is anew in the derivative."""
-    return jnp.maximum(y, floor)
+    """max(y, floor) in the dtype of y, for a wide floor, whose gradient is summed wide.
+
+    `origin` is what y was normalized from, and is anew in the derivative.
+    """
+    return jnp.maximum(y, floor.astype(y.dtype))
 
 
 @partial(thresholded.defjvp, symbolic_zeros=True)
 def _thresholded_jvp(primals, tangents):
     y, floor, *origin = primals
-    dtype = y.dtype
 
-    def again(x, mask, var, scale, bias):
-        return normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=dtype)
+    def again(floor, x, mask, var, scale, bias):
+        own = normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=y.dtype)
+        return own, floor.astype(y.dtype)
 
-    def of_y(t, floor, *origin):
-        return jax.jvp(lambda y: jnp.maximum(y, floor), (again(*origin),), (t,))[1]
+    def of_y(t, *kept):
+        return _of_larger(t, *again(*kept))
 
-    def of_floor(t, floor, *origin):
-        y, floor = again(*origin), jnp.broadcast_to(floor, t.shape)
-        return jax.jvp(lambda floor: jnp.maximum(y, floor), (floor,), (t,))[1]
+    def of_floor(t, *kept):
+        return _of_larger(t, *again(*kept)[::-1])
 
     z = thresholded(*primals)
-    return z, _tangent(z, (of_y, of_floor), tangents[:2], dtype, floor, *origin)
+    return z, _tangent(z, (of_y, of_floor), tangents[:2], floor.dtype, floor, *origin)
+
+
+def _of_larger(t: Array, one: Array, other: Array) -> Array:
+    """The derivative of max(one, other) by `one`: half of it at a tie, as in JAX."""
+    return jnp.where(one > other, t, jnp.where(one == other, t / 2, jnp.zeros_like(t)))
 
 
 class Window(NamedTuple):
