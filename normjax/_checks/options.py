@@ -59,7 +59,7 @@ def epsilon(called: str, value: ArrayLike) -> None:
 
 def slope(called: str, name: str, value: float) -> None:
     """The size of an activation below zero."""
-    expected = "a finite Python number above 0"
+    expected = "a finite number above 0"
     number = _number(called, name, value, expected)
     if number is None or not 0 < number < float("inf"):
         raise ValueError(f"{called}: {name}={value}, expected {expected}.")
