@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from jax.export import register_namedtuple_serialization as _register
 
 from normjax._act import ELU, LeakyReLU, batch_norm_act
-from normjax._batch import batch_norm, batch_renorm
+from normjax._batch import batch_norm
 from normjax._moments import Moments, measure, merge, synchronize
 from normjax._normalize import normalize
+from normjax._renorm import batch_renorm
 from normjax._sample import (
     add_layer_norm,
     add_rms_norm,

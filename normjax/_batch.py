@@ -1,8 +1,8 @@
-"""Statistics shared between examples, hence state: batch norm and batch renormalization."""
+"""Statistics shared between examples, hence state: batch norm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +11,10 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, measured, merge, synchronize, wide, widened
+from normjax._moments import Moments, collapse, merge, synchronize, widened
 from normjax._normalize import Activation, normalized, standardize
 from normjax._stats import BatchStats, Stats, move
-from normjax._walks import input_of_norm, moments_of_norm
+from normjax._walks import input_of_norm
 
 
 @_checks.named("normjax.batch_norm")
@@ -134,80 +134,6 @@ def batch_norm(
     return y, stats
 
 
-@_checks.named("normjax.batch_renorm")
-def batch_renorm(
-    x: ArrayLike,
-    stats: BatchStats,
-    scale: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    train: bool,
-    r_max: ArrayLike | Callable[[Array], ArrayLike] = 3.0,
-    d_max: ArrayLike | Callable[[Array], ArrayLike] = 5.0,
-    feature_axis: int | Collection[int] = -1,
-    momentum: ArrayLike | None = 0.99,
-    epsilon: ArrayLike = 1e-5,
-    ddof: float = 0,
-    debias: bool = False,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: DTypeLike | None = None,
-) -> tuple[Array, BatchStats]:
-    """Batch renormalization: batch norm corrected towards what evaluation will do.
-
-        y = ((x - mean) / s * r + d) * scale + bias,   s = sqrt(var + epsilon)
-        r = clip(s / running s, 1/r_max, r_max),   d = clip((mean - running mean) / running s,
-        -d_max, d_max)
-
-    with mean and var of the batch for `train=True`. For r and d within their bounds y is what the
-    running statistics give; for r_max = 1, d_max = 0 it is batch norm. `train=False` is batch
-    norm by the running statistics.
-
-    Args:
-        x, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask, axis_name,
-            axis_index_groups, dtype: as in `batch_norm`.
-        stats: `BatchStats` of the shape of the feature axes; r and d need them.
-        r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
-            feature, in the dtype of the variance) to a number.
-        d_max: at least 0; likewise.
-
-    Returns:
-        `(y, stats)`, as in `batch_norm`.
-
-    Guarantees:
-        no gradient: none flows through r and d, nor through the running statistics.
-        shared exactly: equal to one call on the concatenated batch, for any masks.
-
-    Edge cases:
-        ===================================  ==================================================
-        r_max=1, d_max=0                     batch norm
-        bounds never reached                 y by the running statistics, gradients by the batch
-        traced bound below its least         taken on trust: r = r_max, d = d_max
-        ===================================  ==================================================
-
-    Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`.
-        ValueError: r_max below 1, d_max below 0; a schedule and no `stats.count`.
-
-    References:
-        Ioffe (2017), Batch Renormalization, arXiv:1702.03275.
-
-    Example:
-        >>> import jax.numpy as jnp, normjax
-        >>> x = jnp.array([[0.0], [4.0]])
-        >>> y, stats = normjax.batch_renorm(x, normjax.BatchStats.make(1), train=True)
-        >>> y.round(2).ravel()
-        Array([0., 4.], dtype=float32)
-    """
-    y, stats, _ = keeping_batch_renorm(
-        x, stats, scale, bias, None, train=train, r_max=r_max, d_max=d_max,
-        feature_axis=feature_axis, momentum=momentum, epsilon=epsilon, ddof=ddof, debias=debias,
-        mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-    )  # fmt: skip
-    return y, stats
-
-
 def keeping_batch_norm(
     x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any,
     feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
@@ -225,12 +151,12 @@ def keeping_batch_norm(
         # An activation needs an order, which complex numbers have not.
         x = _checks.inexact(called, "x", x, real=True)
         _checks.activation(called, activation)
-    given = _check(
+    given = check(
         called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
         axis_name, axis_index_groups, dtype,
     )  # fmt: skip
     if stats is not None and not train:
-        return _evaluate(called, given, epsilon, activation), stats, None
+        return evaluate(called, given, epsilon, activation), stats, None
     ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
     with jax.named_scope(called):
         if ghosts is None:
@@ -242,56 +168,13 @@ def keeping_batch_norm(
             batch = collapse(moments)
             if axis_name is not None:
                 batch = synchronize(batch, axis_name, axis_index_groups)
-        batch = _with_kept(kept, batch)
+        batch = with_kept(kept, batch)
         if train and given.stats is not None:
             stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
     return y.reshape(jnp.shape(x)), stats, batch
 
 
-def keeping_batch_renorm(
-    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any, r_max: Any,
-    d_max: Any, feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
-    axis_name: Any, axis_index_groups: Any, dtype: Any,
-) -> tuple[Array, BatchStats, Moments | None]:  # fmt: skip
-    """`batch_renorm` in the same way."""
-    called = "normjax.batch_renorm"
-    # Bounds need an order, which complex numbers have not.
-    x = _checks.inexact(called, "x", x, real=True)
-    _checks.batch_stats(called, stats, BatchStats, "BatchStats")
-    given = _check(
-        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
-        axis_name, axis_index_groups, dtype,
-    )  # fmt: skip
-    if not train:
-        return _evaluate(called, given, epsilon), stats, None
-    _, var, count = given.stats
-    # Schedules are functions of a number of the dtype of the variance.
-    steps = None if count is None else count.astype(wide(var.dtype))
-    counted = given.stats._replace(count=steps)
-    r_max = _checks.bound(called, "r_max", r_max, 1, counted)
-    d_max = _checks.bound(called, "d_max", d_max, 0, counted)
-    with jax.named_scope(called):
-        _enough(called, given, axis_name, axis_index_groups)
-        x = input_of_norm(x)
-        wide_x = widened(x)
-        moments = measured(x, wide_x, given.reduced, given.mask)
-        if axis_name is not None:
-            moments = synchronize(moments, axis_name, axis_index_groups)
-        moments = moments_of_norm(moments)
-        r, d = _correction(moments, given.stats, epsilon, r_max, d_max)
-        # xhat r + d comes before scale and bias, in the widest dtype of the four.
-        vectors = [v for v in (r, d, given.scale, given.bias) if v is not None]
-        dtype = wide(*(v.dtype for v in vectors))
-        r, d = (jnp.expand_dims(v, given.reduced).astype(dtype) for v in (r, d))
-        gain = jnp.ones((), dtype) if given.scale is None else given.scale.astype(dtype)
-        bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
-        mean, var = moments.mean, moments.variance()
-        y = _normalize(given, x, wide_x, mean, var, r * gain, d * gain + bias, epsilon)
-        batch = _with_kept(kept, moments)
-        return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
-
-
-class _Given(NamedTuple):
+class Given(NamedTuple):
     """Checked arguments; scale and bias in the rank of x."""
 
     x: Array
@@ -304,11 +187,11 @@ class _Given(NamedTuple):
     dtype: Any
 
 
-def _check(
+def check(
     called: str, x: Any, stats: Any, scale: Any, bias: Any, train: Any, feature_axis: Any,
     momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any, axis_name: Any,
     axis_index_groups: Any, dtype: Any,
-) -> _Given:  # fmt: skip
+) -> Given:  # fmt: skip
     """Everything that can be wrong is found before anything is computed."""
     x = _checks.inexact(called, "x", x)
     reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape)
@@ -335,14 +218,14 @@ def _check(
     bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
     mask = _checks.mask(called, mask, x.shape)
     dtype = _checks.output_dtype(called, dtype, x.dtype)
-    return _Given(x, stats, scale, bias, mask, train, reduced, dtype)
+    return Given(x, stats, scale, bias, mask, train, reduced, dtype)
 
 
 def _standardize(
-    called: str, given: _Given, epsilon: Any, axis_name: Any, axis_index_groups: Any,
+    called: str, given: Given, epsilon: Any, axis_name: Any, axis_index_groups: Any,
     activation: Activation | None,
 ) -> tuple[Array, Moments]:  # fmt: skip
-    _enough(called, given, axis_name, axis_index_groups)
+    enough(called, given, axis_name, axis_index_groups)
     return standardize(
         given.x, given.scale, given.bias, given.mask, epsilon=epsilon, axes=given.reduced,
         axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=given.dtype,
@@ -350,7 +233,7 @@ def _standardize(
     )  # fmt: skip
 
 
-def _enough(called: str, given: _Given, axis_name: Any, axis_index_groups: Any) -> None:
+def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> None:
     """One value has no variance to train by."""
     shared = 1
     if axis_name is not None:
@@ -359,24 +242,24 @@ def _enough(called: str, given: _Given, axis_name: Any, axis_index_groups: Any) 
         _checks.entries(called, given.x.shape, given.reduced, shared)
 
 
-def _with_kept(kept: Moments | None, batch: Moments) -> Moments:
+def with_kept(kept: Moments | None, batch: Moments) -> Moments:
     """What the statistics take in: a state, which no gradient reaches."""
     return lax.stop_gradient(batch if kept is None else merge(kept, batch))
 
 
-def _evaluate(
-    called: str, given: _Given, epsilon: Any, activation: Activation | None = None
+def evaluate(
+    called: str, given: Given, epsilon: Any, activation: Activation | None = None
 ) -> Array:
     """By the running statistics, which no gradient reaches."""
     with jax.named_scope(called):
         x = input_of_norm(given.x)
         mean, var = lax.stop_gradient(given.stats[:2])
         affine = given.scale, given.bias
-        return _normalize(given, x, widened(x), mean, var, *affine, epsilon, activation)
+        return normalize_batch(given, x, widened(x), mean, var, *affine, epsilon, activation)
 
 
-def _normalize(
-    given: _Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any,
+def normalize_batch(
+    given: Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any,
     epsilon: Any, activation: Activation | None = None,
 ) -> Array:  # fmt: skip
     mean, var = (jnp.expand_dims(v, given.reduced) for v in (mean, var))
@@ -386,7 +269,7 @@ def _normalize(
     return normalized(x, wide_x, mean, var, scale, bias, **options)
 
 
-def _split(given: _Given, ghosts: int) -> _Given:
+def _split(given: Given, ghosts: int) -> Given:
     """Gives the virtual batches an axis of their own, before that of their examples."""
 
     def split(v: Any) -> Any:
@@ -396,18 +279,3 @@ def _split(given: _Given, ghosts: int) -> _Given:
 
     parts = {name: split(getattr(given, name)) for name in ("x", "scale", "bias", "mask")}
     return given._replace(**parts, reduced=tuple(a + 1 for a in given.reduced))
-
-
-def _correction(moments: Moments, stats: BatchStats, epsilon: Any, r_max: Any, d_max: Any) -> Any:
-    """r and d of Ioffe (2017), constants to every derivative."""
-    dtype = wide(moments.mean.dtype, stats.mean.dtype)
-    real = jnp.finfo(dtype).dtype
-    batch, running = (
-        jnp.sqrt(v.astype(real) + jnp.asarray(epsilon, real))
-        for v in (moments.variance(), stats.var)
-    )
-    r_max, d_max = (jnp.asarray(v).astype(real) for v in (r_max, d_max))
-    r = jnp.clip(batch / running, 1 / r_max, r_max)
-    apart = moments.mean.astype(dtype) - stats.mean.astype(dtype)
-    d = jnp.clip(apart / running.astype(dtype), -d_max, d_max)
-    return lax.stop_gradient((r, d))

@@ -21,6 +21,7 @@ ROOMS = [
     "_stats",
     "_normalize",
     "_batch",
+    "_renorm",
     "_act",
     "_sample",
     "_weight",

@@ -30,31 +30,33 @@ from normjax._checks.dtypes import floating_dtype, output_dtype
 from normjax._checks.keywords import keywords
 from normjax._checks.options import (
     activation,
-    batch_stats,
     bound,
-    collection,
-    count,
     ddof,
     epsilon,
     finite,
     initializer,
     layer,
     mode,
-    moments,
     momentum,
     moves,
     only_matrix,
     positive,
-    running_layer,
-    same_shape,
     slope,
-    some_layer,
     steps,
-    stored_count,
     switch,
     text,
     variable_names,
     virtual_batches,
+)
+from normjax._checks.state import (
+    batch_stats,
+    collection,
+    count,
+    moments,
+    running_layer,
+    same_shape,
+    some_layer,
+    stored_count,
 )
 
 __all__ = [

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> Array:
     """An array that can be averaged: floating or complex, floating alone if `real`."""
-    array = _array(called, name, value, "an array of floating numbers")
+    array = as_array(called, name, value, "an array of floating numbers")
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         raise TypeError(
             f"{called}: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
@@ -29,7 +29,7 @@ def inexact(called: str, name: str, value: ArrayLike, *, real: bool = False) -> 
     return array
 
 
-def _array(called: str, name: str, value: ArrayLike, expected: str) -> Array:
+def as_array(called: str, name: str, value: ArrayLike, expected: str) -> Array:
     """What JAX takes for an array. It would stack a list of arrays, one for each device perhaps."""
     if isinstance(value, (list, tuple)):
         raise TypeError(
@@ -145,18 +145,6 @@ def affine(
     return array.reshape([n if a in kept else 1 for a, n in enumerate(shape)])
 
 
-def count_vector(called: str, value: ArrayLike, expected: tuple[int, ...]) -> None:
-    """How many batches each feature has taken in: whole numbers, in any real dtype."""
-    array = _array(called, "stats.count", value, "an array of whole numbers")
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        array = inexact(called, "stats.count", array, real=True)
-    if array.shape != expected:
-        raise ValueError(
-            f"{called}: stats.count has shape {array.shape}, expected {expected}, that of "
-            "stats.mean. Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
-        )
-
-
 def something(
     called: str, shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x"
 ) -> None:
@@ -250,7 +238,7 @@ def mask(called: str, value: ArrayLike | None, shape: tuple[int, ...]) -> Array 
     """A boolean mask of the rank of x, whose broadcast has one reading only."""
     if value is None:
         return None
-    array = _array(called, "mask", value, "an array of booleans, True where an entry counts")
+    array = as_array(called, "mask", value, "an array of booleans, True where an entry counts")
     if array.dtype != bool:
         raise TypeError(
             f"{called}: mask has dtype {array.dtype}, expected bool, True where an entry counts. "
@@ -287,7 +275,7 @@ def nonzero(called: str, value: ArrayLike | None) -> Array | None:
     if value is None:
         return None
     expected = "an array of booleans or numbers, nonzero where an entry counts"
-    array = _array(called, "mask", value, expected)
+    array = as_array(called, "mask", value, expected)
     if array.dtype != bool and not jnp.issubdtype(array.dtype, jnp.number):
         raise TypeError(f"{called}: mask has dtype {array.dtype}, expected {expected}.")
     return array.astype(bool)

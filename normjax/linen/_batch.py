@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 
 from normjax import _checks
 from normjax._act import LeakyReLU
-from normjax._batch import keeping_batch_norm, keeping_batch_renorm
+from normjax._batch import keeping_batch_norm
 from normjax._moments import Moments
+from normjax._renorm import keeping_batch_renorm
 from normjax._stats import BatchStats
 from normjax.linen._params import MissingStatsError, affine, as_mask, output_dtype
 
