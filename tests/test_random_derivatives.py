@@ -100,7 +100,8 @@ def check(case):
     inner = "float64" if dtype == np.float64 else "float32"
     for kind, ours, theirs in zip(("y", "JVP", "VJP", "HVP"), got, exact, strict=True):
         for i, (a, rows) in enumerate(zip(ours, theirs, strict=True)):
-            close(f"{kind} {i}", case, a, rows, EPS[inner])
+            with np.errstate(invalid="ignore"):  # infinite sums of masked terms
+                close(f"{kind} {i}", case, a, rows, EPS[inner])
 
 
 def close(what, case, got, rows, eps):
