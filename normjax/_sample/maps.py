@@ -148,4 +148,4 @@ def _tangent(
         for one, t in zip(maps, tangents, strict=True)
         if not (t is None or isinstance(t, SymbolicZero))
     ]
-    return rounded_sum(y.shape, y.dtype, *terms)
+    return rounded_sum(y.shape, y.dtype, *terms, beside=(y,))

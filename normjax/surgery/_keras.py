@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Dialect, Layout
+from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Layout, NameMapping
 from normjax.surgery._paths import Tree
-from normjax.surgery._rules import Rule, give_out, take_in
+from normjax.surgery._rules import Rule, export_arrays, import_arrays
 
 INPUTS = ("query", "key", "value")
 
@@ -34,7 +34,7 @@ OUT = Layout("heads features out", "heads features out")
 
 BIAS = {("params", "bias"): ("bias", VECTOR)}
 AFFINE = {("params", "scale"): ("gamma", VECTOR), ("params", "bias"): ("beta", VECTOR)}
-KERAS = Dialect(
+KERAS = NameMapping(
     {
         "dense": {("params", "kernel"): ("kernel", DENSE), **BIAS},
         "einsum_dense": {
@@ -116,7 +116,7 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
             f"{called}: weights is {type(weights).__name__}, expected a mapping of paths to "
             "arrays. Pass {w.path: np.asarray(w) for w in model.weights}."
         )
-    return take_in(called, KERAS, variables, weights, rules)
+    return import_arrays(called, KERAS, variables, weights, rules)
 
 
 def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
@@ -149,4 +149,4 @@ def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         >>> sorted(surgery.export_keras(variables, [("norm", "net/ln", "layer_norm")]))
         ['net/ln/beta', 'net/ln/gamma']
     """
-    return give_out("surgery.export_keras", KERAS, variables, rules)
+    return export_arrays("surgery.export_keras", KERAS, variables, rules)

@@ -57,7 +57,7 @@ ANY = Layout("...", "the same axes")
 Kind = Mapping[tuple[str, str], tuple[str, Layout]]
 
 
-class Dialect(NamedTuple):
+class NameMapping(NamedTuple):
     """How another library names what its layers hold.
 
     Attributes:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._layouts import ANY, PARTS, Dialect, Layout
+from normjax.surgery._layouts import ANY, PARTS, Layout, NameMapping
 
 KEEP = "keep"
 
@@ -35,17 +35,21 @@ class Place(NamedTuple):
         return np.shape(self.leaf)
 
 
-def take_in(
-    called: str, dialect: Dialect, variables: Any, state: Mapping[str, Any], rules: Sequence[Rule]
+def import_arrays(
+    called: str,
+    name_mapping: NameMapping,
+    variables: Any,
+    state: Mapping[str, Any],
+    rules: Sequence[Rule],
 ) -> Any:
     """The variables with the arrays of `state` in their places."""
-    places = _places(called, dialect, variables, rules)
+    places = _places(called, name_mapping, variables, rules)
     named = [place for place in places if place.name is not None]
     names = {str(place.name): place.path for place in reversed(named)}
     missing = {name: path for name, path in reversed(names.items()) if name not in state}
     found = {name: _numbers(state[name]) for name in names if name in state}
     given = {name: array for name, array in found.items() if array is not None}
-    free = _free(dialect, places)
+    free = _free(name_mapping, places)
     _complain(
         f"{called}: the state does not fit the variables",
         {
@@ -61,19 +65,19 @@ def take_in(
                 and given[str(place.name)].shape != place.layout.shape_there(place.shape)
             ],
         },
-        f"{_cause(dialect, list(missing), state)}Mend the rules or the fields of the model; a rule "
-        "of kind 'keep' leaves a module as it is. Nothing was changed.",
+        f"{_cause(name_mapping, list(missing), state)}Mend the rules or the fields of the model; a "
+        "rule of kind 'keep' leaves a module as it is. Nothing was changed.",
     )
     arrays = [place.leaf if place.name is None else _laid_out(place, given) for place in places]
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
 
 
-def give_out(
-    called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
+def export_arrays(
+    called: str, name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
     """The arrays of the variables by the names of the other library."""
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for place in _places(called, dialect, variables, rules):
+    for place in _places(called, name_mapping, variables, rules):
         if place.name is None:
             continue
         array = _numbers(place.leaf)
@@ -129,7 +133,7 @@ def _numbers(array: Any) -> np.ndarray | None:
     return None if copy.dtype.kind in "OSUMm" else copy
 
 
-def _cause(dialect: Dialect, missing: Sequence[str], state: Mapping[str, Any]) -> str:
+def _cause(name_mapping: NameMapping, missing: Sequence[str], state: Mapping[str, Any]) -> str:
     """Where most of the missing arrays are: a level deeper, or under longer or shorter names."""
     levels = {"state": state}
     levels |= {f"state[{k!r}]": held for k, held in state.items() if isinstance(held, Mapping)}
@@ -139,10 +143,10 @@ def _cause(dialect: Dialect, missing: Sequence[str], state: Mapping[str, Any]) -
             bare, how, change = key.removesuffix(":0"), [], "name"
             if bare != key:
                 how, change = ["end in ':0'"], "name.removesuffix(':0')"
-            if bare.endswith(dialect.separator + name):
+            if bare.endswith(name_mapping.separator + name):
                 prefix = bare.removesuffix(name)
                 how, change = [f"begin with {prefix!r}", *how], f"{change}.removeprefix({prefix!r})"
-            elif name.endswith(dialect.separator + bare):
+            elif name.endswith(name_mapping.separator + bare):
                 prefix = name.removesuffix(bare)
                 how, change = [f"lack {prefix!r}", *how], f"{prefix!r} + {change}"
             elif bare != name:
@@ -171,19 +175,21 @@ def as_numpy(array: Any) -> np.ndarray:
     return np.array(jnp.from_dlpack(tensor.contiguous()) if is_brain else tensor.numpy())
 
 
-def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]) -> list[Place]:
+def _places(
+    called: str, name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
+) -> list[Place]:
     """The place of every leaf; an error if there is a leaf or a rule without the other."""
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"{called}: variables is {type(variables).__name__}, expected the collections of a "
             "Flax model, as {'params': ..., 'batch_stats': ...}. Pass what model.init returns."
         )
-    rules = _checked(called, dialect, rules)
+    rules = _checked(called, name_mapping, rules)
     patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     paths = [_written(path) for path, _ in leaves]
     places = [
-        _place(called, dialect, patterns, path, leaf)
+        _place(called, name_mapping, patterns, path, leaf)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
     ]
     named = [place for place in places if place.name is not None]
@@ -199,7 +205,9 @@ def _places(called: str, dialect: Dialect, variables: Any, rules: Sequence[Rule]
             ],
             "variables without a rule": [place.path for place in places if place.rule is None],
             "variables of another kind": [
-                _misfit(dialect, place) for place in named if not place.layout.takes(place.shape)
+                _misfit(name_mapping, place)
+                for place in named
+                if not place.layout.takes(place.shape)
             ],
             "names given twice": sorted({str(name) for (name, _), n in times.items() if n > 1}),
             "names given in part": [str(name) for name, n in parts.items() if n % PARTS],
@@ -215,7 +223,7 @@ def _written(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _checked(called: str, dialect: Dialect, rules: Any) -> list[Rule]:
+def _checked(called: str, name_mapping: NameMapping, rules: Any) -> list[Rule]:
     """The rules as a list of three names each."""
     wanted = "(module of Flax, module of the other library, kind)"
     if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
@@ -231,17 +239,17 @@ def _checked(called: str, dialect: Dialect, rules: Any) -> list[Rule]:
                 f"{called}: rules holds {rule!r}, expected three strings, {wanted}. Pass a list "
                 "of such rules, also for a single one."
             )
-        if rule[2] not in (*dialect.kinds, KEEP):
+        if rule[2] not in (*name_mapping.kinds, KEEP):
             raise ValueError(
                 f"{called}: the rule {rule} has kind {rule[2]!r}, expected one of "
-                f"{', '.join(dialect.kinds)} or {KEEP}."
+                f"{', '.join(name_mapping.kinds)} or {KEEP}."
             )
     return [(here, there, kind) for here, there, kind in rules]
 
 
 def _place(
     called: str,
-    dialect: Dialect,
+    name_mapping: NameMapping,
     patterns: Sequence[tuple[Rule, re.Pattern[str]]],
     path: str,
     leaf: Any,
@@ -257,25 +265,27 @@ def _place(
             if match is None:
                 continue
             # What layers hold is named by its layer: "a/{b}" is no rule for the kernel of a.
-            held_by_a_layer = depth == 0 and dialect.owns(last)
+            held_by_a_layer = depth == 0 and name_mapping.owns(last)
             if rule[2] == KEEP:
                 if depth < 2 and not held_by_a_layer:
                     return Place(leaf, path, rule, _name(called, rule, match.groupdict()))
             elif depth == 0 and last == "kernel":
                 continue  # The layout of a kernel differs, so it is never a bare parameter.
-            elif entry := dialect.kinds[rule[2]].get((collection, leaf_name)):
+            elif entry := name_mapping.kinds[rule[2]].get((collection, leaf_name)):
                 module = _name(called, rule, match.groupdict())
-                return Place(leaf, path, rule, module, dialect.join(module, entry[0]), entry[1])
+                return Place(
+                    leaf, path, rule, module, name_mapping.join(module, entry[0]), entry[1]
+                )
     return Place(leaf, path)
 
 
-def _misfit(dialect: Dialect, place: Place) -> str:
+def _misfit(name_mapping: NameMapping, place: Place) -> str:
     """Why a leaf is not of the kind that its rule says, and of which it may be."""
     kind = place.rule[2] if place.rule else KEEP
     leaf_name = place.path.rpartition("/")[2]
     others = {
         name: None
-        for name, entries in dialect.kinds.items()
+        for name, entries in name_mapping.kinds.items()
         for (_, held), (_, layout) in entries.items()
         if held.rpartition("/")[2] == leaf_name and layout.takes(place.shape)
     }
@@ -283,15 +293,17 @@ def _misfit(dialect: Dialect, place: Place) -> str:
     return f"{text}; its rank fits {', '.join(others)}" if others else text
 
 
-def _free(dialect: Dialect, places: Sequence[Place]) -> Callable[[str], bool]:
+def _free(name_mapping: NameMapping, places: Sequence[Place]) -> Callable[[str], bool]:
     """Which names need no place: optional ones, and those of a module that is kept."""
-    optional = {dialect.join(p.module, extra) for p in places for extra in dialect.optional}
+    optional = {
+        name_mapping.join(p.module, extra) for p in places for extra in name_mapping.optional
+    }
     kept = {p.module for p in places if p.rule is not None and p.rule[2] == KEEP}
-    inside = tuple(f"{module}{dialect.separator}" for module in kept if module)
+    inside = tuple(f"{module}{name_mapping.separator}" for module in kept if module)
 
     def free(name: str) -> bool:
         # What the model holds beside its modules has no separator in its name.
-        at_root = "" in kept and dialect.separator not in name
+        at_root = "" in kept and name_mapping.separator not in name
         return at_root or name in optional or name in kept or name.startswith(inside)
 
     return free

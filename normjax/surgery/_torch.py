@@ -14,12 +14,12 @@ from normjax.surgery._layouts import (
     EMBEDDING,
     FEATURES,
     VECTOR,
-    Dialect,
     Kind,
     Layout,
+    NameMapping,
 )
 from normjax.surgery._paths import Tree
-from normjax.surgery._rules import Rule, give_out, take_in
+from normjax.surgery._rules import Rule, export_arrays, import_arrays
 from normjax.surgery._safetensors import read
 
 
@@ -95,7 +95,7 @@ NORMS = (*BATCH_NORMS, "InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm")
 BIAS = {("params", "bias"): ("bias", VECTOR)}
 AFFINE = {("params", "scale"): ("weight", VECTOR), **BIAS}
 AFFINE_OF_AXES = {("params", "scale"): ("weight", FEATURES), ("params", "bias"): ("bias", FEATURES)}
-TORCH = Dialect(
+TORCH = NameMapping(
     {
         "linear": {("params", "kernel"): ("weight", LINEAR), **BIAS},
         "conv": {("params", "kernel"): ("weight", CONV), **BIAS},
@@ -210,7 +210,7 @@ def import_torch(
             f"{called}: state is {type(state).__name__}, expected a mapping of names to arrays or "
             "the path of a safetensors file. Pass model.state_dict()."
         )
-    return take_in(called, TORCH, variables, state, rules)
+    return import_arrays(called, TORCH, variables, state, rules)
 
 
 def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
@@ -249,7 +249,7 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         >>> surgery.export_torch(variables, [("head", "fc", "linear")])["fc.weight"].shape
         (3, 2)
     """
-    return give_out("surgery.export_torch", TORCH, variables, rules)
+    return export_arrays("surgery.export_torch", TORCH, variables, rules)
 
 
 def torch_fields(module: Any) -> dict[str, Any]:
