@@ -28,14 +28,19 @@ quickly = partial(
 )
 
 
-def exported(function, *shapes):
-    """Exported for any size of what is named by letters, written to bytes and read again."""
+def exported(function, *arguments):
+    """Exported for any size of what is named by letters, written to bytes and read again.
+
+    An argument is the shape of a float32 array as text, or a tree of arrays of fixed shapes.
+    """
     scope = export.SymbolicScope()
 
-    def symbolic(shape):
-        return jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), jnp.float32)
+    def abstract(leaf):
+        if not isinstance(leaf, str):
+            return jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(export.symbolic_shape(leaf, scope=scope), jnp.float32)
 
-    specs = jax.tree.map(symbolic, shapes)
+    specs = jax.tree.map(abstract, arguments)
     written = export.export(jax.jit(function), platforms=PLATFORMS)(*specs).serialize()
     return export.deserialize(written).call
 
@@ -98,8 +103,7 @@ def test_states_are_written_and_read_by_name(rng):
 
     states = BatchStats.make(3, counted=True), SpectralStats(jnp.ones((1, 3)), jnp.ones(()))
     states = *states, Moments.make(3)
-    shapes = jax.tree.map(lambda v: ", ".join(map(str, v.shape)), states)
-    served = exported(step, "b, 3", *shapes)
+    served = exported(step, "b, 3", *states)
     x = rng.normal(size=(5, 3)).astype(np.float32)
     got, want = served(x, *states), step(x, *states)
     assert [type(state) for state in got[1:]] == [BatchStats, SpectralStats, Moments]

@@ -21,7 +21,7 @@ def batch_stats(called: str, given: Any, kind: Any, expected: str) -> None:
             f"{called}: stats is {type(given).__name__}, expected {expected}. Make it by "
             'BatchStats.make(features), or from Flax by BatchStats(**variables["batch_stats"]).'
         )
-    _arrays(called, "stats", {"mean": given.mean, "var": given.var})
+    _arrays(called, "stats", {"mean": given.mean, "var": given.var}, jnp.inexact)
     if given.count is not None:
         _count_vector(called, given.count, np.shape(given.mean))
 
@@ -38,11 +38,11 @@ def _count_vector(called: str, value: ArrayLike, expected: tuple[int, ...]) -> N
         )
 
 
-def _arrays(called: str, name: str, leaves: dict[str, Any]) -> None:
-    """What is averaged is read from floating arrays."""
+def _arrays(called: str, name: str, leaves: dict[str, Any], kind: Any) -> None:
+    """What is averaged is read from arrays of numbers."""
     for field, leaf in leaves.items():
         array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
-        if not array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not array or not jnp.issubdtype(leaf.dtype, kind):
             got = f"has dtype {leaf.dtype}" if array else f"is {type(leaf).__name__}"
             raise TypeError(
                 f"{called}: {name}.{field} {got}, expected an array of floating numbers. "
@@ -57,11 +57,10 @@ def moments(called: str, given: Any, kind: Any) -> None:
             f"{called}: moments is {type(given).__name__}, expected Moments. Make it by "
             "normjax.measure(x, axis), and merge pieces by normjax.merge."
         )
-    # Moments(0, 0, 0) is the neutral element for any features.
-    leaves = {
-        name: leaf for name, leaf in given._asdict().items() if type(leaf) not in (int, float)
-    }
-    _arrays(called, "moments", leaves)
+    # Moments(0, 0, 0) is the neutral element for any features, and counts may be whole numbers.
+    leaves = given._asdict().items()
+    arrays = {name: leaf for name, leaf in leaves if type(leaf) not in (int, float)}
+    _arrays(called, "moments", arrays, jnp.number)
 
 
 def same_shape(called: str, stats: Any, moments: Any) -> None:

@@ -64,10 +64,11 @@ def thresholded(y: Array, floor: Array, *origin: Any) -> Array:
 @partial(thresholded.defjvp, symbolic_zeros=True)
 def _thresholded_jvp(primals, tangents):
     y, floor, *origin = primals
+    dtype = y.dtype
 
     def again(floor, x, mask, var, scale, bias):
-        own = normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=y.dtype)
-        return own, floor.astype(y.dtype)
+        own = normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=dtype)
+        return own, floor.astype(dtype)
 
     def of_y(t, *kept):
         return _of_larger(t, *again(*kept))
