@@ -30,6 +30,7 @@ from tests.strategies import (
 )
 
 SHAPES = [(2, 3, 4), (6, 4), (2, 2, 3, 4)]
+HALF = ("bfloat16", "float16")
 # An error may be this multiple of the largest change of the result by operations off by eps.
 FACTOR = 16
 
@@ -177,7 +178,7 @@ def batch_norm(d, train, act=None):
             given = np.isfinite(x.value) | (True if d.mask is None else full(d.mask))
             y = (where(given, x, 0.0) - m) * (v + epsilon) ** -0.5 * vectors.get("scale", 1.0)
             y = y + vectors.get("bias", 0.0)
-        if activated and d.dtype in ("bfloat16", "float16"):
+        if activated and d.dtype in HALF:
             # Between both the derivatives have the dtype of x, as if these were two functions.
             y = y.narrowed(EPS[d.dtype] / EPS["float32"])
         return (activated(y) if activated else y,)
@@ -397,7 +398,9 @@ def add_layer_norm(d):
         how = dict(axes=negative(reduced, rank), epsilon=options["epsilon"], mask=full(d.mask))
         vectors = dict(zip(names, vectors, strict=True))
         total = x + residual
-        return hyperdual.standardized(total, **vectors, **how, centered=centered)[0], total
+        # The sum has the dtype of x, and so has what the norm asks of its derivatives.
+        normed = total.narrowed(EPS[d.dtype] / EPS["float32"]) if d.dtype in HALF else total
+        return hyperdual.standardized(normed, **vectors, **how, centered=centered)[0], total
 
     case = d.case(ours, exact)
     along = case.directions[0]

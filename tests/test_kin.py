@@ -335,8 +335,12 @@ def test_whole_numbers_of_numpy_are_taken(rng):
 
 @pytest.mark.parametrize(
     "function",
-    [l2_normalize, normjax.weight_norm, normjax.standardize_weight],
-    ids=lambda f: f.__name__,
+    [
+        l2_normalize,
+        normjax.weight_norm,
+        normjax.standardize_weight,
+        partial(local_response_norm, size=1, alpha=0.5, beta=0.5, k=0.01),
+    ],
 )
 def test_a_gradient_of_half_precision_is_rounded_once(rng, function):
     """It comes from the statistics and from the division; each rounded, their sum would be off."""

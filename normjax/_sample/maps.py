@@ -133,7 +133,9 @@ def _damped_jvp(window, primals, tangents):
 
     d_base = dx
     if not isinstance(dx, SymbolicZero):
-        doubled = diagonal(lambda t, x: 2 * t * widened(x), widened(dx), x)
+        # One wide dx for both terms: what they send back to it meets wide, and is rounded once.
+        dx = widened(dx)
+        doubled = diagonal(lambda t, x: 2 * t * widened(x), dx, x)
         d_base = window.total(doubled) * (alpha / window.size)
     y = damped(window, *primals)
     maps = of_x, of_base, of_alpha, of_beta, of_base
