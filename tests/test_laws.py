@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.jet import jet
 
 import normjax
 import normjax.linen
@@ -164,3 +165,12 @@ def test_promise_9_an_ambiguous_mask_is_refused_with_both_readings(name):
         ValueError, match=r"two readings.*reshape\(\(3, 3, 1\)\).*reshape\(\(1, 3, 3\)\)"
     ):
         call(np.ones((3, 3, 3), np.float32), np.ones((3, 3), bool))
+
+
+def test_jet_stops_at_every_derivative_rule():
+    """Why promise 6 leaves Taylor mode out: JAX's own ReLU fails as well. Take it in once this does
+    not raise."""
+    one = jnp.ones(3)
+    for function in (jax.nn.relu, normjax.dynamic_tanh):
+        with pytest.raises(jax.errors.UnexpectedTracerError):
+            jet(function, (one,), ((one,),))
