@@ -262,6 +262,7 @@ def normalize_batch(
     given: Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any,
     epsilon: Any, activation: Activation | None = None,
 ) -> Array:  # fmt: skip
+    """By vectors of the features; scale and bias are given in the rank of x."""
     mean, var = (jnp.expand_dims(v, given.reduced) for v in (mean, var))
     options: dict[str, Any] = dict(
         epsilon=epsilon, mask=given.mask, dtype=given.dtype, activation=activation

@@ -282,6 +282,7 @@ def nonzero(called: str, value: ArrayLike | None) -> Array | None:
 
 
 def fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether an array of the one shape broadcasts to the other."""
     pairs = zip(reversed(small), reversed(large), strict=False)
     return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
