@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
 from normjax import _checks
@@ -196,24 +197,48 @@ def spectral_norm(
     _checks.matrix(called, w.shape, stats, SpectralStats, n_steps)
     _checks.epsilon(called, epsilon)
     with jax.named_scope(called):
-        # Sums of products, where a matrix product would ask how explicitly sharded axes are to be
-        # contracted, and a reshape to a matrix would gather them.
         kernel = w.astype(wide(w.dtype))
-        rows = tuple(range(w.ndim - 1))
+        *rows, features = range(w.ndim)
         fixed = lax.stop_gradient(kernel)
-        u = jnp.expand_dims(stats.u.astype(kernel.dtype), rows[1:])
+        u = stats.u[0].astype(kernel.dtype)
         for _ in range(n_steps):
-            along = jnp.sum(fixed * u, -1, keepdims=True)
+            along = _contracted(fixed, u, [features])
             v = _unit(along, along, epsilon)
-            u = _unit(jnp.sum(fixed * v, rows, keepdims=True), u, epsilon)
+            u = _unit(_contracted(fixed, v, rows), u, epsilon)
         u, v = lax.stop_gradient((u, v))
-        sigma = jnp.sum(v * jnp.sum(kernel * u, -1, keepdims=True))
+        sigma = jnp.sum(_contracted(kernel, v, rows) * u)
         divisor = jnp.where(sigma != 0, sigma, jnp.ones((), sigma.dtype))
         normed = normalize(w, None, 1.0, 1 / divisor, epsilon=0.0)
         if not train:
             return normed, stats
         sigma = lax.stop_gradient(sigma).astype(stats.sigma.dtype)
-        return normed, SpectralStats(jnp.squeeze(u, rows[1:]).astype(stats.u.dtype), sigma)
+        return normed, SpectralStats(u[None].astype(stats.u.dtype), sigma)
+
+
+def _contracted(kernel: Array, vector: Array, axes: list[int]) -> Array:
+    """The sum of kernel times vector over `axes`, the first ones or the last.
+
+    In full precision wherever the two lie, and of the kernel as it is: a reshape to a matrix would
+    gather one that is sharded along several axes.
+    """
+    place, out = jax.typeof(kernel).sharding, None
+    if any(place.spec):
+        # Explicit axes: a vector that lay otherwise would have the whole kernel gathered.
+        spec = PartitionSpec(*(place.spec[a] for a in axes))
+        vector = reshard(vector, place.update(spec=spec))
+        kept = (s for a, s in enumerate(place.spec) if a not in axes)
+        out = place.update(spec=PartitionSpec(*kept))
+    # XLA transposes a kernel on the right whose last axes are contracted, and one on the left whose
+    # first axes are.
+    operands = [(vector, range(vector.ndim)), (kernel, axes)]
+    (left, left_axes), (right, right_axes) = operands if 0 in axes else reversed(operands)
+    return lax.dot_general(
+        left,
+        right,
+        ((left_axes, right_axes), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        out_sharding=out,
+    )
 
 
 def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:

@@ -67,6 +67,10 @@ class SpectralNorm(nn.Module):
 
     Attributes are those of Flax. Called with `update_stats`, or with `train` as everywhere here.
 
+    `epsilon` is relative to the largest entry of each vector, so that a weight of any size is
+    normalized; Flax adds it to the squared length itself. Where it is not negligible, as 0.1 would
+    be, results differ from Flax.
+
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, normjax.linen
         >>> layer = normjax.linen.SpectralNorm(nn.Dense(3))
