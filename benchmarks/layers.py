@@ -38,6 +38,11 @@ class Layer(NamedTuple):
     def features(self) -> int:
         return self.shape[-1]
 
+    @property
+    def example(self) -> tuple[int, ...]:
+        """The least shape that has the layer's parameters."""
+        return (1,) * (len(self.shape) - 1) + (self.features,)
+
     def bytes(self, dtype) -> int:
         return prod(self.shape) * np.dtype(dtype).itemsize
 

@@ -65,7 +65,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x):
         norm, width = partial(self.norm, dtype=self.dtype), x.shape[-1]
-        x = x + nn.SelfAttention(self.heads, dtype=self.dtype)(norm()(x))
+        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(norm()(x))
         y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(norm()(x)))
         return x + nn.Dense(width, dtype=self.dtype)(y)
 

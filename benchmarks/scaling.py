@@ -1,7 +1,7 @@
 """What shared statistics cost on many devices: counted, measured on simulated ones, and projected.
 
-    python benchmarks/scaling.py                                        # print the tables
-    python benchmarks/scaling.py --out benchmarks/results/scaling.md    # and write them, a picture
+    python -m benchmarks.scaling                                        # print the tables
+    python -m benchmarks.scaling --out benchmarks/results/scaling.md    # and write them, a picture
                                                             # beside, and the table of the page
 
 Collectives and their bytes are read out of the compiled program. Times are those of devices that
@@ -17,7 +17,7 @@ import re
 import time
 from datetime import date
 from functools import partial
-from math import log2, prod
+from math import log2
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +30,10 @@ from jax.sharding import PartitionSpec as P
 
 import normjax
 import normjax.linen
+from benchmarks import hlo
 
 DEVICES = (1, 2, 4, 8)
 FEATURES = 256
-COLLECTIVE = re.compile(
-    r" = (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
 
 # The 53 batch norms of ResNet-50: a stem, then stages of blocks of three, the first of each stage
 # with one more on its shortcut.
@@ -60,10 +58,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(program, *args):
-    found = COLLECTIVE.findall(program.lower(*args).compile().as_text())
-    arrays = [a for shapes in found for a in re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", shapes)]
-    size = sum(int(bits) // 8 * prod(int(n) for n in d.split(",") if n) for bits, d in arrays)
-    return Traffic(len(found), size)
+    found = hlo.parse(program.lower(*args).compile().as_text()).collectives()
+    return Traffic(len(found), sum(collective.bytes for collective in found))
 
 
 def loss(x, scale, bias, axis_name):

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from equinox import nn
 
-from benchmarks.calls import Module, jax_calls
+from benchmarks.calls import Module
 from benchmarks.layers import EPSILON, MOMENTUM
 
 
@@ -17,7 +17,7 @@ def norm_of(layer):
     return nn.GroupNorm(groups, layer.features, eps=EPSILON)
 
 
-def batch_norm_calls(layer, x, dy):
+def batch_norm(layer):
     # Of the running statistics the averages are stored as they are; "batch" is Equinox's name.
     norm, state = nn.make_with_state(nn.BatchNorm)(
         layer.features, "batch", eps=EPSILON, momentum=MOMENTUM, mode="batch"
@@ -30,13 +30,13 @@ def batch_norm_calls(layer, x, dy):
         y, state = batched(x, state)
         return y.astype(x.dtype), state
 
-    return jax_calls(Module(apply, params, state, channels_first=x.ndim > 2), x, dy)
+    return Module(apply, params, state, channels_first=len(layer.shape) > 2)
 
 
-def calls(layer, x, dy):
+def module(layer, dtype):
     """Equinox keeps features first and is written for one example, or one row of features."""
     if layer.kind == "batch_norm":
-        return batch_norm_calls(layer, x, dy)
+        return batch_norm(layer)
     of_rows = layer.kind in ("layer_norm", "rms_norm")
     params, fixed = eqx.partition(norm_of(layer), eqx.is_inexact_array)
 
@@ -46,4 +46,4 @@ def calls(layer, x, dy):
             norm = jax.vmap(norm)
         return norm(x).astype(x.dtype), None
 
-    return jax_calls(Module(apply, params, channels_first=not of_rows), x, dy)
+    return Module(apply, params, channels_first=not of_rows)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from benchmarks.calls import Module, jax_calls
+from benchmarks.calls import Module
 from benchmarks.layers import EPSILON, MOMENTUM
 from benchmarks.peers import Missing
 
@@ -23,8 +23,8 @@ def norm_of(layer, dtype):
     return nnx.InstanceNorm(layer.features, **options)
 
 
-def calls(layer, x, dy):
-    graph, params, state = nnx.split(norm_of(layer, x.dtype), nnx.Param, ...)
+def module(layer, dtype):
+    graph, params, state = nnx.split(norm_of(layer, dtype), nnx.Param, ...)
     has_mode = layer.kind == "batch_norm"
 
     def apply(params, state, x, train):
@@ -33,4 +33,4 @@ def calls(layer, x, dy):
         y = norm(x, use_running_average=not train) if has_mode else norm(x)
         return y, nnx.state(norm, nnx.BatchStat)
 
-    return jax_calls(Module(apply, params, state), x, dy)
+    return Module(apply, params, state)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import keras
 from keras import layers
 
-from benchmarks.calls import Module, jax_calls
+from benchmarks.calls import Module
 from benchmarks.layers import EPSILON, MOMENTUM
 
 
@@ -20,11 +20,11 @@ def norm_of(layer, dtype):
     return layers.GroupNormalization(layer.num_groups or -1, **options)
 
 
-def calls(layer, x, dy):
+def module(layer, dtype):
     if keras.backend.backend() != "jax":
         raise ImportError(f"Keras runs on {keras.backend.backend()}; set KERAS_BACKEND=jax")
-    norm = norm_of(layer, x.dtype.name)
-    norm.build(x.shape)
+    norm = norm_of(layer, dtype.name)
+    norm.build(layer.shape)
     params = [v.value for v in norm.trainable_variables]
     state = [v.value for v in norm.non_trainable_variables]
 
@@ -33,4 +33,4 @@ def calls(layer, x, dy):
         mode = {"training": train} if layer.kind == "batch_norm" else {}
         return norm.stateless_call(params, state, x, **mode)
 
-    return jax_calls(Module(apply, params, state), x, dy)
+    return Module(apply, params, state)
