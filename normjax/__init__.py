@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING
 
 from jax.export import register_namedtuple_serialization as _register
 
-from normjax._act import ELU, LeakyReLU, batch_norm_act
-from normjax._batch import batch_norm
-from normjax._moments import Moments, measure, merge, synchronize
-from normjax._normalize import normalize
-from normjax._renorm import batch_renorm
-from normjax._sample import (
+from normjax._core.measure import measure
+from normjax._core.moments import Moments, merge, synchronize
+from normjax._core.normalize import normalize
+from normjax._core.remat import norm_inputs_saveable
+from normjax._functions import (
+    ELU,
+    LeakyReLU,
+    SpectralStats,
     add_layer_norm,
     add_rms_norm,
+    batch_norm,
+    batch_norm_act,
+    batch_renorm,
     dynamic_tanh,
     filter_response_norm,
     group_norm,
@@ -27,10 +32,11 @@ from normjax._sample import (
     layer_norm,
     local_response_norm,
     rms_norm,
+    spectral_norm,
+    standardize_weight,
+    weight_norm,
 )
-from normjax._stats import BatchStats, move
-from normjax._walks import norm_inputs_saveable
-from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
+from normjax._stats import BatchStats, move, update_stats
 
 if TYPE_CHECKING:
     from normjax import linen as linen
@@ -79,5 +85,6 @@ __all__ = [
     "spectral_norm",
     "standardize_weight",
     "synchronize",
+    "update_stats",
     "weight_norm",
 ]

@@ -12,7 +12,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, wide
+from normjax._core.dtypes import accumulation_dtype
+from normjax._core.moments import Moments
 
 # Statistics come out where they went in, and None where there were none.
 Stats = TypeVar("Stats", bound="BatchStats | None")
@@ -50,14 +51,14 @@ class BatchStats(NamedTuple):
         """
         called = "normjax.BatchStats.make"
         shape = _checks.shape(called, shape)
-        dtype = wide(_checks.output_dtype(called, dtype, np.dtype("float32")))
+        dtype = accumulation_dtype(_checks.output_dtype(called, dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
         counted = _checks.switch(called, "counted", counted)
         count = jnp.zeros(shape, jnp.int32) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
 
 
-def move(
+def update_stats(
     stats: BatchStats,
     moments: Moments,
     *,
@@ -75,7 +76,7 @@ def move(
     needs to know nothing about it.
 
     `batch_norm(train=True)` does this by itself. Where a batch comes in several pieces, measure
-    each, `merge` the moments, and move once.
+    each, `merge` the moments, and update once.
 
     Args:
         stats: `BatchStats` of any shape.
@@ -111,10 +112,10 @@ def move(
         >>> import jax.numpy as jnp, normjax
         >>> pieces = jnp.array([[1.0], [3.0]]), jnp.array([[5.0]])
         >>> moments = normjax.merge(*(normjax.measure(piece, axis=0) for piece in pieces))
-        >>> normjax.move(normjax.BatchStats.make(1), moments, momentum=0.9).mean
+        >>> normjax.update_stats(normjax.BatchStats.make(1), moments, momentum=0.9).mean
         Array([0.3], dtype=float32)
     """
-    called = "normjax.move"
+    called = "normjax.update_stats"
     _checks.batch_stats(called, stats, BatchStats, "BatchStats")
     _checks.moments(called, moments, Moments)
     _checks.momentum(called, momentum, debias)
@@ -123,8 +124,8 @@ def move(
     _checks.same_shape(called, stats, moments)
     count = stats.count
     if count is not None and jnp.issubdtype(count.dtype, jnp.floating):
-        count = count.astype(wide(count.dtype))
-    steps = None if count is None else count.astype(wide(stats.var.dtype))
+        count = count.astype(accumulation_dtype(count.dtype))
+    steps = None if count is None else count.astype(accumulation_dtype(stats.var.dtype))
     step = _step(steps, momentum, debias)
     mean = _blend(stats.mean, moments.mean, step)
     var = _blend(stats.var, moments.variance(ddof), step)
@@ -134,6 +135,10 @@ def move(
         _choose(taken, var, stats.var),
         None if count is None else _choose(taken, _incremented(count), count),
     )
+
+
+# The name before 0.2, kept until 1.0.
+move = update_stats
 
 
 def _incremented(count: Array) -> Array:
@@ -157,7 +162,7 @@ def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> Arra
 
 
 def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
-    dtype = wide(old.dtype, batch.dtype)
+    dtype = accumulation_dtype(old.dtype, batch.dtype)
     old, batch = old.astype(dtype), batch.astype(dtype)
     # Nothing of the old is kept where its weight is 0, not even a NaN.
     if isinstance(step, (int, float)):

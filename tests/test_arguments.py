@@ -68,7 +68,7 @@ FUNCTIONS = {
     "normjax.batch_renorm": STATEFUL,
     "normjax.normalize": dict(x=X, mean=np.float32(0), var=np.float32(1), scale=SCALE[None, None]),
     "normjax.measure": dict(x=X, axis=0),
-    "normjax.move": dict(
+    "normjax.update_stats": dict(
         stats=STATS, moments=normjax.Moments(np.float32(2), STATS.mean, STATS.var)
     ),
     "normjax.layer_norm": WITHIN,

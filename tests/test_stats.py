@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import normjax
-from normjax import BatchStats, Moments, measure, merge, move
+from normjax import BatchStats, Moments, measure, merge, update_stats
 from tests import reference
 from tests.reference import EPS
 
@@ -17,7 +17,7 @@ def batch(mean, var, count=10.0):
 
 
 def moved(stats, moments, momentum=0.9, debias=False, ddof=0):
-    return move(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
+    return update_stats(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
 
 
 def test_make_starts_where_flax_starts():
@@ -65,33 +65,33 @@ def test_debiased_average(rng, momentum):
         np.testing.assert_allclose(stats.var, want, rtol=16 * EPS["float32"])
 
 
-def test_move_guarantee_pieces_are_a_whole(rng):
+def test_update_stats_guarantee_pieces_are_a_whole(rng):
     x = rng.normal(3, 1, (12, 2)).astype(np.float32)
     moments = merge(*(measure(piece, 0) for piece in np.split(x, [1, 6])))
-    stats = move(BatchStats.make(2), moments, momentum=0.9)
+    stats = update_stats(BatchStats.make(2), moments, momentum=0.9)
     want = reference.batch_norm(x, axes=(0,))
     np.testing.assert_allclose(stats.mean, 0.1 * want.mean, rtol=8 * EPS["float32"])
     np.testing.assert_allclose(stats.var, 0.9 + 0.1 * want.var, rtol=8 * EPS["float32"])
 
 
-def test_move_is_the_step_of_a_batch_norm_by_default(rng):
-    stats = move(BatchStats.make(2), batch([1, 2], [3, 4]))
+def test_update_stats_is_the_step_of_a_batch_norm_by_default(rng):
+    stats = update_stats(BatchStats.make(2), batch([1, 2], [3, 4]))
     np.testing.assert_allclose(stats.mean, [0.01, 0.02], rtol=4 * EPS["float32"])
     np.testing.assert_allclose(stats.var, [1.02, 1.03], rtol=4 * EPS["float32"])
 
 
-def test_move_edge_momentum_0():
+def test_update_stats_edge_momentum_0():
     poisoned = BatchStats(jnp.array([jnp.nan]), jnp.array([jnp.inf]))
     jax.tree.map(
         np.testing.assert_array_equal,
-        move(poisoned, batch([2], [3]), momentum=0.0),
+        update_stats(poisoned, batch([2], [3]), momentum=0.0),
         BatchStats(np.array([2.0]), np.array([3.0])),
     )
 
 
-def test_move_takes_in_nothing_from_the_moments_of_nothing():
+def test_update_stats_takes_in_nothing_from_the_moments_of_nothing():
     start = BatchStats(jnp.array([5.0, 6.0]), jnp.array([7.0, 8.0]))
-    jax.tree.map(np.testing.assert_array_equal, move(start, Moments.make(2)), start)
+    jax.tree.map(np.testing.assert_array_equal, update_stats(start, Moments.make(2)), start)
     made = Moments.make((2, 3), jnp.complex64)
     assert [leaf.dtype for leaf in made] == [jnp.float32, jnp.complex64, jnp.float32]
     assert {leaf.shape for leaf in made} == {(2, 3)}
@@ -115,14 +115,14 @@ def test_move_takes_in_nothing_from_the_moments_of_nothing():
         (ValueError, BatchStats.make(2), Moments.make(2), dict(debias=True), "needs stats.count"),
     ],
 )
-def test_move_says_what_is_wrong(error, stats, moments, options, message):
-    with pytest.raises(error, match=f"normjax.move: .*{message}"):
-        move(stats, moments, **options)
+def test_update_stats_says_what_is_wrong(error, stats, moments, options, message):
+    with pytest.raises(error, match=f"normjax.update_stats: .*{message}"):
+        update_stats(stats, moments, **options)
 
 
 @pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("where", ["mean", "m2"])
-def test_move_guarantee_statistics_stay_finite(poison, where):
+def test_update_stats_guarantee_statistics_stay_finite(poison, where):
     start = BatchStats.make(3, counted=True)
     moments = batch([1, 2, 3], [1, 1, 1])
     moments = moments._replace(**{where: getattr(moments, where).at[1].set(poison)})
@@ -139,13 +139,13 @@ def test_promise_5_nothing_valid_moves_nothing():
         jax.tree.map(np.testing.assert_array_equal, got, start)
 
 
-def test_move_edge_no_degree_of_freedom():
+def test_update_stats_edge_no_degree_of_freedom():
     start = BatchStats.make(1)
     jax.tree.map(np.testing.assert_array_equal, moved(start, batch([9], [0], 1), ddof=1), start)
     assert float(moved(start, batch([9], [0], 1), ddof=0).mean[0]) > 0
 
 
-def test_move_guarantee_no_gradient():
+def test_update_stats_guarantee_no_gradient():
     def after(mean):
         stats = moved(BatchStats(mean, jnp.ones(2)), batch([1, 2], [1, 1])._replace(mean=mean))
         return jnp.sum(stats.mean) + jnp.sum(stats.var)
@@ -190,7 +190,7 @@ def test_counting_goes_on_beside_a_plain_momentum():
 
 
 @pytest.mark.parametrize("options", [dict(momentum=None), dict(debias=True), dict()])
-def test_move_edge_a_count_at_the_end_of_its_dtype(options):
+def test_update_stats_edge_a_count_at_the_end_of_its_dtype(options):
     """From 2^24 on a float32 plus one is itself; 2^31 - 1 is where int32 ends, and it stays."""
     counts = jnp.array([2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1], jnp.int32)
     start = BatchStats(jnp.zeros(4), jnp.ones(4), counts)

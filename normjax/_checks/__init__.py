@@ -5,7 +5,6 @@ Each message says what was called, what it got, what it expected and what to do.
 
 from normjax._checks.arrays import (
     affine,
-    alike,
     axes,
     axis,
     broadcast,
@@ -19,6 +18,7 @@ from normjax._checks.arrays import (
     nonzero,
     number_of_groups,
     reduced_axes,
+    same_shape_and_dtype,
     scalar,
     shape,
     something,
@@ -62,7 +62,6 @@ from normjax._checks.state import (
 __all__ = [
     "activation",
     "affine",
-    "alike",
     "axes",
     "axis",
     "axis_size",
@@ -100,6 +99,7 @@ __all__ = [
     "reduced_axes",
     "running_layer",
     "same_shape",
+    "same_shape_and_dtype",
     "scalar",
     "shape",
     "slope",

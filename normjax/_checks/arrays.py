@@ -348,7 +348,7 @@ def matrix(called: str, shape: tuple[int, ...], stats: Any, kind: type, n_steps:
         )
 
 
-def alike(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]:
+def same_shape_and_dtype(called: str, x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]:
     """Two terms of one shape and dtype: a broadcast here would hide a mistake."""
     x, residual = inexact(called, "x", x), inexact(called, "residual", residual)
     if x.shape != residual.shape:

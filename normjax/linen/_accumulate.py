@@ -8,8 +8,8 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import Moments
-from normjax._stats import BatchStats, move
+from normjax._core.moments import Moments
+from normjax._stats import BatchStats, update_stats
 
 _MOVE = "normjax.linen.move_batch_stats"
 
@@ -111,7 +111,7 @@ def _move(
     _checks.collection(_MOVE, f"batch_moments{path}", moments)
     if isinstance(moments.get("moments"), Moments):
         _checks.running_layer(_MOVE, path, _is_layer(stats))
-        moved = move(BatchStats(**stats), moments["moments"], **options)
+        moved = update_stats(BatchStats(**stats), moments["moments"], **options)
         return {name: leaf for name, leaf in moved._asdict().items() if leaf is not None}
     for name in moments:
         _checks.running_layer(_MOVE, f"{path}/{name}", isinstance(stats.get(name), Mapping))

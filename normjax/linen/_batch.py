@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,10 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._act import LeakyReLU
-from normjax._batch import keeping_batch_norm
-from normjax._moments import Moments
-from normjax._renorm import keeping_batch_renorm
+from normjax._core.moments import Moments, merge
+from normjax._functions import LeakyReLU, batch, renorm
+from normjax._functions.batch import Arguments
 from normjax._stats import BatchStats
 from normjax.linen._params import MissingStatsError, affine, as_mask, output_dtype
 
@@ -127,8 +125,10 @@ class BatchNorm(nn.Module):
                 is mutable.
             ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
         """
-        function = partial(keeping_batch_norm, virtual_batch_size=self.virtual_batch_size)
-        return _run(self, function, x, use_running_average, train, mask, scale, bias)
+        options = dict(virtual_batch_size=self.virtual_batch_size)
+        return _run(
+            self, batch.run, options, Call(x, use_running_average, train, mask, scale, bias)
+        )
 
 
 @_checks.keywords("normjax.linen.BatchNormAct")
@@ -166,12 +166,10 @@ class BatchNormAct(BatchNorm):
         bias: ArrayLike | None = None,
     ) -> Array:
         """Normalizes and activates `x`; arguments, result and errors as in `BatchNorm`."""
-        function = partial(
-            keeping_batch_norm,
-            virtual_batch_size=self.virtual_batch_size,
-            activation=self.activation,
+        options = dict(virtual_batch_size=self.virtual_batch_size, activation=self.activation)
+        return _run(
+            self, batch.run, options, Call(x, use_running_average, train, mask, scale, bias)
         )
-        return _run(self, function, x, use_running_average, train, mask, scale, bias)
 
 
 @_checks.keywords("normjax.linen.BatchRenorm")
@@ -222,33 +220,35 @@ class BatchRenorm(nn.Module):
     ) -> Array:
         """Normalizes `x`; arguments, result and errors as in `BatchNorm`."""
         # In init there are no statistics to correct towards, as there are none to keep.
-        function = partial(keeping_batch_norm, virtual_batch_size=None)
-        if not self.is_initializing():
-            function = partial(keeping_batch_renorm, r_max=self.r_max, d_max=self.d_max)
-        return _run(self, function, x, use_running_average, train, mask, scale, bias)
+        call = Call(x, use_running_average, train, mask, scale, bias)
+        if self.is_initializing():
+            return _run(self, batch.run, {}, call)
+        return _run(self, renorm.run, dict(r_max=self.r_max, d_max=self.d_max), call)
 
 
-def _run(
-    module: Any,
-    function: Callable,
-    x: ArrayLike,
-    use_running_average: bool | None,
-    train: bool | None,
-    mask: ArrayLike | None,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-) -> Array:
+class Call(NamedTuple):
+    """What a module is called with."""
+
+    x: Any
+    use_running_average: Any
+    train: Any
+    mask: Any
+    scale: Any
+    bias: Any
+
+
+def _run(module: Any, function: Callable, options: dict[str, Any], call: Call) -> Array:
     """The module's step, whose errors name the module."""
     called = f"normjax.linen.{type(module).__name__}"
     step = _checks.named(called, feature_axis="axis", stats="batch_stats")(_step)
-    return step(called, module, function, x, use_running_average, train, mask, scale, bias)
+    return step(called, module, function, options, call)
 
 
 def _step(
-    called: str, module: Any, function: Callable, x: Any, use_running_average: Any, train: Any,
-    mask: Any, scale: Any, bias: Any,
-) -> Array:  # fmt: skip
+    called: str, module: Any, function: Callable, options: dict[str, Any], call: Call
+) -> Array:
     """Carries the variables of a module into a function of running statistics, and out."""
+    x, use_running_average, train, mask, scale, bias = call
     mode = _checks.mode(called, train, module.use_running_average, use_running_average)
     train = mode.train
     x = _checks.inexact(called, "x", x)
@@ -294,14 +294,12 @@ def _step(
     # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
     keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
     nothing = Moments.make(features)
-    kept = module.get_variable("batch_moments", "moments", nothing) if keeps else None
 
-    y, stats, moments = function(
-        x,
-        stats,
-        scale,
-        bias,
-        kept,
+    arguments = Arguments(
+        x=x,
+        stats=stats,
+        scale=scale,
+        bias=bias,
         train=train,
         feature_axis=module.axis,
         momentum=module.momentum,
@@ -312,10 +310,15 @@ def _step(
         axis_name=axis_name,
         axis_index_groups=groups,
         dtype=output_dtype(module, x, scale, bias),
+        **options,
     )
+    y, moments = function(arguments)
     if keeps:
+        kept = module.get_variable("batch_moments", "moments", nothing)
+        moments = merge(kept, moments)
         module.put_variable("batch_moments", "moments", nothing if moves else moments)
     if moves:
+        stats = arguments.moved(moments)
         for name, variable in running.items():
             variable.value = getattr(stats, name)
     return y

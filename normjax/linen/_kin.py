@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._sample import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
+from normjax._functions import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
 from normjax.linen._params import affine, as_mask, feature_shape, output_dtype, param
 
 

@@ -1,4 +1,4 @@
-"""Norms within an example: `params` in and out of the functions of `normjax._sample`."""
+"""Norms within an example: `params` in and out of the functions of `normjax`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._sample import group_norm, instance_norm, layer_norm, rms_norm
+from normjax._functions import group_norm, instance_norm, layer_norm, rms_norm
 from normjax.linen._params import affine, as_mask, device_axis, feature_shape, output_dtype
 
 

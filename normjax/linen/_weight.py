@@ -14,7 +14,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from normjax import _checks
-from normjax._weight import SpectralStats, spectral_norm, standardize_weight, weight_norm
+from normjax._functions import SpectralStats, spectral_norm, standardize_weight, weight_norm
 from normjax.linen._params import MissingStatsError, feature_shape, output_dtype, param
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from normjax._moments import wide
+from normjax._core.dtypes import accumulation_dtype
 from normjax.surgery._constants import Constant, carried, reshape_order, sources
 from normjax.surgery._program import Equation
 
@@ -126,7 +126,9 @@ class DeferredAffine(NamedTuple):
         offset, scale, shift = (
             None if v is None else self._joined(v) for v in (self.offset, self.scale, self.shift)
         )
-        width = wide(self.dtype, *(v.dtype for v in (offset, scale, shift) if v is not None))
+        width = accumulation_dtype(
+            self.dtype, *(v.dtype for v in (offset, scale, shift) if v is not None)
+        )
         if layer.kernel is not None and layer.equation is not None:
             kernel, position = layer.kernel
             if scale is not None:
@@ -150,7 +152,7 @@ class DeferredAffine(NamedTuple):
     def _aligned(self, constant: Constant) -> Array:
         """A known operand with an axis for each piece."""
         array = jnp.asarray(constant.array)
-        array = array.astype(wide(array.dtype, self.dtype))
+        array = array.astype(accumulation_dtype(array.dtype, self.dtype))
         source: list[int | None] = [None] * len(self.pieces)
         sizes: list[int] = []
         for axis in sorted(constant.varying):
@@ -178,7 +180,7 @@ class DeferredAffine(NamedTuple):
         return carried(scale, source)
 
     def _negated(self) -> DeferredAffine:
-        return self._scaled(jnp.full((1,) * len(self.pieces), -1, wide(self.dtype)))
+        return self._scaled(jnp.full((1,) * len(self.pieces), -1, accumulation_dtype(self.dtype)))
 
     def _scaled(self, factor: Array) -> DeferredAffine:
         return self._replace(
@@ -272,7 +274,7 @@ def cuts(
 
 def mixed(function: Callable, a: Array, b: Array) -> Array:
     """Of two arrays in the wider of their dtypes."""
-    width = wide(a.dtype, b.dtype)
+    width = accumulation_dtype(a.dtype, b.dtype)
     return function(a.astype(width), b.astype(width))
 
 

@@ -15,7 +15,8 @@ from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax import Array
 
 from normjax import Moments, _checks, normalize
-from normjax._moments import collapse, wide
+from normjax._core.dtypes import accumulation_dtype
+from normjax._core.moments import collapse
 from normjax.surgery._paths import At, Path, Variables, at_path, like, norms, written
 
 CALLED = "normjax.surgery.convert"
@@ -159,7 +160,10 @@ def _affine(
 ) -> dict[str, Array]:
     """The scale and the bias of the group norm."""
     mean, var = (jnp.asarray(node[name]) for name in ("mean", "var"))
-    mean, var = mean.astype(wide(mean.dtype)), var.astype(wide(var.dtype))
+    mean, var = (
+        mean.astype(accumulation_dtype(mean.dtype)),
+        var.astype(accumulation_dtype(var.dtype)),
+    )
     *lead, channels = mean.shape
     # The moments of a group are those of its channels merged, all of one count.
     stacked = (jnp.moveaxis(v.reshape(*lead, groups, -1), -1, 0) for v in (mean, var))

@@ -10,7 +10,8 @@ import numpy as np
 from jax import Array, lax
 
 from normjax import Moments, _checks, measure, merge, synchronize
-from normjax._moments import collapse, wide
+from normjax._core.dtypes import accumulation_dtype
+from normjax._core.moments import collapse
 from normjax.linen._params import as_mask
 from normjax.surgery._layers import Edit, Layer, not_recognized
 from normjax.surgery._paths import Path, chosen, written
@@ -51,7 +52,7 @@ class Record(NamedTuple):
     @classmethod
     def start(cls, center: Array) -> Record:
         """Nothing seen yet."""
-        center = center.astype(wide(center.dtype))
+        center = center.astype(accumulation_dtype(center.dtype))
         zero = jnp.zeros(center.shape, center.real.dtype)
         nothing = Moments(zero, jnp.zeros_like(center), zero)
         return cls(center, nothing, *[zero] * (len(cls._fields) - 2))
@@ -142,7 +143,7 @@ def _see(called: str, layer: Layer, center: Array) -> Record:
             f"expected {center.shape}, that of its statistics. The batches are not those of this "
             "model, or the features lie on another axis than the layer says."
         )
-    x = x.astype(wide(x.dtype, center.dtype)) - jnp.expand_dims(center, reduced)
+    x = x.astype(accumulation_dtype(x.dtype, center.dtype)) - jnp.expand_dims(center, reduced)
     moments, within, examples = _measure(x, reduced, as_mask(layer.mask))
     if layer.axis_name is not None:
         options: dict[str, Any] = dict(axis_index_groups=layer.axis_index_groups)

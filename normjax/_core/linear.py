@@ -1,11 +1,4 @@
-"""Walks through large arrays: what is written to memory by them, and what is kept for later.
-
-XLA's CPU compiler fuses into a sum whatever that sum alone consumes, and writes to memory what a
-second consumer shares: x - mean in float32, a half precision x made wide, a vector broadcast to
-the shape of x. A step of layer norm took 2 to 4 times as long so and 75 MB instead of 0.1
-(benchmarks/results/speed.md). `apart` and `rounded_sum` keep consumers apart, `diagonal` keeps
-little for the backward pass, and two names tell a checkpoint policy what a norm depends on.
-"""
+"""Linear maps of arrays of x's size, for tangents: what they keep, and how they are transposed."""
 
 from __future__ import annotations
 
@@ -16,106 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
+from jax import Array
 from jax.extend.core import Primitive
-from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-_INPUT, _MOMENTS = "normjax.input", "normjax.moments"
-
-_named = jax.checkpoint_policies.save_only_these_names(_INPUT, _MOMENTS)
-
-
-def norm_inputs_saveable(primitive: Any, *values: Any, **params: Any) -> Any:
-    """A policy for `jax.checkpoint` and `nn.remat`: keep what goes into norms, and their moments.
-
-        nn.remat(Block, policy=normjax.norm_inputs_saveable)
-
-    Of convolution, norm and activation the convolution's output is kept; the backward pass
-    normalizes and activates it anew, which is elementwise, and convolves and measures nothing
-    twice. For any activation and any norm of this library. It pays where activations fill the
-    memory.
-
-    Args:
-        primitive, values, params: what JAX asks a policy about.
-
-    Returns:
-        Whether the value is kept.
-
-    Guarantees:
-        same result: loss and gradients are those without the policy.
-        nothing twice: no statistic is measured or shared over devices in the backward pass.
-
-    Raises:
-        Nothing.
-
-    References:
-        Chen, Xu, Zhang, Guestrin (2016), Training Deep Nets with Sublinear Memory Cost,
-        arXiv:1604.06174.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, normjax
-        >>> def block(x):
-        ...     return jax.nn.gelu(normjax.layer_norm(jnp.sin(x)))
-        >>> lean = jax.checkpoint(block, policy=normjax.norm_inputs_saveable)
-        >>> lean(jnp.array([0.0, 1.0])).round(2)
-        Array([-0.16,  0.84], dtype=float32)
-    """
-    return _named(primitive, *values, **params)
-
-
-def input_of_norm(x: Array) -> Array:
-    """x, under the name by which `norm_inputs_saveable` knows it."""
-    return checkpoint_name(x, _INPUT)
-
-
-def moments_of_norm(moments: Any) -> Any:
-    """moments, under the name by which `norm_inputs_saveable` knows them."""
-
-    def named(leaf: Any) -> Any:
-        # A count that is a constant is known in any case.
-        return checkpoint_name(leaf, _MOMENTS) if isinstance(leaf, Array) else leaf
-
-    return jax.tree.map(named, moments)
-
-
-def apart(operands: Any, walk: int = 1) -> Any:
-    """A tree of operands as it is, for one walk; no other walk shares what is computed of it.
-
-    A barrier on the CPU. Elsewhere nothing: on a GPU sums of one operand are best fused, which a
-    barrier would forbid. Calls with equal operands count as one, so walks over the same arrays
-    take their copies in one call, beside other operands that they use, or with another number.
-    """
-    leaves, structure = jax.tree.flatten(operands)
-    return jax.tree.unflatten(structure, _apart_p.bind(*leaves, walk=walk))
-
-
-def summed(x: Array, axes: tuple[int, ...]) -> Array:
-    """sum(x) over `axes`, which stay with size 1.
-
-    Between axes that are kept, as in instance norm, XLA's CPU compiler takes up to 1.8 times as
-    long for one sum over two axes as for a sum over the last and then one over what is left.
-    """
-    if _in_two_steps(axes, x.ndim):
-        x = apart(jnp.sum(x, max(axes), keepdims=True))
-    return jnp.sum(x, axes, keepdims=True)
-
-
-def _in_two_steps(axes: tuple[int, ...], rank: int) -> bool:
-    return len(axes) > 1 and 0 not in axes and max(axes) < rank - 1
-
-
-def written(vector: Array) -> Array:
-    """A vector as it is, and in memory before a walk reads it; so is the cotangent of it.
-
-    On the CPU. XLA fuses a cheap vector into the walk over x that broadcasts it, and computes it
-    anew at every entry. Where that takes a division of indices, as from groups to features, the
-    loop no longer vectorizes: a step of group norm in bfloat16 took 3 times as long. It does not
-    fuse what it takes for expensive, for example a division; so this divides by a hidden one.
-    """
-    return _written_p.bind(vector)
+from normjax._core.platforms.cpu import between_kept, isolate, materialize
 
 
 def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = None) -> Array:
@@ -168,7 +67,7 @@ def broadcast_together(
 
 
 def _spread(term: Array, shape: tuple[int, ...], place: Any) -> Array:
-    """`term` broadcast to `shape` in such steps that the transpose sums as `summed` does.
+    """`term` broadcast to `shape` in such steps that the transpose sums as a CPU sums best.
 
     The result lies at `place`. Broadcast without it the term would be on every device, and so
     would its whole cotangent be.
@@ -181,9 +80,9 @@ def _spread(term: Array, shape: tuple[int, ...], place: Any) -> Array:
         return jnp.broadcast_to(term, shape, out_sharding=place.update(spec=PartitionSpec(*spec)))
 
     axes = tuple(a for a, n in enumerate(jnp.shape(term)) if n != shape[a])
-    if _in_two_steps(axes, len(shape)):
+    if between_kept(axes, len(shape)):
         row = tuple(1 if a == max(axes) else n for a, n in enumerate(shape))
-        term = written(broadcast(term, row))
+        term = materialize(broadcast(term, row))
     return broadcast(term, shape)
 
 
@@ -195,7 +94,7 @@ def _transposed_sum(cotangent: Any, *terms: Any, dtype: np.dtype) -> list[Any]:
     linear = [ad.is_undefined_primal(term) for term in terms]
     if isinstance(cotangent, ad.Zero):
         return [ad.Zero(terms[i].aval) if linear[i] else None for i in range(len(terms))]
-    copies = apart([cotangent] * len(terms))
+    copies = isolate([cotangent] * len(terms))
     return [copies[i].astype(terms[i].aval.dtype) if linear[i] else None for i in range(len(terms))]
 
 
@@ -260,53 +159,3 @@ mlir.register_lowering(
     _diagonal_p,
     mlir.lower_fun(lambda *operands, function: function(*operands), multiple_results=False),
 )
-
-
-def _written_transposed(cotangent: Any, vector: Any) -> list[Any]:
-    return [cotangent if isinstance(cotangent, ad.Zero) else written(cotangent)]
-
-
-def _divided_by_one(vector: Array) -> Array:
-    if jnp.iscomplexobj(vector):
-        return lax.complex(_divided_by_one(vector.real), _divided_by_one(vector.imag))
-    # Clamped at infinity, which changes nothing: no sum that runs as a library call takes it in.
-    end = jnp.full_like(vector, jnp.inf, shape=())
-    # Of full shape, since a division by a broadcast number becomes a product.
-    ones = lax.optimization_barrier(jnp.ones_like(vector))
-    return lax.clamp(-end, vector, end) / ones
-
-
-_written_p = Primitive("written")
-_written_p.def_impl(lambda vector: vector)
-_written_p.def_abstract_eval(lambda vector: vector)
-ad.deflinear2(_written_p, _written_transposed)
-batching.primitive_batchers[_written_p] = lambda vs, axes: (_written_p.bind(*vs), *axes)
-mlir.register_lowering(_written_p, lambda context, vector: [vector])
-mlir.register_lowering(
-    _written_p, mlir.lower_fun(_divided_by_one, multiple_results=False), platform="cpu"
-)
-
-
-def _barriers(context: Any, *operands: Any, walk: int) -> Any:
-    # XLA merges equal barriers and drops operands that nobody uses; a barrier behind a barrier is
-    # another one.
-    copies: Any = operands
-    for _ in range(walk):
-        copies = stablehlo.OptimizationBarrierOp(copies).results
-    return copies
-
-
-_apart_p = Primitive("apart")
-_apart_p.multiple_results = True
-_apart_p.def_impl(lambda *operands, walk: operands)
-_apart_p.def_abstract_eval(lambda *operands, walk: operands)
-ad.primitive_jvps[_apart_p] = lambda primals, tangents, walk: (
-    _apart_p.bind(*primals, walk=walk),
-    tangents,
-)
-batching.primitive_batchers[_apart_p] = lambda operands, axes, walk: (
-    _apart_p.bind(*operands, walk=walk),
-    axes,
-)
-mlir.register_lowering(_apart_p, lambda context, *operands, walk: operands)
-mlir.register_lowering(_apart_p, _barriers, platform="cpu")

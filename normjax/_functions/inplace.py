@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._batch import keeping_batch_norm
-from normjax._normalize import Activation
+from normjax._core.normalize import Activation
+from normjax._functions.batch import Arguments, run
 from normjax._stats import Stats
 
 
@@ -120,10 +120,9 @@ def batch_norm_act(
         >>> z.round(2).ravel()
         Array([-0.63,  1.  ], dtype=float32)
     """
-    z, stats, _ = keeping_batch_norm(
-        x, stats, scale, bias, None, train=train, feature_axis=feature_axis, momentum=momentum,
-        epsilon=epsilon, ddof=ddof, debias=debias, mask=mask,
-        virtual_batch_size=virtual_batch_size, axis_name=axis_name,
-        axis_index_groups=axis_index_groups, dtype=dtype, activation=activation,
+    arguments = Arguments(
+        x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype, virtual_batch_size, activation,
     )  # fmt: skip
-    return z, stats
+    z, moments = run(arguments)
+    return z, arguments.moved(moments)

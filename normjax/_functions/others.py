@@ -1,9 +1,8 @@
-"""Kin of the norms within an example, each a few lines over the same core."""
+"""Other norms, each a few lines over the same core."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -11,114 +10,13 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import measured, wide, widened
-from normjax._normalize import normalized
-from normjax._sample.core import affine, layer_norm, rms_norm, within
-from normjax._sample.maps import Window, damped, squashed, thresholded
-from normjax._walks import input_of_norm, moments_of_norm
-
-
-@_checks.named("normjax.add_layer_norm")
-def add_layer_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
-    scale: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    *,
-    axis: int | Collection[int] = -1,
-    feature_axis: int | Collection[int] | None = None,
-    epsilon: ArrayLike = 1e-6,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: DTypeLike | None = None,
-) -> tuple[Array, Array]:
-    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
-
-        s = x + residual,   y = layer_norm(s, scale, bias)
-
-    Args:
-        x, residual: floating or complex arrays of one shape and dtype.
-        scale, bias, axis, feature_axis, epsilon, mask, axis_name, axis_index_groups, dtype: as in
-            `layer_norm`.
-
-    Returns:
-        `(y, s)`: the normalized sum, and the sum, which the next block adds to.
-
-    Guarantees:
-        light backward: the sum and one vector for each axis are kept, nothing else.
-
-    Raises:
-        TypeError: unequal dtypes; and as in `layer_norm`.
-        ValueError: unequal shapes; and as in `layer_norm`.
-
-    References:
-        Ba, Kiros, Hinton (2016), arXiv:1607.06450; Xiong et al. (2020), arXiv:2002.04745.
-
-    Example:
-        >>> import jax.numpy as jnp, normjax
-        >>> y, s = normjax.add_layer_norm(jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0]))
-        >>> s
-        Array([1., 3.], dtype=float32)
-    """
-    x, residual = _checks.alike("normjax.add_layer_norm", x, residual)
-    total = x + residual
-    y = layer_norm(
-        total, scale, bias, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-    )  # fmt: skip
-    return y, total
-
-
-@_checks.named("normjax.add_rms_norm")
-def add_rms_norm(
-    x: ArrayLike,
-    residual: ArrayLike,
-    scale: ArrayLike | None = None,
-    *,
-    axis: int | Collection[int] = -1,
-    feature_axis: int | Collection[int] | None = None,
-    epsilon: ArrayLike = 1e-6,
-    mask: ArrayLike | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-    dtype: DTypeLike | None = None,
-) -> tuple[Array, Array]:
-    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
-
-        s = x + residual,   y = rms_norm(s, scale)
-
-    Args:
-        x, residual: floating or complex arrays of one shape and dtype.
-        scale, axis, feature_axis, epsilon, mask, axis_name, axis_index_groups, dtype: as in
-            `rms_norm`.
-
-    Returns:
-        `(y, s)`: the normalized sum, and the sum, which the next block adds to.
-
-    Guarantees:
-        light backward: the sum and one vector for each axis are kept, nothing else.
-
-    Raises:
-        TypeError: unequal dtypes; and as in `rms_norm`.
-        ValueError: unequal shapes; and as in `rms_norm`.
-
-    References:
-        Zhang, Sennrich (2019), arXiv:1910.07467.
-
-    Example:
-        >>> import jax.numpy as jnp, normjax
-        >>> y, s = normjax.add_rms_norm(jnp.array([1.0, 2.0]), jnp.array([2.0, 2.0]))
-        >>> s
-        Array([3., 4.], dtype=float32)
-    """
-    x, residual = _checks.alike("normjax.add_rms_norm", x, residual)
-    total = x + residual
-    y = rms_norm(
-        total, scale, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
-    )  # fmt: skip
-    return y, total
+from normjax._core.dtypes import accumulation_dtype
+from normjax._core.measure import Reduction
+from normjax._core.normalize import Output
+from normjax._core.remat import input_of_norm
+from normjax._core.standardize import Inputs, Options, standardize, standardized
+from normjax._functions.layer import affine, within
+from normjax._functions.maps import Window, damped, squashed, thresholded
 
 
 @_checks.named("normjax.filter_response_norm")
@@ -180,24 +78,20 @@ def filter_response_norm(
     scale, bias = affine(called, x, scale, bias, feature_axis)
     kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
     floor = _checks.affine(called, "threshold", threshold, kept, feature_axis, x.shape, real=True)
+    inputs = Inputs(x, mask, scale, bias, epsilon)
     if floor is None:
-        options: dict[str, Any] = dict(epsilon=epsilon, axis_name=None, axis_index_groups=None)
-        options |= dict(mask=mask, dtype=dtype)
-        return within(called, x, scale, bias, reduced, centered=False, **options)
+        return within(called, inputs, Reduction(reduced, False), dtype)
     _checks.epsilon(called, epsilon)
     _checks.something(called, x.shape, reduced)
-    mask = _checks.mask(called, mask, x.shape)
-    dtype = _checks.output_dtype(called, dtype, x.dtype)
+    inputs = inputs._replace(mask=_checks.mask(called, mask, x.shape))
+    options = Options(
+        Reduction(reduced, False), Output(_checks.output_dtype(called, dtype, x.dtype))
+    )
     with jax.named_scope(called):
-        x = input_of_norm(x)
-        wide_x = widened(x)
-        moments = moments_of_norm(measured(x, wide_x, reduced, mask, centered=False))
-        var = jnp.expand_dims(moments.variance(), reduced)
-        var = var + jnp.asarray(epsilon, var.dtype)
-        options = dict(epsilon=0.0, mask=mask, dtype=dtype)
-        y = normalized(x, wide_x, None, var, scale, bias, **options)
-        floor = floor.astype(wide(floor.dtype, y.dtype))
-        return thresholded(y, floor, x, mask, var, scale, bias)
+        inputs = inputs._replace(x=input_of_norm(x))
+        y, moments = standardized(inputs, options)
+        floor = floor.astype(accumulation_dtype(floor.dtype, y.dtype))
+        return thresholded(y, floor, inputs, moments.variance())
 
 
 def dynamic_tanh(
@@ -238,7 +132,7 @@ def dynamic_tanh(
     """
     called = "normjax.dynamic_tanh"
     x = _checks.inexact(called, "x", x, real=True)
-    dtype = wide(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     slope = _checks.scalar(called, "alpha", alpha, dtype)
     scale, bias = affine(called, x, scale, bias, feature_axis)
     vectors = (v if v is None else v.astype(dtype) for v in (scale, bias))
@@ -295,7 +189,10 @@ def local_response_norm(
     alpha, beta = _checks.finite(called, "alpha", alpha), _checks.finite(called, "beta", beta)
     k = _checks.positive(called, "k", k)
     with jax.named_scope(called):
-        numbers = (jnp.asarray(v, wide(x.dtype)).reshape((1,) * x.ndim) for v in (alpha, beta, k))
+        numbers = (
+            jnp.asarray(v, accumulation_dtype(x.dtype)).reshape((1,) * x.ndim)
+            for v in (alpha, beta, k)
+        )
         return damped(Window(int(size), axis - x.ndim), x, *numbers)
 
 
@@ -339,9 +236,7 @@ def l2_normalize(
     called = "normjax.l2_normalize"
     x = _checks.inexact(called, "x", x)
     axes = _checks.axes(called, "axis", axis, x.shape)
+    _checks.epsilon(called, epsilon)
+    options = Options(Reduction(axes, False), Output(x.dtype), summed=True)
     with jax.named_scope(called):
-        # One wide x for both, so that the gradient of half precision is rounded once.
-        wide_x = widened(x)
-        m2 = jnp.expand_dims(measured(x, wide_x, axes, None, centered=False).m2, axes)
-        vectors = None, m2, None, None
-        return normalized(x, wide_x, *vectors, epsilon=epsilon, mask=None, dtype=None)
+        return standardize(Inputs(x, epsilon=epsilon), options)[0]

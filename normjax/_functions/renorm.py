@@ -1,9 +1,8 @@
-"""Batch renormalization: batch norm corrected towards what evaluation will do."""
+"""Batch renormalization: batch norm in training, corrected towards the running statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._batch import check, enough, evaluate, normalize_batch, with_kept
-from normjax._moments import Moments, measured, synchronize, wide, widened
-from normjax._stats import BatchStats, move
-from normjax._walks import input_of_norm, moments_of_norm
+from normjax._core.dtypes import accumulation_dtype, real_dtype
+from normjax._core.moments import Moments
+from normjax._core.standardize import Inputs, standardize
+from normjax._functions.batch import Arguments, check, enough, evaluate
+from normjax._stats import BatchStats
 
 
 @_checks.named("normjax.batch_renorm")
@@ -83,67 +83,52 @@ def batch_renorm(
         >>> y.round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
-    y, stats, _ = keeping_batch_renorm(
-        x, stats, scale, bias, None, train=train, r_max=r_max, d_max=d_max,
-        feature_axis=feature_axis, momentum=momentum, epsilon=epsilon, ddof=ddof, debias=debias,
-        mask=mask, axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=dtype,
+    arguments = Arguments(
+        x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype, r_max=r_max, d_max=d_max,
     )  # fmt: skip
-    return y, stats
+    y, moments = run(arguments)
+    return y, arguments.moved(moments)
 
 
-def keeping_batch_renorm(
-    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any, r_max: Any,
-    d_max: Any, feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
-    axis_name: Any, axis_index_groups: Any, dtype: Any,
-) -> tuple[Array, BatchStats, Moments | None]:  # fmt: skip
-    """`batch_renorm` in the same way."""
+def run(arguments: Arguments) -> tuple[Array, Moments | None]:
+    """y and the moments of the batch; None in place of moments where it was not measured."""
     called = "normjax.batch_renorm"
     # Bounds need an order, which complex numbers have not.
-    x = _checks.inexact(called, "x", x, real=True)
-    _checks.batch_stats(called, stats, BatchStats, "BatchStats")
-    given = check(
-        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
-        axis_name, axis_index_groups, dtype,
-    )  # fmt: skip
-    if not train:
-        return evaluate(called, given, epsilon), stats, None
-    _, var, count = given.stats
+    x = _checks.inexact(called, "x", arguments.x, real=True)
+    _checks.batch_stats(called, arguments.stats, BatchStats, "BatchStats")
+    given = check(called, arguments._replace(x=x))
+    if not given.train:
+        return evaluate(called, given), None
+    stats = given.stats
+    assert stats is not None
     # Schedules are functions of a number of the dtype of the variance.
-    steps = None if count is None else count.astype(wide(var.dtype))
-    counted = given.stats._replace(count=steps)
-    r_max = _checks.bound(called, "r_max", r_max, 1, counted)
-    d_max = _checks.bound(called, "d_max", d_max, 0, counted)
+    dtype = accumulation_dtype(stats.var.dtype)
+    counted = stats._replace(count=None if stats.count is None else stats.count.astype(dtype))
+    r_max = _checks.bound(called, "r_max", arguments.r_max, 1, counted)
+    d_max = _checks.bound(called, "d_max", arguments.d_max, 0, counted)
+    var = jnp.expand_dims(stats.var, given.options.reduction.axes)
+    axes = given.options.reduction.axes
+    # A schedule may give a number for each feature.
+    bounds = (v if jnp.ndim(v) == 0 else jnp.expand_dims(v, axes) for v in (r_max, d_max))
+    inputs = given.inputs._replace(other=(var, *bounds))
     with jax.named_scope(called):
-        enough(called, given, axis_name, axis_index_groups)
-        x = input_of_norm(x)
-        wide_x = widened(x)
-        moments = measured(x, wide_x, given.reduced, given.mask)
-        if axis_name is not None:
-            moments = synchronize(moments, axis_name, axis_index_groups)
-        moments = moments_of_norm(moments)
-        r, d = _correction(moments, given.stats, epsilon, r_max, d_max)
-        # xhat r + d comes before scale and bias, in the widest dtype of the four.
-        vectors = [v for v in (r, d, given.scale, given.bias) if v is not None]
-        dtype = wide(*(v.dtype for v in vectors))
-        r, d = (jnp.expand_dims(v, given.reduced).astype(dtype) for v in (r, d))
-        gain = jnp.ones((), dtype) if given.scale is None else given.scale.astype(dtype)
-        bias = jnp.zeros((), dtype) if given.bias is None else given.bias.astype(dtype)
-        mean, var = moments.mean, moments.variance()
-        y = normalize_batch(given, x, wide_x, mean, var, r * gain, d * gain + bias, epsilon)
-        batch = with_kept(kept, moments)
-        return y, move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof), batch
+        enough(called, given)
+        y, moments = standardize(inputs, given.options._replace(correction=_correction))
+        return y, lax.stop_gradient(moments)
 
 
-def _correction(moments: Moments, stats: BatchStats, epsilon: Any, r_max: Any, d_max: Any) -> Any:
-    """r and d of Ioffe (2017), constants to every derivative."""
-    dtype = wide(moments.mean.dtype, stats.mean.dtype)
-    real = jnp.finfo(dtype).dtype
+def _correction(moments: Moments, inputs: Inputs) -> tuple[Array, Array]:
+    """r and d of Ioffe (2017)."""
+    running_mean, (running_var, r_max, d_max) = inputs.pivot, inputs.other
+    assert running_mean is not None
+    dtype = accumulation_dtype(moments.mean.dtype, running_mean.dtype)
+    real = real_dtype(dtype)
     batch, running = (
-        jnp.sqrt(v.astype(real) + jnp.asarray(epsilon, real))
-        for v in (moments.variance(), stats.var)
+        jnp.sqrt(v.astype(real) + jnp.asarray(inputs.epsilon, real))
+        for v in (moments.variance(), running_var)
     )
     r_max, d_max = (jnp.asarray(v).astype(real) for v in (r_max, d_max))
     r = jnp.clip(batch / running, 1 / r_max, r_max)
-    apart = moments.mean.astype(dtype) - stats.mean.astype(dtype)
-    d = jnp.clip(apart / running.astype(dtype), -d_max, d_max)
-    return lax.stop_gradient((r, d))
+    difference = moments.mean.astype(dtype) - running_mean.astype(dtype)
+    return r, jnp.clip(difference / running.astype(dtype), -d_max, d_max)

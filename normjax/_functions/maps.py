@@ -12,9 +12,10 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from normjax._moments import widened
-from normjax._normalize import normalize
-from normjax._walks import diagonal, rounded_sum
+from normjax._core.dtypes import upcast
+from normjax._core.linear import diagonal, rounded_sum
+from normjax._core.normalize import Output, Vectors, apply
+from normjax._core.standardize import Inputs
 
 
 @jax.custom_jvp
@@ -53,21 +54,21 @@ def _squashed_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def thresholded(y: Array, floor: Array, *origin: Any) -> Array:
+def thresholded(y: Array, floor: Array, inputs: Inputs, var: Array) -> Array:
     """max(y, floor) in the dtype of y, for a wide floor, whose gradient is summed wide.
 
-    `origin` is what y was normalized from, and is anew in the derivative.
+    `inputs` and the mean square are what y was normalized from, and is anew in the derivative.
     """
     return jnp.maximum(y, floor.astype(y.dtype))
 
 
 @partial(thresholded.defjvp, symbolic_zeros=True)
 def _thresholded_jvp(primals, tangents):
-    y, floor, *origin = primals
+    y, floor, inputs, var = primals
     dtype = y.dtype
 
-    def again(floor, x, mask, var, scale, bias):
-        own = normalize(x, None, var, scale, bias, epsilon=0.0, mask=mask, dtype=dtype)
+    def again(floor, x, mask, *vectors):
+        own = apply(x, mask, Vectors(None, *vectors), Output(dtype))
         return own, floor.astype(dtype)
 
     def of_y(t, *kept):
@@ -77,7 +78,10 @@ def _thresholded_jvp(primals, tangents):
         return _of_larger(t, *again(*kept)[::-1])
 
     z = thresholded(*primals)
-    return z, _tangent(z, (of_y, of_floor), tangents[:2], floor.dtype, floor, *origin)
+    x, mask, scale, bias, epsilon, *_ = inputs
+    vectors = Vectors.make(x.dtype, None, var, scale, bias, epsilon)
+    kept = x, mask, vectors.var, vectors.scale, vectors.bias
+    return z, _tangent(z, (of_y, of_floor), tangents[:2], floor.dtype, floor, *kept)
 
 
 def _of_larger(t: Array, one: Array, other: Array) -> Array:
@@ -105,8 +109,8 @@ def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Arr
 
     The other numbers in the rank of x, and as wide as its squares.
     """
-    base = k + alpha / window.size * window.total(widened(x) ** 2)
-    return (widened(x) * base**-beta).astype(x.dtype)
+    base = k + alpha / window.size * window.total(upcast(x) ** 2)
+    return (upcast(x) * base**-beta).astype(x.dtype)
 
 
 @partial(damped.defjvp, symbolic_zeros=True)
@@ -116,26 +120,26 @@ def _damped_jvp(window, primals, tangents):
     dx, d_alpha, d_beta, d_k = tangents
 
     def mean(x):
-        return window.total(widened(x) ** 2) / window.size
+        return window.total(upcast(x) ** 2) / window.size
 
     def of_x(t, x, alpha, beta, k):
         return t * (k + alpha * mean(x)) ** -beta
 
     def of_base(t, x, alpha, beta, k):
-        return -beta * t * widened(x) * (k + alpha * mean(x)) ** (-beta - 1)
+        return -beta * t * upcast(x) * (k + alpha * mean(x)) ** (-beta - 1)
 
     def of_alpha(t, x, *rest):
         return of_base(t * mean(x), x, *rest)
 
     def of_beta(t, x, alpha, beta, k):
         base = k + alpha * mean(x)
-        return -t * widened(x) * jnp.log(base) * base**-beta
+        return -t * upcast(x) * jnp.log(base) * base**-beta
 
     d_base = dx
     if not isinstance(dx, SymbolicZero):
         # One wide dx for both terms: what they send back to it meets wide, and is rounded once.
-        dx = widened(dx)
-        doubled = diagonal(lambda t, x: 2 * t * widened(x), dx, x)
+        dx = upcast(dx)
+        doubled = diagonal(lambda t, x: 2 * t * upcast(x), dx, x)
         d_base = window.total(doubled) * (alpha / window.size)
     y = damped(window, *primals)
     maps = of_x, of_base, of_alpha, of_beta, of_base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._moments import measured, wide, widened
-from normjax._normalize import normalize, normalized
+from normjax._core.dtypes import accumulation_dtype
+from normjax._core.measure import Reduction
+from normjax._core.normalize import Output, normalize
+from normjax._core.standardize import Inputs, Options, standardize
 
 
 class SpectralStats(NamedTuple):
@@ -71,10 +73,10 @@ def weight_norm(
     """
     called = "normjax.weight_norm"
     w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
+    _checks.epsilon(called, epsilon)
+    options = Options(Reduction(reduced, False), Output(w.dtype), summed=True)
     with jax.named_scope(called):
-        wide_w = widened(w)
-        m2 = jnp.expand_dims(measured(w, wide_w, reduced, None, centered=False).m2, reduced)
-        return _normalized(w, wide_w, None, m2, scale, epsilon)
+        return standardize(Inputs(w, scale=scale, epsilon=epsilon), options)[0][0]
 
 
 @_checks.named("normjax.standardize_weight", x="w")
@@ -124,14 +126,12 @@ def standardize_weight(
     """
     called = "normjax.standardize_weight"
     w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
+    _checks.epsilon(called, epsilon)
     scaled = _checks.switch(called, "scaled", scaled)
+    # n times the biased variance is m2 itself.
+    options = Options(Reduction(reduced), Output(w.dtype), summed=scaled)
     with jax.named_scope(called):
-        wide_w = widened(w)
-        moments = measured(w, wide_w, reduced, None)
-        # n times the biased variance is m2 itself.
-        spread = moments.m2 if scaled else moments.variance()
-        mean, spread = (jnp.expand_dims(v, reduced) for v in (moments.mean, spread))
-        return _normalized(w, wide_w, mean, spread, gain, epsilon)
+        return standardize(Inputs(w, scale=gain, epsilon=epsilon), options)[0][0]
 
 
 @_checks.named("normjax.spectral_norm", x="w")
@@ -197,7 +197,7 @@ def spectral_norm(
     _checks.matrix(called, w.shape, stats, SpectralStats, n_steps)
     _checks.epsilon(called, epsilon)
     with jax.named_scope(called):
-        kernel = w.astype(wide(w.dtype))
+        kernel = w.astype(accumulation_dtype(w.dtype))
         *rows, features = range(w.ndim)
         fixed = lax.stop_gradient(kernel)
         u = stats.u[0].astype(kernel.dtype)
@@ -250,14 +250,6 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     # A selection wants all to lie on the devices alike, as the zeros make them.
     otherwise = otherwise + jnp.zeros_like(unit)
     return jnp.where(jnp.isnan(largest), otherwise, jnp.where(found, unit, vector))
-
-
-def _normalized(
-    w: Array, wide_w: Array, mean: Array | None, var: Array, scale: Array | None, epsilon: ArrayLike
-) -> Array:
-    """By what was measured of the same wide weight: its gradient is rounded once."""
-    options: dict[str, Any] = dict(epsilon=epsilon, mask=None, dtype=None)
-    return normalized(w, wide_w, mean, var, scale, None, **options)[0]
 
 
 def _weight(

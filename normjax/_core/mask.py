@@ -1,4 +1,4 @@
-"""How many entries a statistic is taken over."""
+"""What a mask means: which entries count, how many they are, and what the others become."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def counted(
     return _ones(mask, axes, dtype) * repeats
 
 
-def or_one(count: Count) -> Count:
+def safe_count(count: Count) -> Count:
     """What to divide by: an empty sum is 0 already and stays so. A constant stays one."""
     where = np.where if isinstance(count, np.generic) else jnp.where
     return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
@@ -56,3 +56,22 @@ def _ones(mask: Array, axes: tuple[int, ...], dtype: np.dtype) -> Array:
         below, above = total(below & 0xFFF, axis), total(above + (below >> 12), axis)
     above, below = above + (below >> 12), below & 0xFFF
     return above.astype(dtype) * 2**12 + below.astype(dtype)
+
+
+def select(x: Array, mask: Array | None) -> Array:
+    """x for sums: 0 where the mask is False, by selection, since 0 * NaN would still be NaN."""
+    return x if mask is None else jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def deviation(x: Array, center: Array | None, mask: Array | None = None) -> Array:
+    """x - center, and 0 where the mask is False; x itself without a center."""
+    if center is None:
+        return select(x, mask)
+    return (x if mask is None else jnp.where(mask, x, center)) - center
+
+
+def select_finite(values: Array, x: Array, mask: Array | None) -> Array:
+    """values for the output: 0 where x is masked and not finite, all others as they are."""
+    if mask is None:
+        return values
+    return jnp.where(mask | jnp.isfinite(x), values, jnp.zeros((), values.dtype))

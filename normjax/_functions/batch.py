@@ -11,10 +11,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
-from normjax._moments import Moments, collapse, merge, synchronize, widened
-from normjax._normalize import Activation, normalized, standardize
-from normjax._stats import BatchStats, Stats, move
-from normjax._walks import input_of_norm
+from normjax._core.measure import Reduction
+from normjax._core.moments import Moments, collapse, synchronized
+from normjax._core.normalize import Activation, Output, Vectors, normalized
+from normjax._core.remat import input_of_norm
+from normjax._core.standardize import Inputs, Options, standardize
+from normjax._stats import BatchStats, Stats, update_stats
 
 
 @_checks.named("normjax.batch_norm")
@@ -125,149 +127,143 @@ def batch_norm(
         >>> stats.mean
         Array([0.1, 2. ], dtype=float32)
     """
-    y, stats, _ = keeping_batch_norm(
-        x, stats, scale, bias, None, train=train, feature_axis=feature_axis, momentum=momentum,
-        epsilon=epsilon, ddof=ddof, debias=debias, mask=mask,
-        virtual_batch_size=virtual_batch_size, axis_name=axis_name,
-        axis_index_groups=axis_index_groups, dtype=dtype,
+    arguments = Arguments(
+        x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
+        axis_name, axis_index_groups, dtype, virtual_batch_size,
     )  # fmt: skip
-    return y, stats
+    y, moments = run(arguments)
+    return y, arguments.moved(moments)
 
 
-def keeping_batch_norm(
-    x: Any, stats: Any, scale: Any, bias: Any, kept: Moments | None, *, train: Any,
-    feature_axis: Any, momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any,
-    virtual_batch_size: Any, axis_name: Any, axis_index_groups: Any, dtype: Any,
-    activation: Activation | None = None,
-) -> tuple[Array, Any, Moments | None]:  # fmt: skip
-    """`batch_norm` whose statistics move by the moments of the batch and those kept before it.
+class Arguments(NamedTuple):
+    """Those of `batch_norm` and its kin, as they were given."""
 
-    Returns `(y, stats, moments)`; the moments of both, or None where the batch was not measured.
-    With an activation it is `batch_norm_act`.
-    """
-    called = "normjax.batch_norm"
-    if activation is not None:
-        called = "normjax.batch_norm_act"
-        # An activation needs an order, which complex numbers have not.
-        x = _checks.inexact(called, "x", x, real=True)
-        _checks.activation(called, activation)
-    given = check(
-        called, x, stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
-        axis_name, axis_index_groups, dtype,
-    )  # fmt: skip
-    if stats is not None and not train:
-        return evaluate(called, given, epsilon, activation), stats, None
-    ghosts = _checks.virtual_batches(called, virtual_batch_size, given.x.shape, given.reduced)
-    with jax.named_scope(called):
-        if ghosts is None:
-            where = axis_name, axis_index_groups
-            y, batch = _standardize(called, given, epsilon, *where, activation)
-        else:
-            given = _split(given, ghosts)
-            y, moments = _standardize(called, given, epsilon, None, None, activation)
-            batch = collapse(moments)
-            if axis_name is not None:
-                batch = synchronize(batch, axis_name, axis_index_groups)
-        batch = with_kept(kept, batch)
-        if train and given.stats is not None:
-            stats = move(given.stats, batch, momentum=momentum, debias=debias, ddof=ddof)
-    return y.reshape(jnp.shape(x)), stats, batch
-
-
-class Given(NamedTuple):
-    """Checked arguments; scale and bias in the rank of x."""
-
-    x: Array
+    x: Any
     stats: Any
     scale: Any
     bias: Any
+    train: Any
+    feature_axis: Any
+    momentum: Any
+    epsilon: Any
+    ddof: Any
+    debias: Any
     mask: Any
-    train: bool
-    reduced: tuple[int, ...]
+    axis_name: Any
+    axis_index_groups: Any
     dtype: Any
+    virtual_batch_size: Any = None
+    activation: Activation | None = None
+    r_max: Any = None
+    d_max: Any = None
+
+    def moved(self, moments: Moments | None) -> Any:
+        """The statistics one step further; as they are where no batch was measured for them."""
+        if moments is None or self.stats is None or not self.train:
+            return self.stats
+        return update_stats(
+            self.stats, moments, momentum=self.momentum, debias=self.debias, ddof=self.ddof
+        )
 
 
-def check(
-    called: str, x: Any, stats: Any, scale: Any, bias: Any, train: Any, feature_axis: Any,
-    momentum: Any, epsilon: Any, ddof: Any, debias: Any, mask: Any, axis_name: Any,
-    axis_index_groups: Any, dtype: Any,
-) -> Given:  # fmt: skip
+class Given(NamedTuple):
+    """Checked arguments; vectors in the rank of x."""
+
+    inputs: Inputs
+    options: Options
+    stats: BatchStats | None
+    train: bool
+
+
+def run(arguments: Arguments) -> tuple[Array, Moments | None]:
+    """y and the moments of the batch; None in place of moments where it was not measured."""
+    called = "normjax.batch_norm"
+    if arguments.activation is not None:
+        called = "normjax.batch_norm_act"
+        # An activation needs an order, which complex numbers have not.
+        x = _checks.inexact(called, "x", arguments.x, real=True)
+        _checks.activation(called, arguments.activation)
+        arguments = arguments._replace(x=x)
+    given = check(called, arguments)
+    shape = given.inputs.x.shape
+    if given.stats is not None and not given.train:
+        return evaluate(called, given), None
+    axes = given.options.reduction.axes
+    ghosts = _checks.virtual_batches(called, arguments.virtual_batch_size, shape, axes)
+    with jax.named_scope(called):
+        if ghosts is None:
+            enough(called, given)
+            y, moments = standardize(given.inputs, given.options)
+            return y, lax.stop_gradient(moments)
+        split, where = _split(given, ghosts), given.options.reduction
+        enough(called, split)
+        y, moments = standardize(split.inputs, split.options)
+        moments = collapse(lax.stop_gradient(moments))
+        if where.axis_name is not None:
+            with _checks.grouped(called, where.axis_name, where.axis_index_groups):
+                moments = synchronized(moments, where.axis_name, where.axis_index_groups)
+        return y.reshape(shape), moments
+
+
+def check(called: str, arguments: Arguments) -> Given:
     """Everything that can be wrong is found before anything is computed."""
-    x = _checks.inexact(called, "x", x)
-    reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape)
-    train = _checks.switch(called, "train", train)
-    _checks.momentum(called, momentum, debias)
-    _checks.epsilon(called, epsilon)
-    _checks.ddof(called, ddof)
-    _checks.groups(called, axis_name, axis_index_groups)
-    kept = tuple(a for a in range(len(x.shape)) if a not in reduced)
-    features = tuple(x.shape[a] for a in kept)
+    a = arguments
+    x = _checks.inexact(called, "x", a.x)
+    reduced = _checks.reduced_axes(called, "feature_axis", a.feature_axis, x.shape)
+    train = _checks.switch(called, "train", a.train)
+    _checks.momentum(called, a.momentum, a.debias)
+    _checks.epsilon(called, a.epsilon)
+    _checks.ddof(called, a.ddof)
+    _checks.groups(called, a.axis_name, a.axis_index_groups)
+    kept = tuple(i for i in range(len(x.shape)) if i not in reduced)
+    features = tuple(x.shape[i] for i in kept)
     real = not jnp.iscomplexobj(x)
+    stats, mean = a.stats, None
     if stats is not None:
         _checks.batch_stats(called, stats, BatchStats, "BatchStats or None")
         mean, var = (
             _checks.feature_vector(
-                called, f"stats.{name}", leaf, features, feature_axis, x.shape, real=is_real
+                called, f"stats.{name}", leaf, features, a.feature_axis, x.shape, real=is_real
             )
             for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
         )
         stats = BatchStats(mean, var, stats.count)
         if train:
-            _checks.count(called, stats.count, momentum, debias)
-    scale = _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real)
-    bias = _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real)
-    mask = _checks.mask(called, mask, x.shape)
-    dtype = _checks.output_dtype(called, dtype, x.dtype)
-    return Given(x, stats, scale, bias, mask, train, reduced, dtype)
-
-
-def _standardize(
-    called: str, given: Given, epsilon: Any, axis_name: Any, axis_index_groups: Any,
-    activation: Activation | None,
-) -> tuple[Array, Moments]:  # fmt: skip
-    enough(called, given, axis_name, axis_index_groups)
-    return standardize(
-        given.x, given.scale, given.bias, given.mask, epsilon=epsilon, axes=given.reduced,
-        axis_name=axis_name, axis_index_groups=axis_index_groups, dtype=given.dtype,
-        activation=activation,
-    )  # fmt: skip
-
-
-def enough(called: str, given: Given, axis_name: Any, axis_index_groups: Any) -> None:
-    """One value has no variance to train by."""
-    shared = 1
-    if axis_name is not None:
-        shared = _checks.axis_size(called, axis_name, axis_index_groups)
-    if given.train:
-        _checks.entries(called, given.x.shape, given.reduced, shared)
-
-
-def with_kept(kept: Moments | None, batch: Moments) -> Moments:
-    """What the statistics take in: a state, which no gradient reaches."""
-    return lax.stop_gradient(batch if kept is None else merge(kept, batch))
-
-
-def evaluate(
-    called: str, given: Given, epsilon: Any, activation: Activation | None = None
-) -> Array:
-    """By the running statistics, which no gradient reaches."""
-    with jax.named_scope(called):
-        x = input_of_norm(given.x)
-        mean, var = lax.stop_gradient(given.stats[:2])
-        affine = given.scale, given.bias
-        return normalize_batch(given, x, widened(x), mean, var, *affine, epsilon, activation)
-
-
-def normalize_batch(
-    given: Given, x: Array, wide_x: Array, mean: Any, var: Any, scale: Any, bias: Any,
-    epsilon: Any, activation: Activation | None = None,
-) -> Array:  # fmt: skip
-    """By vectors of the features; scale and bias are given in the rank of x."""
-    mean, var = (jnp.expand_dims(v, given.reduced) for v in (mean, var))
-    options: dict[str, Any] = dict(
-        epsilon=epsilon, mask=given.mask, dtype=given.dtype, activation=activation
+            _checks.count(called, stats.count, a.momentum, a.debias)
+    scale = _checks.affine(called, "scale", a.scale, kept, a.feature_axis, x.shape, real=real)
+    bias = _checks.affine(called, "bias", a.bias, kept, a.feature_axis, x.shape, real=real)
+    mask = _checks.mask(called, a.mask, x.shape)
+    dtype = _checks.output_dtype(called, a.dtype, x.dtype)
+    reduction = Reduction(reduced, True, a.axis_name, a.axis_index_groups)
+    pivot = None if mean is None else jnp.expand_dims(mean, reduced)
+    return Given(
+        Inputs(x, mask, scale, bias, a.epsilon, pivot),
+        Options(reduction.hashable(), Output(dtype, a.activation)),
+        stats,
+        train,
     )
-    return normalized(x, wide_x, mean, var, scale, bias, **options)
+
+
+def enough(called: str, given: Given) -> None:
+    """One value has no variance to train by."""
+    shared, where = 1, given.options.reduction
+    if where.axis_name is not None:
+        shared = _checks.axis_size(called, where.axis_name, where.axis_index_groups)
+    if given.train:
+        _checks.entries(called, given.inputs.x.shape, where.axes, shared)
+
+
+def evaluate(called: str, given: Given) -> Array:
+    """By the running statistics, which no gradient reaches."""
+    inputs, stats = given.inputs, given.stats
+    assert stats is not None
+    with jax.named_scope(called):
+        x = input_of_norm(inputs.x)
+        axes = given.options.reduction.axes
+        mean, var = (jnp.expand_dims(v, axes) for v in lax.stop_gradient((stats.mean, stats.var)))
+        affine = inputs.scale, inputs.bias
+        vectors = Vectors.make(x.dtype, mean, var, *affine, inputs.epsilon)
+        return normalized(x, inputs.mask, vectors, given.options.output)
 
 
 def _split(given: Given, ghosts: int) -> Given:
@@ -278,5 +274,7 @@ def _split(given: Given, ghosts: int) -> Given:
             return None
         return v.reshape(*((1, 1) if v.shape[0] == 1 else (ghosts, -1)), *v.shape[1:])
 
-    parts = {name: split(getattr(given, name)) for name in ("x", "scale", "bias", "mask")}
-    return given._replace(**parts, reduced=tuple(a + 1 for a in given.reduced))
+    names = ("x", "mask", "scale", "bias", "pivot")
+    inputs = given.inputs._replace(**{n: split(getattr(given.inputs, n)) for n in names})
+    reduction = Reduction(tuple(a + 1 for a in given.options.reduction.axes))
+    return given._replace(inputs=inputs, options=given.options._replace(reduction=reduction))

@@ -1,0 +1,1 @@
+"""From x to y: measure, merge, normalize. No Flax, no running statistics."""

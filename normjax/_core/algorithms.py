@@ -1,0 +1,102 @@
+"""Exact ways to take a mean and a sum of squared deviations, for platforms to choose from.
+
+All return (mean, m2) with the reduced axes kept at size 1, of x as it is given or 0 where the mask
+is False. A platform chooses by what a pass over memory costs there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from normjax._core.dtypes import abs_square, upcast
+from normjax._core.mask import Count, deviation, safe_count, select
+
+
+def squares(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Around zero: mean 0 and the sum of squares."""
+    m2 = jnp.sum(abs_square(select(upcast(x), mask)), axes, keepdims=True)
+    return jnp.zeros_like(m2, upcast(x).dtype), m2
+
+
+def two_pass(
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """The mean, corrected by the mean deviation from it, and the squares around that.
+
+    Chan, Golub, LeVeque (1983), (1.7). Each sum needs the one before it: where x lies in rows, a
+    GPU runs them and the normalization as one kernel, which reads x once.
+    """
+    x, divisor = upcast(x), safe_count(count)
+
+    def total(values: Array) -> Array:
+        return jnp.sum(values, axes, keepdims=True)
+
+    mean = total(select(x, mask)) / divisor.astype(x.dtype)
+    mean = mean + total(deviation(x, mean, mask)) / divisor.astype(x.dtype)
+    return mean, total(abs_square(deviation(x, mean, mask)))
+
+
+def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """One pass: moments are a monoid, and their merge is the operation of the reduction.
+
+    Chan, Golub, LeVeque (1983), the pairwise merge; an entry has count 1 and m2 0. For real x.
+    """
+    x = select(upcast(x), mask)
+    count = jnp.ones_like(x) if mask is None else jnp.broadcast_to(mask, x.shape)
+
+    def add(a: Array, b: Array) -> tuple[Array, Array]:
+        # The sum, and what rounding it has lost (Dekker's Fast2Sum). One after the other, the
+        # roundings of n sums would add up to many of them.
+        total = a + b
+        return total, b - (total - a)
+
+    def merge(a: Any, b: Any) -> Any:
+        count = a[0] + b[0]
+        share = b[0] / jnp.maximum(count, np.ones((), x.dtype))
+        apart = (b[1] - a[1]) + (b[2] - a[2])
+        mean, mean_rest = add(a[1], apart * share)
+        # One factor after the other: the square of apart may overflow where the weight is 0.
+        m2, m2_rest = add(a[3], b[3] + (apart * (a[0] * share)) * apart)
+        return count, mean, a[2] + mean_rest, m2, a[4] + b[4] + m2_rest
+
+    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    entries = count.astype(x.dtype), x, nothing, nothing, nothing
+    _, mean, mean_rest, m2, m2_rest = lax.reduce(entries, (zero,) * 5, merge, axes)
+    # What an overflow has lost is no number.
+    m2 = jnp.where(jnp.isfinite(m2), m2 + m2_rest, m2)
+    return jnp.expand_dims(mean + mean_rest, axes), jnp.expand_dims(m2, axes)
+
+
+def sums_around(
+    x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass."""
+    apart = deviation(upcast(x), pivot, mask)
+    first = jnp.sum(apart, axes, keepdims=True)
+    return first, jnp.sum(abs_square(apart), axes, keepdims=True)
+
+
+def moved(first: Array, second: Array, pivot: Array, count: Count) -> tuple[Array, Array]:
+    """mean and m2 of the sums around a pivot."""
+    entries = safe_count(count)
+    shift = first / entries.astype(first.dtype)
+    m2 = jnp.maximum(second - abs_square(shift) * entries, 0)
+    # The mean of nothing is 0.
+    return pivot * (count > 0).astype(pivot.dtype) + shift, m2
+
+
+def around_pivot_is_exact(
+    mean: Array, m2: Array, pivot: Array, count: Count, floor: Array
+) -> Array:
+    """Whether sums around the pivot lost no more than rounding: one boolean for all features.
+
+    They lose about 2 eps (mean - pivot)^2 / (var + floor) of var + floor, for what is added to the
+    variance before anything is divided by it. False as well where anything is not finite.
+    """
+    var = m2 / safe_count(count)
+    near = abs_square(mean - pivot) <= 4 * (var + floor)
+    return jnp.all(near & jnp.isfinite(m2))

@@ -1,0 +1,73 @@
+"""One traced program for all platforms: how each one sums is chosen when it is lowered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+VARIABLE = "NORMJAX_LOWER_AS"
+
+# A function of a platform's name and of operands.
+Function = Callable[..., Sequence[Array]]
+
+
+def by_platform(function: Function, *operands: Array) -> list[Array]:
+    """`function(platform, *operands)`, traced for each platform when it is lowered for it.
+
+    The function has the same results for all of them, but for rounding. It has no derivative: it
+    is for use in functions that have a derivative rule of their own.
+    """
+    # The types of the results say how they lie on a mesh, and along which mapped axes they vary.
+    types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
+    return _by_platform_p.bind(*operands, function=function, types=tuple(types))
+
+
+def lowered_as(platform: str) -> str:
+    """The platform whose form is lowered for `platform`: itself, unless the variable says else."""
+    asked = os.environ.get(VARIABLE) or platform
+    if asked not in PLATFORMS:
+        raise ValueError(
+            f"normjax: the environment variable {VARIABLE} is {asked!r}, expected one of "
+            f"{', '.join(PLATFORMS)}. Unset it to lower for the platform at hand."
+        )
+    return asked
+
+
+def _run(*operands: Array, **how: Any) -> list[Array]:
+    # Compiled: what is chosen when lowered is not known to a Python that runs by itself.
+    with jax.disable_jit(False):
+        return jax.jit(partial(_by_platform_p.bind, **how))(*operands)
+
+
+def _batched(operands: Any, axes: Any, *, function: Function, types: Any) -> Any:
+    def each(platform: str, *operands: Array) -> Sequence[Array]:
+        return jax.vmap(partial(function, platform), axes)(*operands)
+
+    out = by_platform(each, *operands)
+    return out, [0] * len(out)
+
+
+def _lowering(platform: str) -> Callable[..., Any]:
+    def chosen(*operands: Array, function: Function, types: Any) -> Sequence[Array]:
+        return function(lowered_as(platform), *operands)
+
+    return mlir.lower_fun(chosen, multiple_results=True)
+
+
+_by_platform_p = Primitive("by_platform")
+_by_platform_p.multiple_results = True
+_by_platform_p.def_impl(_run)
+_by_platform_p.def_abstract_eval(lambda *_, function, types: types)
+batching.primitive_batchers[_by_platform_p] = _batched
+# An accelerator that is not known here has reductions like those of a GPU.
+mlir.register_lowering(_by_platform_p, _lowering("gpu"))
+for _name, _platform in dict(cpu="cpu", cuda="gpu", rocm="gpu", tpu="tpu").items():
+    mlir.register_lowering(_by_platform_p, _lowering(_platform), platform=_name)

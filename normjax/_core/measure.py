@@ -1,0 +1,320 @@
+"""From x to moments: on one device by the platform's own way, over devices in one exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from normjax import _checks
+from normjax._core.algorithms import around_pivot_is_exact, moved, two_pass
+from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
+from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
+from normjax._core.linear import diagonal
+from normjax._core.lowering import by_platform
+from normjax._core.mask import Count, counted, deviation, safe_count, select
+from normjax._core.moments import Moments, collapse, synchronized
+from normjax._core.platforms import PLATFORMS, cpu
+from normjax._core.platforms.cpu import isolate, materialize
+from normjax._core.remat import moments_of_norm
+
+
+class FeatureGroups(NamedTuple):
+    """Features that share their statistics: neighbors along `axis`, in so many groups."""
+
+    axis: int
+    groups: int
+
+    def stacked(self, v: Array) -> Array:
+        """The features of a group along a new first axis."""
+        sizes = (self.groups, v.shape[self.axis] // self.groups)
+        split = materialize(v).reshape(*v.shape[: self.axis], *sizes, *v.shape[self.axis + 1 :])
+        return jnp.moveaxis(split, self.axis + 1, 0)
+
+    def spread(self, v: Array, features: int) -> Array:
+        """To each feature what its group has."""
+        # By hand, since jnp.repeat asks where explicitly sharded features shall lie.
+        sizes = (self.groups, features // self.groups)
+        head, tail = v.shape[: self.axis], v.shape[self.axis + 1 :]
+        whole = jnp.broadcast_to(jnp.expand_dims(v, self.axis + 1), (*head, *sizes, *tail))
+        return materialize(whole.reshape(*head, features, *tail))
+
+    def total(self, v: Array) -> Array:
+        """For each feature the sum over its group."""
+        return self.spread(jnp.sum(self.stacked(v), axis=0), v.shape[self.axis])
+
+    def merge(self, moments: Moments) -> Moments:
+        """For each feature the moments of its group."""
+        count, mean, m2 = moments
+        features = mean.shape[self.axis]
+        if isinstance(count, Array):
+            count = self.stacked(jnp.broadcast_to(count, mean.shape))
+        count, *both = collapse(Moments(count, self.stacked(mean), self.stacked(m2)))
+        if isinstance(count, Array) and count.ndim:
+            count = self.spread(count, features)
+        return Moments(count, *(self.spread(v, features) for v in both))
+
+
+class Reduction(NamedTuple):
+    """What statistics are taken over.
+
+    Attributes:
+        axes: of x, sorted.
+        centered: around the mean, or around zero.
+        axis_name, axis_index_groups: the devices that share.
+        groups: the features that share.
+    """
+
+    axes: tuple[int, ...]
+    centered: bool = True
+    axis_name: AxisName | None = None
+    axis_index_groups: Groups = None
+    groups: FeatureGroups | None = None
+
+    def hashable(self) -> Reduction:
+        """With tuples for lists."""
+        name, groups = self.axis_name, self.axis_index_groups
+        return self._replace(
+            axis_name=tuple(name) if isinstance(name, list) else name,
+            axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
+        )
+
+    def total(self, sums: list[Array]) -> list[Array]:
+        """Of the sums over the axes those over all features and devices that share."""
+        if self.groups is not None:
+            sums = [self.groups.total(v) for v in sums]
+        if self.axis_name is not None:
+            sums = total_over_devices(sums, self.axis_name, self.axis_index_groups)
+        return sums
+
+
+def measure(
+    x: ArrayLike,
+    axis: int | Collection[int],
+    mask: ArrayLike | None = None,
+    *,
+    centered: bool = True,
+) -> Moments:
+    """Measures the moments of `x` over the axes `axis`.
+
+        mean = sum(x) / count,   m2 = sum(|x - mean|^2)
+
+    Args:
+        x: floating or complex array of any rank.
+        axis: the axis or axes to reduce; the others are kept, in their order.
+        mask: boolean, True where an entry counts; broadcasts to `x` as in NumPy.
+        centered: around the mean; False measures around zero: mean = 0, m2 = sum(|x|^2).
+
+    Returns:
+        `Moments` in float32 or wider, of the shape of the kept axes.
+
+    Guarantees:
+        exact variance: m2 is summed around the mean, never a difference of large numbers.
+        masked out means out: an entry whose mask is False, NaN and infinity included, reaches
+            neither the moments nor any derivative.
+        light backward: `x` in its own dtype and vectors are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        no entry                             count, mean and m2 are 0
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x` is neither floating nor complex, or `mask` is not boolean.
+        ValueError: an axis is out of range or named twice, or `mask` does not broadcast.
+
+    References:
+        Chan, Golub, LeVeque (1983), Algorithms for computing the sample variance: the corrected
+        two-pass algorithm (1.7).
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> moments = normjax.measure(jnp.array([[1.0, 2.0], [3.0, 6.0]]), axis=0)
+        >>> moments.mean, moments.variance()
+        (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
+    """
+    x = _checks.inexact("normjax.measure", "x", x)
+    axes = _checks.axes("normjax.measure", "axis", axis, x.shape)
+    centered = _checks.switch("normjax.measure", "centered", centered)
+    mask = _checks.mask("normjax.measure", mask, x.shape)
+    with jax.named_scope("normjax.measure"):
+        count = count_of(x, mask, axes)
+        both = _jitted_local(x, mask, count, axes, centered, False)
+        return squeezed(Moments(count, *both), axes)
+
+
+def squeezed(moments: Moments, axes: tuple[int, ...]) -> Moments:
+    """Without the reduced axes; a count that all features share is one number."""
+    count, mean, m2 = moments
+    mean, m2 = (jnp.squeeze(v, axes) for v in (mean, m2))
+    if np.ndim(count):
+        count = jnp.squeeze(count, axes)
+        count = count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, mean.shape)
+    return Moments(count, mean, m2)
+
+
+def count_of(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Count:
+    """How many entries count, in the rank of x or as a number."""
+    return counted(x.shape, axes, mask, real_dtype(accumulation_dtype(x.dtype)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def shared_moments(
+    x: Array, mask: Array | None, pivot: Array | None, floor: Array, reduction: Reduction,
+    kept: bool,
+) -> Moments:  # fmt: skip
+    """Of all that shares, in the rank of x.
+
+    Args:
+        pivot: what the mean is likely near to, in the rank of x: running means.
+        floor: what will be added to the variance. Around a pivot, errors below it do no harm.
+        kept: whether a derivative reads the moments again.
+    """
+    axes, name = reduction.axes, reduction.axis_name
+    count = count_of(x, mask, axes)
+    if pivot is not None:
+        pivot = lax.stop_gradient(pivot).astype(accumulation_dtype(x.dtype))
+        if name is None:
+            given = x, mask, count, pivot, floor
+            return Moments(count, *_chosen(partial(_around, axes=axes, kept=kept), given))
+        if reduction.axis_index_groups is None and not varies(pivot, name):
+            return _shared_around(x, mask, pivot, floor, reduction, kept)
+    moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
+    if reduction.groups is not None:
+        moments = reduction.groups.merge(moments)
+    if name is not None:
+        moments = synchronized(moments, name, reduction.axis_index_groups)
+    return moments
+
+
+@shared_moments.defjvp
+def _shared_moments_jvp(reduction: Reduction, _: bool, primals: Any, tangents: Any) -> Any:
+    x, mask, *_ = primals
+    moments = shared_moments(*primals, reduction, True)
+    d_mean, d_m2 = moments_tangent(x, mask, moments, upcast(tangents[0]), reduction)
+    return moments, Moments(jnp.zeros_like(moments.count), d_mean, d_m2)
+
+
+def moments_tangent(
+    x: Array, mask: Array | None, moments: Moments, dx: Array, reduction: Reduction
+) -> tuple[Array, Array]:
+    """d mean and d m2, linear in dx, for moments of all that shares.
+
+        d mean = sum(dx) / count,   d m2 = 2 sum(Re(conj(x - mean) dx))
+
+    The term with d mean is missing from d m2 because the deviations sum to zero. Around zero the
+    mean is constant.
+    """
+    mean, axes = moments.mean, reduction.axes
+
+    def deviated(dx: Array, mask: Any, mean: Any, x: Array) -> Array:
+        mean, x = isolate((mean, x), number=3)
+        return jnp.conj(deviation(upcast(x), mean, mask)) * select(dx, mask)
+
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    products = diagonal(deviated, dx, mask, mean if reduction.centered else None, x)
+    sums = [total(jnp.real(products))]
+    if reduction.centered:
+        sums.append(total(dx if mask is None else diagonal(select, dx, mask)))
+    second, *first = reduction.total(sums)
+    if not first:
+        return jnp.zeros_like(mean), 2 * second
+    return first[0] / safe_count(moments.count).astype(mean.dtype), 2 * second
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _local(
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool, kept: bool
+) -> tuple[Array, Array]:
+    """mean and m2 of what lies on this device."""
+    form = partial(_measured, axes=axes, centered=centered, kept=kept)
+    mean, m2 = _chosen(form, (x, mask, count))
+    return mean, m2
+
+
+_jitted_local = jax.jit(_local, static_argnums=(3, 4, 5), inline=True)
+
+
+@_local.defjvp
+def _local_jvp(axes: Any, centered: bool, _: bool, primals: Any, tangents: Any) -> Any:
+    x, mask, count = primals
+    mean, m2 = moments_of_norm(_local(*primals, axes, centered, True))
+    reduction = Reduction(axes, centered)
+    moments = Moments(count, mean, m2)
+    return (mean, m2), moments_tangent(x, mask, moments, upcast(tangents[0]), reduction)
+
+
+def _shared_around(
+    x: Array, mask: Array | None, pivot: Array, floor: Array, reduction: Reduction, kept: bool
+) -> Moments:
+    """One exchange: the devices know the pivot before they have measured anything.
+
+    If it was far from the mean, or if they have not all known the same one, they measure anew and
+    exchange means before squares. All decide alike, from nothing but what was exchanged.
+    """
+    axes, name = reduction.axes, reduction.axis_name
+    assert name is not None
+    count = count_of(x, mask, axes)
+    sums = _chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
+    # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
+    # in which nothing varies. A constant count is multiplied, not exchanged.
+    unknown = None if varies(x, name) else fingerprint(pivot)
+    given = None if isinstance(count, np.generic) else count
+    given, (first, second), same = total_over_devices((given, sums, unknown), name)
+    whole = lax.psum(count, name) if given is None else given
+    mean, m2 = moved(first, second, pivot, whole)
+    exact = around_pivot_is_exact(mean, m2, pivot, whole, floor)
+    if same is not None:
+        exact = exact & agreed(same, lax.psum(1, name))
+
+    def anew() -> tuple[Array, Array]:
+        own = Moments(count, *two_pass(x, mask, count, axes))
+        return synchronized(own, name)[1:]
+
+    return Moments(whole, *lax.cond(exact, lambda: (mean, m2), anew))
+
+
+def _chosen(form: Any, operands: Any) -> list[Array]:
+    """by_platform of a function of a tree of operands."""
+    leaves, structure = jax.tree.flatten(operands)
+
+    def flat(platform: str, *leaves: Array) -> Sequence[Array]:
+        return form(platform, *jax.tree.unflatten(structure, leaves))
+
+    return by_platform(flat, *leaves)
+
+
+def _measured(platform: str, x: Array, mask: Any, count: Count, **how: Any) -> Any:
+    return PLATFORMS[platform].measure(x, mask, count, **how)
+
+
+def _around(
+    platform: str, x: Array, mask: Any, count: Count, pivot: Array, floor: Array, *,
+    axes: tuple[int, ...], kept: bool,
+) -> Any:  # fmt: skip
+    """One pass around the pivot where that is cheaper; measured anew where it was far."""
+    if platform == "cpu":
+        return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
+    first, second = PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    mean, m2 = moved(first, second, pivot, count)
+    return lax.cond(
+        around_pivot_is_exact(mean, m2, pivot, count, floor),
+        lambda: (mean, m2),
+        lambda: two_pass(x, mask, count, axes),
+    )
+
+
+def _sums(
+    platform: str, x: Array, mask: Any, count: Count, pivot: Array, *, axes: tuple[int, ...],
+    kept: bool,
+) -> Any:  # fmt: skip
+    """The sums around a pivot, in the way of the platform."""
+    if platform == "cpu":
+        return cpu.sums_around(x, mask, pivot, axes, count, kept)
+    return PLATFORMS[platform].sums_around(x, mask, pivot, axes)

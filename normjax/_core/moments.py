@@ -1,0 +1,222 @@
+"""Moments are a monoid: those of pieces of data merge into those of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
+from normjax._core.devices import AxisName, Groups, total_over_devices
+from normjax._core.dtypes import abs_square, accumulation_dtype
+from normjax._core.mask import Count, safe_count
+from normjax._core.remat import moments_of_norm
+
+
+class Moments(NamedTuple):
+    """How many entries, their mean, and the sum of their squared deviations from it.
+
+        count = sum of 1,   mean = sum of x / count,   m2 = sum of |x - mean|^2
+
+    Moments of two pieces of data merge into the moments of both (`merge`), moments of several
+    devices into the moments of all (`synchronize`). `Moments(0, 0, 0)` is the neutral element.
+
+    Attributes:
+        count: float32 or float64, shape () where every feature has equally many entries, else
+            the shape of `mean`.
+        mean: float32, float64, complex64 or complex128; the shape of the axes that were kept.
+        m2: real, the shape of `mean`.
+    """
+
+    count: Count  # type: ignore[assignment]  # hides tuple.count, as meant
+    mean: Array
+    m2: Array
+
+    @classmethod
+    def make(cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Moments:
+        """Moments of nothing, with a count for each feature: where a fold over `merge` starts.
+
+        Of `dtype`, or of float32 if that is narrower; count and m2 are real.
+
+        Example:
+            >>> import normjax
+            >>> normjax.Moments.make(2).count
+            Array([0., 0.], dtype=float32)
+        """
+        shape = _checks.shape("normjax.Moments.make", shape)
+        dtype = accumulation_dtype(
+            _checks.output_dtype("normjax.Moments.make", dtype, np.dtype("float32"))
+        )
+        real = jnp.finfo(dtype).dtype
+        return cls(jnp.zeros(shape, real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
+
+    def variance(self, ddof: float = 0) -> Array:
+        """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
+
+        0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
+        """
+        freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
+        some = (freedom > 0).astype(self.m2.dtype)
+        return self.m2 / safe_count(freedom).astype(self.m2.dtype) * some
+
+
+def merge(first: Moments, *others: Moments) -> Moments:
+    """Merges moments of pieces of data into the moments of all of it.
+
+        count = sum of counts,   mean = sum of count_i mean_i / count,
+        m2 = sum of m2_i + count_i |mean_i - mean|^2
+
+    Args:
+        first, others: moments over equal features.
+
+    Returns:
+        `Moments` of the concatenated data.
+
+    Guarantees:
+        monoid: associative and commutative to rounding; moments with count 0 change nothing.
+
+    Raises:
+        TypeError: an argument is no `Moments`.
+        ValueError: the moments are of unequal features.
+
+    References:
+        Chan, Golub, LeVeque (1983), the pairwise merge, here for any number of pieces at once.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> a = normjax.measure(jnp.array([1.0, 2.0]), axis=0)
+        >>> b = normjax.measure(jnp.array([6.0]), axis=0)
+        >>> normjax.merge(a, b).mean
+        Array(3., dtype=float32)
+    """
+    called = "normjax.merge"
+    pieces = (first, *others)
+    for piece in pieces:
+        _checks.moments(called, piece, Moments)
+    features = _checks.features(called, [jnp.shape(m.mean) for m in pieces])
+    # A count shared by all features stays one number if all pieces have such a count.
+    counted = _checks.features(called, [jnp.shape(m.count) for m in pieces])
+    count = _stack([m.count for m in pieces], counted or (1,) * len(features))
+    mean = _stack([m.mean for m in pieces], features)
+    m2 = _stack([m.m2 for m in pieces], features)
+    pooled = collapse(Moments(count, mean, m2))
+    return pooled._replace(count=pooled.count.reshape(counted))
+
+
+def collapse(stacked: Moments) -> Moments:
+    """Merges moments that are stacked along their first axis; a single count is that of each."""
+    pieces, *features = stacked.mean.shape
+    single = np.ndim(stacked.count) == 0
+    count = stacked.count
+    if single:
+        count = jnp.full((pieces, *(1 for _ in features)), count)
+    total = partial(jax.tree.map, partial(jnp.sum, axis=0, keepdims=True))
+    pooled = _pool(stacked._replace(count=count), total)
+    count, mean, m2 = (jnp.squeeze(leaf, axis=0) for leaf in pooled)
+    return Moments(count.reshape(()) if single else count, mean, m2)
+
+
+def synchronize(
+    moments: Moments,
+    axis_name: str | Sequence[str],
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Merges the moments of all devices along `axis_name` into the moments of the whole batch.
+
+    The formula is that of `merge`, its sums taken over the named axis: two small reductions, the
+    second one around the mean that the first one found, and one of two vectors for the gradient.
+    `batch_norm` does with one where its running mean is near (docs/devices.md).
+
+    Args:
+        moments: what this device measured.
+        axis_name: one name or several, bound by `pmap`, `shard_map` or `vmap`.
+        axis_index_groups: device groups that share among themselves only, as in `jax.lax.psum`.
+
+    Returns:
+        `Moments`, equal on all devices (of a group).
+
+    Guarantees:
+        shared exactly: equal to measuring the concatenated batch, in value and gradient, for any
+            counts, a device without a valid entry included.
+
+    Raises:
+        TypeError: `moments` is no `Moments`.
+        NameError: `axis_name` is not bound.
+        ValueError: `axis_index_groups` do not name each device once.
+        NotImplementedError: `axis_index_groups` where JAX has none: under `vmap`, and of unequal
+            size under `shard_map` with `check_vma=True`.
+
+    References:
+        Chan, Golub, LeVeque (1983), the pairwise merge, over all devices at once.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax
+        >>> def share(x):
+        ...     return normjax.synchronize(normjax.measure(x, axis=0), "batch").mean
+        >>> jax.vmap(share, axis_name="batch")(jnp.array([[1.0, 3.0], [5.0, 7.0]]))
+        Array([4., 4.], dtype=float32)
+    """
+    called = "normjax.synchronize"
+    _checks.moments(called, moments, Moments)
+    _checks.axis_size(called, axis_name, axis_index_groups)
+    with jax.named_scope(called), _checks.grouped(called, axis_name, axis_index_groups):
+        return synchronized(moments, axis_name, axis_index_groups)
+
+
+def synchronized(moments: Moments, axis_name: AxisName, groups: Groups = None) -> Moments:
+    """`synchronize` of what was checked."""
+    if groups is not None:
+        # psum multiplies a constant by the size of the first group, whatever that of the others.
+        moments = moments._replace(count=jnp.full_like(moments.m2, moments.count))
+    return _pool(moments, lambda v: total_over_devices(v, axis_name, groups))
+
+
+def _pool(moments: Moments, total: Callable) -> Moments:
+    """The one merge formula; `total` says what is summed over: pieces, devices, steps."""
+    count, mean, m2 = moments
+    pooled_count = total(count)
+    entries = safe_count(pooled_count)
+    divisor = entries.astype(mean.dtype)
+    # An empty whole has mean 0: its weighted sum is 0 already.
+    rough = moments_of_norm(total(_scaled(mean, count)) / divisor)
+    # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
+    # correction is zero but for rounding, and so is its derivative.
+    off = lax.stop_gradient(_scaled(mean - rough, count))
+    # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
+    lost, squares = total(off), total(m2 + _between(count, mean, rough))
+    rest = lost / divisor
+    squares = moments_of_norm(squares - abs_square(rest) * entries)
+    # Below 0 is rounding alone. It is taken off as a constant, since a selection or a maximum
+    # would take a derivative with it, of which the second one is not 0 there.
+    return Moments(pooled_count, rough + rest, squares - lax.stop_gradient(jnp.minimum(squares, 0)))
+
+
+@jax.custom_jvp
+def _between(count: Count, mean: Array, pooled_mean: Array) -> Array:
+    """What a piece adds to m2 because its mean is not that of the whole."""
+    return abs_square(mean - pooled_mean) * count
+
+
+@_between.defjvp
+def _between_jvp(primals, tangents):
+    # The term with d pooled_mean is missing because the pieces' deviations sum to zero. Autodiff
+    # would find that zero by communicating it: one more reduction over the devices.
+    count, mean, pooled_mean = primals
+    slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
+    return _between(*primals), jnp.real(slope * tangents[1])
+
+
+def _stack(leaves: Sequence[ArrayLike], shape: tuple[int, ...]) -> Array:
+    arrays = [jnp.asarray(leaf) for leaf in leaves]
+    dtype = accumulation_dtype(*(a.dtype for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)))
+    return jnp.stack([jnp.broadcast_to(a.astype(dtype), shape) for a in arrays])
+
+
+def _scaled(mean: Array, count: Count) -> Array:
+    return mean * jnp.asarray(count).astype(mean.dtype)

@@ -1,0 +1,86 @@
+"""A GPU: rows in one kernel, columns in one pass around a sample of x.
+
+A norm is limited by the memory that its kernels read and write. In units of x (H100, float32):
+layer norm reads and writes 2 in evaluation, in one kernel; by E[x^2] - E[x]^2 it is 3. A kernel
+writes one result, so where mean and variance are wanted as well, for a derivative, they take one
+more pass: by a merge, which is exact, 3 in all. Along columns, as in group norm, a merge would
+write its operands (5 to 13), and two passes take 4; around a pivot that is a mean of some of the
+entries it is 3.02.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from normjax._core import algorithms
+from normjax._core.algorithms import around_pivot_is_exact, merged, moved, squares, two_pass
+from normjax._core.dtypes import abs_square, real_dtype, upcast
+from normjax._core.mask import Count, deviation, safe_count, select
+
+
+def measure(
+    x: Array, mask: Array | None, count: Count, *, axes: tuple[int, ...], centered: bool, kept: bool
+) -> tuple[Array, Array]:
+    """mean and m2; `kept` if a derivative reads them again."""
+    if not centered:
+        return squares(x, mask, axes)
+    if axes == tuple(range(x.ndim))[-len(axes) :]:
+        by_merge = kept and not jnp.iscomplexobj(x)
+        return merged(x, mask, axes) if by_merge else two_pass(x, mask, count, axes)
+    sample = _sample(x, mask, axes)
+    if sample is None:
+        return two_pass(x, mask, count, axes)
+    # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
+    floor = (8 * float(jnp.finfo(sample.dtype).eps)) ** 2 * abs_square(sample)
+    mean, m2 = moved(*sums_around(x, mask, sample, axes), sample, count)
+    return lax.cond(
+        around_pivot_is_exact(mean, m2, sample, count, floor),
+        lambda: (mean, m2),
+        lambda: two_pass(x, mask, count, axes),
+    )
+
+
+def sums_around(
+    x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass, as one sum of complex numbers.
+
+    Of two sums XLA's compiler may write x - pivot to memory in float32 and read it again, which
+    costs 5 and not 1 (bfloat16, (8, 32, 32, 320)).
+    """
+    if jnp.iscomplexobj(x):
+        return algorithms.sums_around(x, mask, pivot, axes)
+    apart = deviation(upcast(x), pivot, mask)
+    both = jnp.sum(lax.complex(apart, jnp.square(apart)), axes, keepdims=True)
+    return both.real, both.imag
+
+
+def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
+    """The mean of 32 entries or more, at most 1/64 of a large x, from all over x.
+
+    Never along the first axis, whose examples may lie on several devices. None where a sample
+    would be all of x.
+    """
+    if not all(isinstance(x.shape[a], int) for a in axes):
+        return None
+    strides = dict.fromkeys((a for a in axes if a > 0), 1)
+    entries = prod(x.shape[a] for a in axes)
+    while strides and 2 * prod(strides.values()) <= min(entries // 32, 64):
+        longest = max(strides, key=lambda a: x.shape[a] // strides[a])
+        strides[longest] *= 2
+    if not strides or prod(strides.values()) == 1:
+        return None
+    step = [strides.get(a, 1) for a in range(x.ndim)]
+    # From the middle of each stride, since the borders of an image are not like the rest of it.
+    start = [n // 2 for n in step]
+    some = lax.slice(x, start, x.shape, step)
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    if mask is None:
+        return total(upcast(some)) / prod(some.shape[a] for a in axes)
+    counts = lax.slice(jnp.broadcast_to(mask, x.shape), start, x.shape, step)
+    number = total(counts, dtype=real_dtype(upcast(x).dtype))
+    return total(select(upcast(some), counts)) / safe_count(number).astype(upcast(x).dtype)

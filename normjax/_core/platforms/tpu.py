@@ -1,0 +1,26 @@
+"""A TPU: moments are merged by the reduction itself, in the one pass of the unstable formula.
+
+Cycles of XLA's cost model (v5e), layer norm of (8192, 4096) float32: 1.22M, as by
+E[x^2] - E[x]^2; by two passes 2.24M. Around a pivot that is known before x, the sums even fuse
+into the convolution that makes x, which a merge does not: two bottleneck blocks take 4.85M cycles
+so, 5.95M by merges.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from normjax._core.algorithms import merged, squares, sums_around, two_pass
+from normjax._core.mask import Count
+
+__all__ = ["measure", "sums_around"]
+
+
+def measure(
+    x: Array, mask: Array | None, count: Count, *, axes: tuple[int, ...], centered: bool, kept: bool
+) -> tuple[Array, Array]:
+    """mean and m2; `kept` if a derivative reads them again."""
+    if not centered:
+        return squares(x, mask, axes)
+    return two_pass(x, mask, count, axes) if jnp.iscomplexobj(x) else merged(x, mask, axes)

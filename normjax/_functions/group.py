@@ -1,0 +1,170 @@
+"""Parts of each example by their own statistics: group norm and instance norm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
+from normjax._core.measure import FeatureGroups, Reduction
+from normjax._core.standardize import Inputs
+from normjax._functions.layer import affine, within
+
+
+@_checks.named("normjax.group_norm")
+def group_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    num_groups: int | None = None,
+    group_size: int | None = None,
+    feature_axis: int = -1,
+    axis: int | Collection[int] | None = None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Group normalization: each example by the mean and variance of groups of its features.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        x: floating or complex array, examples along axis 0.
+        scale, bias: of shape (C,), or (N, C) with one for each example, or None.
+        num_groups: into how many groups of neighbors the features are divided.
+        group_size: or how many features a group has. Exactly one of both is given.
+        feature_axis: the axis of the features.
+        axis: the axes to reduce beside the features of a group, by default all but the first.
+            Give it where x has more than one leading batch axis.
+        epsilon: added to the variance, in the square of the units of x.
+        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
+        dtype: of y, by default that of `x`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Guarantees:
+        stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
+        masked out means out: a masked entry takes no part in the statistics, and no NaN or
+            infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        one group                            layer norm over all axes but the first
+        groups of one feature                instance norm
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
+        ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
+            the features; a wrong axis or shape, a mask with two readings, nothing to reduce.
+        NameError: `axis_name` is not bound.
+
+    References:
+        Wu, He (2018), Group Normalization, arXiv:1803.08494.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2).round(3)
+        Array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+    called = "normjax.group_norm"
+    x = _checks.inexact(called, "x", x)
+    feature = _checks.axis(called, "feature_axis", feature_axis, x.shape)
+    reduced = tuple(a for a in range(1, len(x.shape)) if a != feature)
+    if axis is not None:
+        reduced = _checks.axes(called, "axis", axis, x.shape)
+    groups = _checks.number_of_groups(called, num_groups, group_size, x.shape[feature])
+    scale, bias = affine(called, x, scale, bias, feature)
+    mask = _checks.mask(called, mask, x.shape)
+    where = axis_name, axis_index_groups
+    spatial = tuple(a for a in reduced if a != feature)
+    if not spatial:
+        split = partial(_split, axis=feature, groups=groups)
+        inputs = Inputs(split(x), split(mask), split(scale), split(bias), epsilon)
+        reduction = Reduction((feature + 1,), True, *where)
+        return within(called, inputs, reduction, dtype).reshape(x.shape)
+    # Merging what was measured for each feature is faster than measuring groups: x need not be
+    # seen in another shape, and sums over a few neighbors at a time are slow.
+    reduction = Reduction(spatial, True, *where, FeatureGroups(feature, groups))
+    return within(called, Inputs(x, mask, scale, bias, epsilon), reduction, dtype)
+
+
+def _split(v: Any, axis: int, groups: int) -> Any:
+    """Gives the groups an axis of their own, before that of the features of a group."""
+    if v is None:
+        return None
+    two = (1, 1) if v.shape[axis] == 1 else (groups, v.shape[axis] // groups)
+    return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
+
+
+@_checks.named("normjax.instance_norm")
+def instance_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    feature_axis: int | Collection[int] = -1,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Instance normalization: each feature of each example by its own mean and variance.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        x: floating or complex array, examples along axis 0.
+        scale, bias: of the shape of `feature_axis`; with a leading batch axis before it, one for
+            each example, which is adaptive instance norm (arXiv:1703.06868). Or None.
+        feature_axis: the axis or axes that are kept beside the first.
+        epsilon: added to the variance, in the square of the units of x.
+        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
+        dtype: of y, by default that of `x`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Guarantees:
+        stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
+        masked out means out: a masked entry takes no part in the statistics, and no NaN or
+            infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        one element                          y = bias (epsilon > 0)
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
+        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        NameError: `axis_name` is not bound.
+
+    References:
+        Ulyanov, Vedaldi, Lempitsky (2016), Instance Normalization, arXiv:1607.08022.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.instance_norm(jnp.array([[[1.0, 10.0], [3.0, 30.0]]])).round(3)
+        Array([[[-1., -1.],
+                [ 1.,  1.]]], dtype=float32)
+    """
+    called = "normjax.instance_norm"
+    x = _checks.inexact(called, "x", x)
+    reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape, batch=True)
+    scale, bias = affine(called, x, scale, bias, feature_axis)
+    inputs = Inputs(x, mask, scale, bias, epsilon)
+    return within(called, inputs, Reduction(reduced, True, axis_name, axis_index_groups), dtype)

@@ -1,0 +1,188 @@
+"""Each example by its own statistics: layer norm and RMS norm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from normjax import _checks
+from normjax._core.measure import Reduction
+from normjax._core.normalize import Output
+from normjax._core.standardize import Inputs, Options, standardize
+
+
+@_checks.named("normjax.layer_norm")
+def layer_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """Layer normalization: each example by its own mean and variance over `axis`.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+        x: floating or complex array.
+        scale, bias: of the shape of `feature_axis`; with a leading batch axis before it, one for
+            each example (conditional normalization). Or None.
+        axis: the axis or axes to reduce.
+        feature_axis: the axes of scale and bias, by default `axis`.
+        epsilon: added to the variance, in the square of the units of x.
+        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
+        dtype: of y, by default that of `x`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Guarantees:
+        stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
+        float32 inside: statistics of half precision input are computed in float32.
+        masked out means out: a masked entry takes no part in the statistics, and no NaN or
+            infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        one element                          y = bias (epsilon > 0)
+        constant example                     y = bias (epsilon > 0)
+        example with every entry masked      y = x * scale / sqrt(epsilon) + bias
+        deviations beyond 1.8e19 / sqrt(n)   the sum of n squares overflows float32: y = bias
+        dy below 1e-38 var                   the part of dx that goes through the variance
+                                             underflows in float32
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
+        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        NameError: `axis_name` is not bound.
+
+    References:
+        Ba, Kiros, Hinton (2016), Layer Normalization, arXiv:1607.06450.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.layer_norm(jnp.array([[1.0, 3.0], [10.0, 30.0]])).round(3)
+        Array([[-1.,  1.],
+               [-1.,  1.]], dtype=float32)
+    """
+    called = "normjax.layer_norm"
+    x = _checks.inexact(called, "x", x)
+    axes = _checks.axes(called, "axis", axis, x.shape)
+    feature_axis = axes if feature_axis is None else feature_axis
+    scale, bias = affine(called, x, scale, bias, feature_axis)
+    inputs = Inputs(x, mask, scale, bias, epsilon)
+    return within(called, inputs, Reduction(axes, True, axis_name, axis_index_groups), dtype)
+
+
+@_checks.named("normjax.rms_norm")
+def rms_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    *,
+    axis: int | Collection[int] = -1,
+    feature_axis: int | Collection[int] | None = None,
+    epsilon: ArrayLike = 1e-6,
+    mask: ArrayLike | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """RMS normalization: each example by the root of its mean square over `axis`.
+
+        y = x / sqrt(mean(|x|^2) + epsilon) * scale
+
+    Args:
+        x: floating or complex array.
+        scale: of the shape of `feature_axis`; with a leading batch axis before it, one for each
+            example. Or None. For a stored gamma with scale = 1 + gamma, pass 1 + gamma.
+        axis: the axis or axes to reduce.
+        feature_axis: the axes of scale, by default `axis`.
+        epsilon: added to the mean square, in the square of the units of x.
+        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
+        dtype: of y, by default that of `x`.
+
+    Returns:
+        An array of the shape of `x`.
+
+    Guarantees:
+        float32 inside: the mean square of half precision input is computed in float32.
+        masked out means out: a masked entry takes no part in the mean square, and no NaN or
+            infinity at it reaches another entry, in value or derivative.
+        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+
+    Edge cases:
+        ===================================  ==================================================
+        one element                          y = sign(x) * scale (|x| >> sqrt(epsilon))
+        zeros                                y = 0 (epsilon > 0)
+        x beyond 1.8e19 / sqrt(n)            the sum of n squares overflows float32: y = 0
+        dy below 1e-38 mean(x^2)             the part of dx that goes through the mean square
+                                             underflows in float32
+        ===================================  ==================================================
+
+    Raises:
+        TypeError: `x` or `scale` of integers, or a mask that is not boolean.
+        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        NameError: `axis_name` is not bound.
+
+    References:
+        Zhang, Sennrich (2019), Root Mean Square Layer Normalization, arXiv:1910.07467.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax
+        >>> normjax.rms_norm(jnp.array([3.0, 4.0, 0.0, 0.0])).round(3)
+        Array([1.2, 1.6, 0. , 0. ], dtype=float32)
+    """
+    called = "normjax.rms_norm"
+    x = _checks.inexact(called, "x", x)
+    axes = _checks.axes(called, "axis", axis, x.shape)
+    feature_axis = axes if feature_axis is None else feature_axis
+    scale, _ = affine(called, x, scale, None, feature_axis)
+    inputs = Inputs(x, mask, scale, None, epsilon)
+    return within(called, inputs, Reduction(axes, False, axis_name, axis_index_groups), dtype)
+
+
+def affine(
+    called: str,
+    x: Array,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    feature_axis: int | Collection[int],
+) -> tuple[Array | None, Array | None]:
+    """scale and bias in the rank of x, for each feature or for each feature of each example."""
+    kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
+    real = not jnp.iscomplexobj(x)
+    return (
+        _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real),
+        _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real),
+    )
+
+
+def within(
+    called: str, inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None, **how: Any
+) -> Array:
+    """Checks what all norms have in common; measures, shares and normalizes."""
+    x, name, groups = inputs.x, reduction.axis_name, reduction.axis_index_groups
+    _checks.epsilon(called, inputs.epsilon)
+    _checks.groups(called, name, groups)
+    _checks.something(called, x.shape, reduction.axes)
+    inputs = inputs._replace(mask=_checks.mask(called, inputs.mask, x.shape))
+    output = Output(_checks.output_dtype(called, dtype, x.dtype))
+    if name is not None:
+        _checks.axis_size(called, name, groups)
+    with jax.named_scope(called):
+        return standardize(inputs, Options(reduction.hashable(), output, **how))[0]
