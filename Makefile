@@ -1,17 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+COMPILERS := .venv-compiled
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench compiled
 
 help: ## Show this list.
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 14
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 demo: $(INSTALLED) ## Train a network on handwritten digits over four devices.
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED) ## Prove the promises.
+test: $(INSTALLED) ## Prove the promises; `pytest -n 2 -m "not slow"` leaves examples and processes out.
 	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) ## Check format, style and types.
@@ -25,7 +26,10 @@ bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results
 	$(BIN)/python -m benchmarks.models --out benchmarks/results
 	$(BIN)/python -m benchmarks.stack --out benchmarks/results
-	$(BIN)/python benchmarks/scaling.py --out benchmarks/results/scaling.md
+	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.md
+
+compiled: $(COMPILERS)/.installed ## Compile for an H100 and a TPU, and read what norms cost there.
+	$(COMPILERS)/bin/python -m benchmarks.compiled --out benchmarks/results
 
 # Made once, and anew when the dependencies change.
 $(INSTALLED): pyproject.toml
@@ -34,4 +38,16 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# The compilers without CUDA's libraries, since nothing runs. They live apart: JAX would look for
+# their devices in every process.
+$(COMPILERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(COMPILERS)
+	$(COMPILERS)/bin/python -m pip install --quiet --upgrade pip
+	$(COMPILERS)/bin/python -m pip install --quiet jax flax dm-haiku equinox matplotlib
+	version=$$($(COMPILERS)/bin/python -c 'import jax; print(jax.__version__)') && \
+		$(COMPILERS)/bin/python -m pip install --quiet --no-deps libtpu nvidia-cuda-nvcc-cu12 \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	$(COMPILERS)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@

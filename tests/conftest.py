@@ -1,16 +1,34 @@
-"""A strict world: no silent promotion, warnings are errors (pyproject.toml), eight CPU devices."""
+"""A strict world: no silent promotion, warnings are errors (pyproject.toml), eight CPU devices.
+
+Compiled quickly, and once for all runs: tests/compiling.py.
+"""
 
 import contextlib
+import gc
 
 import jax
 import numpy as np
 import pytest
 
+from tests import compiling
+
 DEVICES = 8
+
+compiling.prune()
+compiling.set_up()
+for name, value in compiling.CACHE.items():
+    # A plugin of pytest may have imported JAX, which reads the environment but then.
+    jax.config.update(name, value)
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """The collector passes over what is imported by now, which is most of what lives."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

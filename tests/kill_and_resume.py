@@ -17,9 +17,18 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.compiling import DEFAULT_XLA, OWN_FLAGS
+
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("process 0", "process 1", "launcher", "all")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+# A step that runs a few dozen times is worth some optimization, but not all.
+LEVEL = [] if DEFAULT_XLA else ["--xla_backend_optimization_level=1"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": " ".join([*OWN_FLAGS, *LEVEL]),
+}
 # Far above what a start takes, for a slow machine: it only bounds a hang.
 LIMIT = 600
 

@@ -49,13 +49,23 @@ def images(seed=0, n=8, offset=0.5):
     return jnp.asarray(rng.normal(offset, 2.0, (n, 4, 4, 2)), jnp.float32)
 
 
+# Compiled once for equal models.
+@partial(jax.jit, static_argnums=0)
+def initialize(model, key):
+    return model.init(key, images()[:1], False)
+
+
+@partial(jax.jit, static_argnums=0)
+def train(model, variables, x):
+    _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    return {**variables, **updates}
+
+
 def trained(model, seed=0, steps=3):
     """Variables whose running statistics and affine parameters are no longer those of init."""
-    variables = model.init(jax.random.key(seed), images()[:1], False)
-    step = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    variables = initialize(model, jax.random.key(seed))
     for i in range(steps):
-        _, updates = step(variables, images(seed=i))
-        variables = {**variables, **updates}
+        variables = train(model, variables, images(seed=i))
     rng = np.random.default_rng(seed)
 
     def moved(path, leaf):

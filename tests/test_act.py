@@ -14,6 +14,7 @@ import normjax
 import normjax.linen
 from normjax import ELU, BatchStats, LeakyReLU, batch_norm, batch_norm_act
 from tests import reference
+from tests.compiling import DEFAULT
 from tests.reference import EPS
 
 ACTIVATIONS = {
@@ -61,23 +62,29 @@ def test_batch_norm_act_guarantee_same_result(activation, data, x64):
     data = [np.asarray(v, np.float64) for v in data]
     mask = np.arange(8).reshape(8, 1, 1) < 6
 
-    def first(loss):
+    def first(loss, data):
         return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*data)
 
-    def pushed(loss):
+    def pushed(loss, data):
         return jax.jvp(lambda *v: loss(*v)[0], data, data)
 
-    def second(loss):
+    def second(loss, data):
         inner = jax.grad(lambda *v: loss(*v)[0])
         return jax.grad(lambda *v: jnp.sum(inner(*v) ** 2), (0, 1, 2))(*data)
 
-    for options in ({}, {"mask": mask}):
-        for view in (first, pushed, second):
-            ours, theirs = (
-                jax.tree.leaves(view(f(activation, **options))) for f in (joined, plain)
-            )
-            for a, b in zip(ours, theirs, strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-9)
+    @jax.jit
+    def views(data):
+        """By `joined` and by `plain`, of each view with and without a mask."""
+        return [
+            [
+                view(f(activation, **options), data)
+                for options in ({}, {"mask": mask})
+                for view in (first, pushed, second)
+            ]
+            for f in (joined, plain)
+        ]
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9), *views(data))
 
 
 # Slope of each activation in NumPy, at 0 as in JAX.
@@ -124,10 +131,10 @@ def test_a_masked_entry_whose_output_overflows_leaves_other_gradients_finite(rng
                 z, _ = batch_norm_act(x, None, scale, train=True, activation=activation, mask=mask)
                 return jnp.sum(jnp.where(mask, z, jnp.zeros((), z.dtype)).astype(jnp.float32) ** 3)
 
-            dx, dscale = jax.grad(loss, (0, 1))(x, jnp.ones(2))
+            dx, dscale = jax.jit(jax.grad(loss, (0, 1)))(x, jnp.ones(2))
             assert np.isfinite(dx).all()
             assert np.isfinite(dscale).all()
-            apart = jax.grad(partial(loss, mask=mask[1:]))(x[1:], jnp.ones(2))
+            apart = jax.jit(jax.grad(partial(loss, mask=mask[1:])))(x[1:], jnp.ones(2))
             np.testing.assert_allclose(dx[1:], apart, rtol=8 * EPS[dtype], atol=64 * EPS[dtype])
 
 
@@ -229,7 +236,8 @@ def step(model, variables, x):
         y, _ = model.apply({**variables, "params": params}, x, mutable=["batch_stats"])
         return jnp.mean(y**2)
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(variables["params"]).compile()
+    program = jax.jit(jax.value_and_grad(loss), compiler_options=DEFAULT)
+    compiled = program.lower(variables["params"]).compile()
     return compiled.memory_analysis().temp_size_in_bytes, compiled(variables["params"])
 
 

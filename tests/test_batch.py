@@ -12,6 +12,8 @@ import pytest
 
 from normjax import BatchStats, batch_norm
 from tests import reference
+from tests.compiling import DEFAULT
+from tests.hard import distributions
 from tests.reference import EPS
 from tests.shapes import SHAPES, reduced
 
@@ -128,27 +130,6 @@ def test_complex_gradient_equals_finite_differences(rng, x64):
     assert (jax.grad(ours)(z) * d).real.sum() == pytest.approx(want, rel=1e-7)
 
 
-def distributions(n, c):
-    """Inputs that break one-pass formulas, badly chosen pivots, or the range of float32."""
-    rng = np.random.default_rng(3)
-    normal = rng.normal(size=(n, c))
-    for m in (0, *(10.0**k for k in range(1, 7))):
-        yield f"N({m:g}, 1)", m + normal
-        yield f"comb of zeros, N({m:g}, 1)", np.where(np.arange(n)[:, None] % 8, m + normal, 0)
-    for name, row in (("first", 0), ("last", -1)):
-        outlier = normal.copy()
-        outlier[row] = 1e7
-        yield f"outlier {name}", outlier
-        outlier = 1e4 + normal
-        outlier[row] *= -1e3
-        yield f"outlier {name}, offset", outlier
-    yield "constant", np.broadcast_to(np.array([0.1, 3.0, 1e3 / 3, 1e6 / 7])[:c], (n, c))
-    yield "heavy tails", rng.standard_t(1.5, (n, c))
-    for size in (1e-12, 1e-6, 1e6, 1e15):
-        yield f"scale {size:g}", (normal + 1) * size
-    yield "one half far away", np.where(np.arange(n)[:, None] < n // 2, 1e5, -1e5) + normal
-
-
 @pytest.mark.parametrize("n", [256, 40_000])
 def test_promise_1_stable_at_the_price_of_fast(n):
     """Errors in units of eps (1 + |m| / s), the price of rounding the mean alone; at most 16.
@@ -159,7 +140,7 @@ def test_promise_1_stable_at_the_price_of_fast(n):
     c, worst = 4, {}
     dy = np.random.default_rng(4).normal(size=(n, c)).astype(np.float32)
 
-    @partial(jax.jit, static_argnames="epsilon")
+    @partial(jax.jit, static_argnames="epsilon", compiler_options=DEFAULT)
     def step(x, dy, epsilon):
         def f(x):
             y, s = batch_norm(x, BatchStats.make(c), train=True, momentum=0.0, epsilon=epsilon)
@@ -225,7 +206,10 @@ def test_batch_norm_guarantee_statistics_stay_finite(rng):
     _, clean = batch_norm(x, BatchStats.make(3), train=True)
     _, stats = batch_norm(poisoned, BatchStats.make(3), train=True)
     for got, new, old in zip(stats[:2], clean, BatchStats.make(3), strict=False):
-        np.testing.assert_array_equal(got, np.where(np.arange(3) == 1, old, new))
+        # A platform may measure the poisoned batch in another way, for all of its features.
+        np.testing.assert_allclose(
+            got, np.where(np.arange(3) == 1, old, new), rtol=4 * EPS["float32"]
+        )
 
 
 def test_batch_norm_guarantee_no_gradient(rng):
@@ -436,15 +420,16 @@ def test_promise_6_every_derivative_mode(rng, x64, masked):
     np.testing.assert_allclose((gradient(x) * v).sum(), first, rtol=1e-10)  # the oracle agrees
 
     rev, fwd = jax.grad(ours), jax.jacfwd(ours)
-    np.testing.assert_allclose(jax.jvp(ours, (x,), (v,))[1], first, rtol=1e-9)
-    np.testing.assert_allclose(rev(x), gradient(x), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(fwd(x), gradient(x), rtol=1e-9, atol=1e-12)
+    pushed = jax.jit(lambda x: jax.jvp(ours, (x,), (v,))[1])
+    np.testing.assert_allclose(pushed(x), first, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(rev)(x), gradient(x), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(jax.jit(fwd)(x), gradient(x), rtol=1e-9, atol=1e-12)
     close = partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-10)
 
     def apply(hessian):
         return jnp.einsum("aibj,bj->ai", hessian, v)
 
-    for hvp in (
+    products = (
         lambda x: jax.jvp(rev, (x,), (v,))[1],
         lambda x: jax.grad(lambda x: jnp.vdot(rev(x), v))(x),
         lambda x: jax.grad(lambda x: jax.jvp(ours, (x,), (v,))[1])(x),
@@ -454,11 +439,17 @@ def test_promise_6_every_derivative_mode(rng, x64, masked):
         lambda x: apply(jax.jacrev(jax.jacrev(ours))(x)),
         lambda x: apply(jax.jacfwd(jax.jacfwd(ours))(x)),
         lambda x: jax.jvp(jax.grad(jax.checkpoint(ours)), (x,), (v,))[1],
-    ):
-        close(jax.jit(hvp)(x), second)
-        batched = jax.jit(jax.vmap(hvp))(jnp.stack([x, x + u]))
+    )
+
+    def every(x):
+        return [product(x) for product in products]
+
+    for got in jax.jit(every)(x):
+        close(got, second)
+    elsewhere = reference.complex_step(gradient, x + u, v)
+    for batched in jax.jit(jax.vmap(every))(jnp.stack([x, x + u])):
         close(batched[0], second)
-        close(batched[1], reference.complex_step(gradient, x + u, v))
+        close(batched[1], elsewhere)
 
 
 def textbook(x, scale, bias, mask):

@@ -3,6 +3,7 @@
 import ast
 import doctest
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,14 @@ def edge_cases(doc):
     return [row.strip() for row in table if not row.startswith("=")]
 
 
+@cache
 def names_of_tests():
     """All test functions of the suite."""
     found = set()
     for path in (ROOT / "tests").glob("test_*.py"):
         nodes = ast.walk(ast.parse(path.read_text()))
         found |= {n.name for n in nodes if isinstance(n, ast.FunctionDef)}
-    return found
+    return frozenset(found)
 
 
 def missing_tests(name, doc, known):

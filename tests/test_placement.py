@@ -5,9 +5,7 @@ the time. What is compared with is the same function on one device, which other 
 oracle.
 """
 
-import re
 from functools import cache, partial
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import hlo
 from tests.functions import FUNCTIONS, arrays
-from tests.test_collectives import KINDS
 from tests.ways import entered
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -97,14 +95,13 @@ def placed(case, alone):
 def test_nothing_of_the_size_of_the_input_moves(case):
     program, (given, dy) = placed(case, case == "explicit")
     share = dy.addressable_shards[0].data.size
-    moved = []
-    for line in program.as_text().splitlines():
-        if found := re.search(rf" = (.*?) ({KINDS})(-start)?\(", line):
-            sizes = re.findall(r"[a-z]+\d+\[([\d,]*)\]", found[1])
-            if max(prod(int(n) for n in size.split(",") if n) for size in sizes) >= share:
-                moved.append((found[2], found[1], re.findall(r'op_name="(.*?)"', line)))
-    # A window of neighboring features reaches over what another device has of them.
-    moved = [m for m in moved if "local_response_norm" not in str(m)]
+    moved = [
+        collective
+        for collective in hlo.parse(program.as_text()).collectives()
+        if max(shape.size for shape in collective.shapes) >= share
+        # A window of neighboring features reaches over what another device has of them.
+        and "local_response_norm" not in collective.op_name
+    ]
     assert not moved
     for y, grads in program(given, dy).values():
         assert y.sharding.is_equivalent_to(dy.sharding, 3)

@@ -1,5 +1,6 @@
 """Promise 3 across processes: they hold the numbers of one process, and die together."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ def started(count, folder):
     """`count` processes that find each other on loopback; none of them outlives the block."""
     address = f"127.0.0.1:{free_port()}"
     root = Path(__file__).parents[1]
+    environment = {**ENVIRONMENT, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
     workers = []
     try:
         for index in range(count):
@@ -40,7 +42,7 @@ def started(count, folder):
             command = [sys.executable, "-m", "tests.worker", address, str(count), str(index)]
             workers.append(
                 subprocess.Popen(
-                    [*command, str(folder)], cwd=root, env=ENVIRONMENT, stdout=log, stderr=log
+                    [*command, str(folder)], cwd=root, env=environment, stdout=log, stderr=log
                 )
             )
             log.close()

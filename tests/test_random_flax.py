@@ -7,6 +7,7 @@ tests/test_random_derivatives.py has the data that are hard on the arithmetic.
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -240,7 +241,7 @@ def life(library, case):
         return layer.apply(variables, x, **modes(case, False), **given)
 
     with context:
-        start = variables = layer.init(KEY, case.x, **modes(case, False))
+        start = variables = transformed(partial(layer.init, **modes(case, False)))(KEY, case.x)
         first, variables = transformed(step)(variables, case.x)
         two, variables = transformed(step)(variables, second)
         evaluated = transformed(served)(variables, case.x)
@@ -328,13 +329,18 @@ def check_given_at_call(case, params, ours, bound):
     """scale and bias at the call, for all examples or for each, stand in for the parameters."""
     layer = build(normjax.linen, case)
     axes_of = next((case.fields[k] for k in ("feature_axes", "axis") if k in case.fields), -1)
-    with jax.disable_jit():
+    how = {**modes(case, False), **called_with(case, normjax.linen)}
+    context, transformed = runs(case.how)
+
+    def served(vectors):
+        return layer.apply(ours["stats"], case.x, **vectors, **how)
+
+    with context:
         for examples in ((), case.x.shape[:1]):
             if examples and 0 in canonical(axes_of, case.x.ndim):
                 continue
             vectors = {k: jnp.broadcast_to(v, (*examples, *v.shape)) for k, v in params.items()}
-            how = {**modes(case, False), **called_with(case, normjax.linen)}
-            y = layer.apply(ours["stats"], case.x, **vectors, **how)
+            y = transformed(served)(vectors)
             assert y.dtype == ours["evaluated"].dtype
             close(case, y, ours["evaluated"], bound)
 
