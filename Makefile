@@ -22,7 +22,8 @@ lint: $(INSTALLED) ## Check format, style and types.
 
 bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
-	$(BIN)/python benchmarks/accuracy.py --out benchmarks/results/accuracy.md
+	$(BIN)/python -m benchmarks.accuracy --out benchmarks/results/accuracy.md
+	$(BIN)/python -m benchmarks.second_pass --out benchmarks/results
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results
 	$(BIN)/python -m benchmarks.models --out benchmarks/results
 	$(BIN)/python -m benchmarks.stack --out benchmarks/results

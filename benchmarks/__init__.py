@@ -5,5 +5,6 @@ python -m benchmarks.models      a training step of whole models
 python -m benchmarks.stack       a deep stack of convolution, batch norm and activation
 python -m benchmarks.compiled    norms on an H100 and a TPU, compiled without either
 python -m benchmarks.scaling     shared statistics on many devices
-python benchmarks/accuracy.py    one layer: errors against float64
+python -m benchmarks.accuracy    one layer: errors against float64, in the form of each platform
+python -m benchmarks.second_pass how often batch norm on a GPU or TPU sums twice, in training runs
 """
