@@ -1,14 +1,19 @@
 """How wrong is each library's batch norm? Measured against NumPy float64, printed as Markdown.
 
-    python benchmarks/accuracy.py                     # print the table
-    python benchmarks/accuracy.py --out results.md    # and write it
+    python -m benchmarks.accuracy                     # print the tables
+    python -m benchmarks.accuracy --out results.md    # and write them
 
 Libraries that are not installed get an empty column: pip install "normjax[benchmarks,torch]".
+
+normjax takes mean and variance in a way of its own on each platform. All three are run here on the
+CPU, each in a process of its own, since a program is lowered in one way.
 """
 
 import argparse
+import json
 import os
 import platform
+import subprocess
 import sys
 from contextlib import suppress
 from datetime import date
@@ -23,8 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import normjax
+from normjax._core.lowering import PLATFORMS, VARIABLE
+from tests import hard
 
 MOMENTUM, EPSILON, DEVICES = 0.99, 1e-5, 4
+LENGTHS = (256, 4096, 40_000)
+ROOT = Path(__file__).parents[1]
 
 
 class Normjax:
@@ -274,7 +283,7 @@ ROWS = {
 
 
 def installed():
-    for adapter in (Normjax, Flax, Haiku, Equinox, Keras, Torch):
+    for adapter in (Flax, Haiku, Equinox, Keras, Torch):
         with suppress(ImportError):
             yield adapter()
 
@@ -288,29 +297,110 @@ def cell(row, library):
         raise
 
 
-def table():
-    libraries = list(installed())
-    names = [f"{lib.name} {version(lib.package)}" for lib in libraries]
-    yield "| | " + " | ".join(names) + " |"
-    yield "|---|" + "---|" * len(names)
-    for title, row in ROWS.items():
-        yield f"| {title} | " + " | ".join(cell(row, lib) for lib in libraries) + " |"
+def cells(library):
+    return [cell(row, library) for row in ROWS.values()]
+
+
+def worst(case, n):
+    """The largest error of a norm in units on all inputs, and where that is."""
+    found = [(max(units), name, units) for name, units in hard.errors_of_case(case, n)]
+    most, name, units = max(found, key=lambda entry: entry[0])
+    quantity = ("y", "var", "dx")[units.index(most)]
+    return f"{most:.1f} ({quantity}, {name})" if most < 1000 else f"{most:.0e} ({quantity}, {name})"
+
+
+def own():
+    """What this process finds of normjax, in the form that it lowers for."""
+    units = {f"{case}|{n}": worst(case, n) for case in hard.CASES for n in LENGTHS}
+    return {"cells": cells(Normjax()), "units": units}
+
+
+def in_form(form):
+    """`own` of a process that lowers in the form of a platform."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.accuracy", "--own"],
+        cwd=ROOT,
+        env={**os.environ, VARIABLE: form},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return json.loads(ran.stdout)
+
+
+def line(*found):
+    return "| " + " | ".join(found) + " |"
+
+
+def compared(forms):
+    """Libraries side by side."""
+    columns = {
+        f"normjax {normjax.__version__}, {form.upper()}": found["cells"]
+        for form, found in forms.items()
+    }
+    for library in installed():
+        columns[f"{library.name} {version(library.package)}"] = cells(library)
+    yield line("", *columns)
+    yield "|---|" + "---|" * len(columns)
+    for title, *row in zip(ROWS, *columns.values(), strict=True):
+        yield line(title, *row)
+
+
+TITLES = {
+    "batch, near": "batch norm, running mean at most s / 2 off",
+    "batch, edge": "batch norm, running mean 1.99 s off",
+    "batch, far": "batch norm, running mean far, not finite, or none",
+    "batch, overflow": "batch norm, running mean 1e4 s off or 1e18",
+    "layer": "layer norm",
+    "rms": "RMS norm",
+    "instance": "instance norm",
+    "group": "group norm",
+}
+
+
+def in_units(forms):
+    """The forms of normjax side by side."""
+    yield line("norm", "entries", *(form.upper() for form in forms))
+    yield "|---|---|" + "---|" * len(forms)
+    for case in hard.CASES:
+        for n in LENGTHS:
+            found = (forms[form]["units"][f"{case}|{n}"] for form in forms)
+            yield line(TITLES[case], f"{n:,}", *found)
+
+
+def report():
+    forms = {form: in_form(form) for form in PLATFORMS}
+    yield from compared(forms)
+    yield ""
+    yield (
+        f"{date.today()}, CPU ({platform.machine()}), Python {platform.python_version()}, "
+        f"jax {jax.__version__}. Errors are the largest absolute ones against NumPy float64; "
+        "defaults of each library but momentum 0.99, epsilon 1e-5 and Equinox's mode='batch'. "
+        "In the last two rows normjax has debias=True; others have no such option. "
+        "CPU, GPU and TPU are the ways in which normjax takes mean and variance on these "
+        "platforms, all run on this CPU."
+    )
+    yield ""
+    yield (
+        f"The same three ways on {len(hard.inputs(256))} inputs that break formulas "
+        "(tests/hard.py), in float32: the largest error of y, of the variance and of the gradient "
+        "of x in units of eps (1 + |mean| / s) with s = sqrt(var + epsilon), and where it is."
+    )
+    yield ""
+    yield from in_units(forms)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="Markdown file to write")
+    parser.add_argument("--own", action="store_true", help="normjax alone, as JSON")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", DEVICES)
     jax.config.update("jax_platforms", "cpu")
-    lines = [*table(), ""]
-    lines.append(
-        f"{date.today()}, CPU ({platform.machine()}), Python {platform.python_version()}, "
-        f"jax {jax.__version__}. Errors are the largest absolute ones against NumPy float64; "
-        "defaults of each library but momentum 0.99, epsilon 1e-5 and Equinox's mode='batch'. "
-        "In the last two rows normjax has debias=True; flax, keras and PyTorch have no such option."
-    )
-    text = "\n".join(lines) + "\n"
+    if args.own:
+        print(json.dumps(own()))
+        return
+    text = "\n".join(report()) + "\n"
     sys.stdout.write(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

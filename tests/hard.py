@@ -80,6 +80,15 @@ PIVOTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+# By what they ask for: one pass, the edge of one pass, a second one.
+KINDS = {
+    "near": ("the mean", "s / 2 off"),
+    "edge": ("1.99 s off",),
+    "far": ("none", "3 s off", "zero", "3e38", "infinity", "NaN"),
+    "overflow": ("1e4 s off", "1e18"),
+}
+
+
 class Normed(NamedTuple):
     """y, the variance if the norm tells it, and the gradient of x."""
 
@@ -122,6 +131,7 @@ def group(x: Any, pivot: Any, mask: Any, epsilon: Any) -> tuple[Any, Any]:
 
 
 NORMS = {f.__name__: f for f in (batch, layer, rms, instance, group)}
+CASES = [*(f"batch, {kind}" for kind in KINDS), *(name for name in NORMS if name != "batch")]
 
 
 @partial(jax.jit, static_argnames="norm")
@@ -184,3 +194,13 @@ def errors(
         center = None if center is None else np.float32(center)
         got = run(x, dy, center, None, norm=norm, epsilon=epsilon)
         yield pivot, units(got, want, dy, epsilon)
+
+
+def errors_of_case(
+    case: str, n: int, names: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, Normed]]:
+    """(input and pivot, errors in units) of one of CASES on all inputs or on those named."""
+    norm, _, kind = case.partition(", ")
+    for name in names or inputs(n):
+        for pivot, units in errors(norm, name, n, KINDS.get(kind, ("none",))):
+            yield (f"{name}, pivot {pivot}" if kind else name), units

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import normjax.linen
-from benchmarks import calls, layers, models, peers, speed, stack, steps, tables
+from benchmarks import accuracy, calls, layers, models, peers, speed, stack, steps, tables
 
 QUICK = ["--repeats", "2", "--seconds", "0"]
 LAYER = layers.Layer("tiny", "layer_norm", (4, 8))
@@ -159,3 +159,16 @@ def test_every_adapter_is_listed():
     folder = importlib.import_module("benchmarks.peers").__path__[0]
     adapters = {adapter for adapter, _, _ in peers.PEERS.values()}
     assert adapters == {path.stem for path in Path(folder).glob("_[a-z]*.py")}
+
+
+def test_errors_of_the_forms_are_told_with_their_place(monkeypatch):
+    monkeypatch.setattr(accuracy, "LENGTHS", (64,))
+    monkeypatch.setattr(accuracy.hard, "CASES", ["layer"])
+    units, quantity, *name = accuracy.worst("layer", 64).replace("(", "").split(maxsplit=2)
+    assert 0 < float(units) <= 16
+    assert quantity.rstrip(",") in ("y", "var", "dx")
+    assert "".join(name).rstrip(")") in accuracy.hard.inputs(64)
+    forms = {"cpu": {"units": {"layer|64": "1.0 (y)"}}, "gpu": {"units": {"layer|64": "2.0 (y)"}}}
+    written = cells("\n".join(accuracy.in_units(forms)))
+    assert written[0] == ["norm", "entries", "CPU", "GPU"]
+    assert written[2] == ["layer norm", "64", "1.0 (y)", "2.0 (y)"]
