@@ -467,7 +467,8 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
     yield (
         "A channel that dies is 0 from then on, and its variance is 0. Its running mean decays, "
         f"and the second pass is taken until that is below 2 sqrt(epsilon) = {root:.4f}: from 0.5, "
-        f"as behind a ReLU, in so many steps for a momentum: {', '.join(lasts)}. One such channel is "
+        "as behind a ReLU, in so many steps for a momentum: "
+        f"{', '.join(lasts)}. One such channel is "
         "enough for its layer. Here channels are made to die in all layers at once."
     )
     yield ""
