@@ -33,7 +33,8 @@ are read from the compiled programs. They are evidence, and not times.
 - **kernels**: launched one after the other. **temporary**: memory beside inputs and outputs, in
   units of x. **conditionals**: of their branches the cheapest counts.
 - **collectives**: of the same program, jitted over {DEVICES} devices that share the batch; x2 is
-  two all-reduces. Those for the gradients of parameters are among them; of branches the fewest count.
+  two all-reduces. Those for the gradients of parameters are among them, seldom taken branches
+  are not.
 - A training step is forward, then backward. Blocks are two residual blocks with their loss, in
   bfloat16 with parameters in float32; they are modules of flax.linen.
 - A dash: the library has no such layer.""".splitlines()

@@ -472,10 +472,7 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
         "enough for its layer. Here channels are made to die in all layers at once."
     )
     yield ""
-    yield (
-        "Conditionals in a compiled training step; in the form of a GPU the second pass of batch "
-        "norm has one of its own, around a sample, where x is large enough for one."
-    )
+    yield "Conditionals in a compiled training step."
     yield ""
     yield from branches(runs)
 
