@@ -20,7 +20,7 @@ from benchmarks.layers import Layer
 ROOT = Path(__file__).parents[1]
 # Flax's cycles over ours. Two percent are for fusions that come and go with the compiler.
 BAR = 0.98
-# It takes half a minute; this only bounds a hang.
+# It takes a minute; this only bounds a hang.
 LIMIT = 600
 TINY = Layer("tiny", "batch_norm", (8, 2, 2, 4))
 
