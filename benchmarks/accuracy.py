@@ -348,7 +348,7 @@ def compared(forms):
 
 TITLES = {
     "batch, near": "batch norm, running mean at most s / 2 off",
-    "batch, edge": "batch norm, running mean 1.99 s off",
+    "batch, edge": "batch norm, running mean 1.41 s off",
     "batch, far": "batch norm, running mean far, not finite, or none",
     "batch, overflow": "batch norm, running mean 1e4 s off or 1e18",
     "layer": "layer norm",

@@ -7,7 +7,7 @@
 On a GPU and on a TPU, batch norm sums around its running mean in one pass over x, and takes a
 second, exact one where that was far from the mean of the batch, for any of its features:
 
-    (mean - running mean)^2 > 4 (var + epsilon)
+    (mean - running mean)^2 > 2 (var + epsilon)
 
 On a GPU, group and instance norm do the same around the mean of a sample of x. Here the condition
 is evaluated beside the layers, from what each of them is given, by exact moments. That a compiled
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import digits
 import finetune
 
-EARLY, LIMIT = 100, 4.0
+EARLY, LIMIT = 100, 2.0
 MOMENTA = (0.9, 0.99)
 WITHIN = (normjax.linen.GroupNorm, normjax.linen.InstanceNorm)
 
@@ -454,19 +454,19 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
     yield (
         f"{date.today()}, {machine.processor()}, jax {jax.__version__}. Counted in training runs "
         "in float32 by `python -m benchmarks.second_pass`: of all steps of all layers, the share "
-        "in which for some feature (mean - pivot)^2 > 4 (var + epsilon). The pivot of batch norm "
+        "in which for some feature (mean - pivot)^2 > 2 (var + epsilon). The pivot of batch norm "
         "is its running mean; that of group and instance norm, on a GPU alone, the mean of a "
         "sample of x, and nothing is added to the variance. The largest ratio is that of the two "
-        "sides without the 4."
+        "sides without the 2."
     )
     yield ""
     yield from table(rows)
     yield ""
-    root = 2 * np.sqrt(1e-5)
+    root = np.sqrt(2e-5)
     lasts = (f"{np.log(0.5 / root) / -np.log(m):.0f} at {m:g}" for m in MOMENTA)
     yield (
         "A channel that dies is 0 from then on, and its variance is 0. Its running mean decays, "
-        f"and the second pass is taken until that is below 2 sqrt(epsilon) = {root:.4f}: from 0.5, "
+        f"and the second pass is taken until that is below sqrt(2 epsilon) = {root:.4f}: from 0.5, "
         "as behind a ReLU, in so many steps for a momentum: "
         f"{', '.join(lasts)}. One such channel is "
         "enough for its layer. Here channels are made to die in all layers at once."

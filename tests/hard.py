@@ -69,7 +69,7 @@ PIVOTS: dict[str, Callable[[Any, Any], Any]] = {
     "none": lambda mean, s: None,
     "the mean": lambda mean, s: mean,
     "s / 2 off": lambda mean, s: mean + s / 2,
-    "1.99 s off": lambda mean, s: mean + 1.99 * s,
+    "1.41 s off": lambda mean, s: mean + 1.41 * s,
     "3 s off": lambda mean, s: mean - 3 * s,
     "1e4 s off": lambda mean, s: mean + 1e4 * s,
     "zero": lambda mean, s: 0 * mean,
@@ -83,7 +83,7 @@ PIVOTS: dict[str, Callable[[Any, Any], Any]] = {
 # By what they ask for: one pass, the edge of one pass, a second one.
 KINDS = {
     "near": ("the mean", "s / 2 off"),
-    "edge": ("1.99 s off",),
+    "edge": ("1.41 s off",),
     "far": ("none", "3 s off", "zero", "3e38", "infinity", "NaN"),
     "overflow": ("1e4 s off", "1e18"),
 }

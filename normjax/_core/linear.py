@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -14,7 +14,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from normjax._core.platforms.cpu import between_kept, isolate, materialize
+from normjax._core.lowering import by_platform
+from normjax._core.platforms import PLATFORMS
+from normjax._core.platforms.cpu import isolate
+
+Function = Callable[..., Sequence[Array]]
 
 
 def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = None) -> Array:
@@ -27,10 +31,10 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     leaves, structure = jax.tree.flatten(kept)
     (whole,) = broadcast_together(t.shape if shape is None else shape, [t], leaves)
 
-    def flat(t: Array, *leaves: Any) -> Array:
-        return function(t, *jax.tree.unflatten(structure, leaves))
+    def flat(t: Array, *leaves: Any) -> list[Array]:
+        return [function(t, *jax.tree.unflatten(structure, leaves))]
 
-    return _diagonal_p.bind(whole, *leaves, function=flat)
+    return _linear([whole], leaves, flat, flat, [jax.typeof(whole)])[0]
 
 
 def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: Any = ()) -> Array:
@@ -38,11 +42,21 @@ def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: 
 
     It lies on the devices as the sum of the terms and of the arrays in `beside` would.
 
-    Linear; its transpose gives each term a cotangent of its own to make wide. Autodiff of a sum
-    that is then rounded would make the cotangent wide once, for all of them, and so in memory.
+    Linear; its transpose gives each term a cotangent of its own to upcast. Autodiff of a sum that
+    is then rounded would upcast the cotangent once, for all of them, and so in memory.
     """
     wholes = broadcast_together(shape, terms, jax.tree.leaves(beside))
-    return _rounded_sum_p.bind(*wholes, dtype=np.dtype(dtype))
+    dtypes = [whole.dtype for whole in wholes]
+
+    def rounded(*terms: Array) -> list[Array]:
+        return [reduce(jnp.add, terms).astype(dtype)]
+
+    def copies(cotangent: Array) -> list[Array]:
+        own = isolate([cotangent] * len(dtypes))
+        return [copy.astype(to) for copy, to in zip(own, dtypes, strict=True)]
+
+    out = jax.typeof(wholes[0]).update(dtype=np.dtype(dtype), weak_type=False)
+    return _linear(wholes, (), rounded, copies, [out])[0]
 
 
 def broadcast_together(
@@ -63,99 +77,113 @@ def broadcast_together(
         point = (1,) * len(shape)
         nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *beside)))
         terms = [term + nil.astype(term.dtype) for term in terms]
-    return [_spread(term, shape, place) for term in terms]
+    wholes = list(terms)
+    # Terms of one type go together, since a GPU sums two cotangents in one pass.
+    for kind in {jax.typeof(v): None for v in terms if v.shape != shape}:
+        which = [i for i, v in enumerate(terms) if jax.typeof(v) == kind]
+        for i, whole in zip(which, _spread([terms[i] for i in which], shape, place), strict=True):
+            wholes[i] = whole
+    return wholes
 
 
-def _spread(term: Array, shape: tuple[int, ...], place: Any) -> Array:
-    """`term` broadcast to `shape` in such steps that the transpose sums as a CPU sums best.
+def _spread(terms: Sequence[Array], shape: tuple[int, ...], place: Any) -> list[Array]:
+    """Terms of one type broadcast to `shape`; the transpose sums as the platform sums best.
 
-    The result lies at `place`. Broadcast without it the term would be on every device, and so
-    would its whole cotangent be.
+    The results lie at `place`. Broadcast without it a term would be on every device, and so would
+    its whole cotangent be.
     """
+    where = place if place is not None and any(place.spec) else None
+    axes = tuple(a for a, n in enumerate(terms[0].shape) if n != shape[a])
 
-    def broadcast(term: Array, shape: tuple[int, ...]) -> Array:
-        if place is None or not any(place.spec):
-            return jnp.broadcast_to(term, shape)
-        spec = (None if n == 1 else axis for n, axis in zip(shape, place.spec, strict=True))
-        return jnp.broadcast_to(term, shape, out_sharding=place.update(spec=PartitionSpec(*spec)))
+    def broadcast(*terms: Array) -> list[Array]:
+        return [jnp.broadcast_to(term, shape, out_sharding=where) for term in terms]
 
-    axes = tuple(a for a, n in enumerate(jnp.shape(term)) if n != shape[a])
-    if between_kept(axes, len(shape)):
-        row = tuple(1 if a == max(axes) else n for a, n in enumerate(shape))
-        term = materialize(broadcast(term, row))
-    return broadcast(term, shape)
+    def totals(*wholes: Array) -> list[Array]:
+        return by_platform(lambda platform, *v: PLATFORMS[platform].totals(v, axes), *wholes)
+
+    return _linear(terms, (), broadcast, totals)
 
 
-def _rounded_sum(*terms: Array, dtype: np.dtype) -> Array:
-    return reduce(jnp.add, terms).astype(dtype)
+def _linear(
+    terms: Sequence[Array],
+    kept: Sequence[Any],
+    forward: Function,
+    transposed: Function,
+    types: Sequence[Any] | None = None,
+) -> list[Array]:
+    """`forward(*terms, *kept)`, linear in the terms, and `transposed(*cotangents, *kept)`.
+
+    `types` are those of the results.
+    """
+    if types is None:
+        types = jax.make_jaxpr(forward)(*terms, *kept).out_avals
+    how = dict(number=len(terms), forward=forward, transposed=transposed, types=tuple(types))
+    return _linear_p.bind(*terms, *kept, **how)
 
 
-def _transposed_sum(cotangent: Any, *terms: Any, dtype: np.dtype) -> list[Any]:
-    linear = [ad.is_undefined_primal(term) for term in terms]
-    if isinstance(cotangent, ad.Zero):
-        return [ad.Zero(terms[i].aval) if linear[i] else None for i in range(len(terms))]
-    copies = isolate([cotangent] * len(terms))
-    return [copies[i].astype(terms[i].aval.dtype) if linear[i] else None for i in range(len(terms))]
-
-
-def _rounded_sum_batched(terms: Any, axes: Any, **how: Any) -> Any:
-    # To full size: a term of one example for all would be given the cotangents of all.
-    terms = _in_front(terms, axes)
-    shape = jnp.broadcast_shapes(*(term.shape for term in terms))
-    return _rounded_sum_p.bind(*broadcast_together(shape, terms), **how), 0
-
-
-def _in_front(values: Any, axes: Any) -> list[Array]:
-    """The batch axis first, of size 1 where there is none."""
-    pairs = zip(values, axes, strict=True)
-    return [v[None] if a is None else jnp.moveaxis(v, a, 0) for v, a in pairs]
-
-
-_rounded_sum_p = Primitive("rounded_sum")
-_rounded_sum_p.def_impl(_rounded_sum)
-_rounded_sum_p.def_abstract_eval(lambda first, *_, dtype: first.update(dtype=dtype))
-ad.deflinear2(_rounded_sum_p, _transposed_sum)
-batching.primitive_batchers[_rounded_sum_p] = _rounded_sum_batched
-mlir.register_lowering(_rounded_sum_p, mlir.lower_fun(_rounded_sum, multiple_results=False))
-
-
-def _diagonal_jvp(primals: Any, tangents: Any, *, function: Callable[..., Array]) -> Any:
-    t, *kept = primals
-    dt, *d_kept = tangents
+def _jvp(primals: Any, tangents: Any, *, number: int, forward: Function, **how: Any) -> Any:
+    how |= dict(number=number, forward=forward)
+    kept, d_kept = primals[number:], tangents[number:]
+    results = []
+    if not all(isinstance(d, ad.Zero) for d in tangents[:number]):
+        d_terms = map(ad.instantiate_zeros, tangents[:number])
+        results.append(_linear_p.bind(*d_terms, *kept, **how))
     moves = [not isinstance(d, ad.Zero) for d in d_kept]
-    terms = [] if isinstance(dt, ad.Zero) else [_diagonal_p.bind(dt, *kept, function=function)]
     if any(moves):
 
-        def of_moving(*moving: Array) -> Array:
+        def of_moving(*moving: Array) -> Sequence[Array]:
             values = iter(moving)
-            return function(
-                t, *(next(values) if m else v for m, v in zip(moves, kept, strict=True))
-            )
+            own = (next(values) if m else v for m, v in zip(moves, kept, strict=True))
+            return forward(*primals[:number], *own)
 
         own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (kept, d_kept))
-        terms.append(jax.jvp(of_moving, own, d_own)[1])
-    return _diagonal_p.bind(*primals, function=function), reduce(jnp.add, terms)
+        results.append(jax.jvp(of_moving, own, d_own)[1])
+    return _linear_p.bind(*primals, **how), [
+        reduce(jnp.add, vs) for vs in zip(*results, strict=True)
+    ]
 
 
-def _diagonal_transposed(cotangent: Any, t: Any, *kept: Any, **how: Any) -> list[Any]:
-    if isinstance(cotangent, ad.Zero):
-        return [ad.Zero(t.aval), *(None for _ in kept)]
-    return [_diagonal_p.bind(cotangent, *kept, **how), *(None for _ in kept)]
+def _transpose(
+    cotangents: Any, *operands: Any, number: int, forward: Function, transposed: Function, **_: Any
+) -> list[Any]:
+    terms, kept = operands[:number], operands[number:]
+    types = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in terms]
+    own = [ad.instantiate_zeros(ct) for ct in cotangents]
+    out = _linear(own, kept, transposed, forward, types)
+    needed = [ad.is_undefined_primal(v) for v in terms]
+    return [v if n else None for v, n in zip(out, needed, strict=True)] + [None] * len(kept)
 
 
-def _diagonal_batched(operands: Any, axes: Any, **how: Any) -> Any:
-    t, *kept = _in_front(operands, axes)
-    shape = jnp.broadcast_shapes(t.shape, *((v.shape[0], *(1,) * (t.ndim - 1)) for v in kept))
-    return _diagonal_p.bind(*broadcast_together(shape, [t], kept), *kept, **how), 0
+def _batch(
+    operands: Any, axes: Any, *, number: int, forward: Function, transposed: Function, **_: Any
+) -> Any:
+    # To full size: a term that all examples share would be given the cotangents of all.
+    operands = [
+        v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)
+    ]
+    size = next(v.shape[0] for v, a in zip(operands, axes, strict=True) if a is not None)
+    whole = [v[None] if a is None else v for v, a in zip(operands, axes, strict=True)]
+    terms = [broadcast_together((size, *v.shape[1:]), [v], whole)[0] for v in whole[:number]]
+    kept_axes = [None if a is None else 0 for a in axes[number:]]
+
+    def batched(function: Function) -> Function:
+        def mapped(*v: Array) -> Sequence[Array]:
+            return jax.vmap(function, [0] * (len(v) - len(kept_axes)) + kept_axes)(*v)
+
+        return mapped
+
+    out = _linear(terms, operands[number:], batched(forward), batched(transposed))
+    return out, [0] * len(out)
 
 
-_diagonal_p = Primitive("diagonal")
-_diagonal_p.def_impl(lambda *operands, function: function(*operands))
-_diagonal_p.def_abstract_eval(lambda t, *_, function: t)
-ad.primitive_jvps[_diagonal_p] = _diagonal_jvp
-ad.primitive_transposes[_diagonal_p] = _diagonal_transposed
-batching.primitive_batchers[_diagonal_p] = _diagonal_batched
+_linear_p = Primitive("linear")
+_linear_p.multiple_results = True
+_linear_p.def_impl(lambda *operands, forward, **_: forward(*operands))
+_linear_p.def_abstract_eval(lambda *_, types, **__: types)
+ad.primitive_jvps[_linear_p] = _jvp
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch
 mlir.register_lowering(
-    _diagonal_p,
-    mlir.lower_fun(lambda *operands, function: function(*operands), multiple_results=False),
+    _linear_p,
+    mlir.lower_fun(lambda *operands, forward, **_: forward(*operands), multiple_results=True),
 )

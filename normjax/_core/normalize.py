@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -233,23 +233,29 @@ def _affine_tangent(
     if dx is not None:
         dx = dx.astype(number)
         dx = dx if mask is None else diagonal(admitted, dx, mask, x)
+    # Together, since the sums of their cotangents are taken in one pass.
+    slope, shift, d_scale, d_bias = _broadcast(
+        x.shape, (slope, shift, d_scale, d_bias), (x, mask, vectors)
+    )
     within = [
         product(dx, isolate(inv)),
-        slope if slope is None else diagonal(deviated, slope, mask, mean, x, shape=x.shape),
+        slope if slope is None else diagonal(deviated, slope, mask, mean, x),
         shift,
     ]
     if scale is not None:
-        # A product of two vectors would lie on the devices as both do, and not as x does.
-        if shift is not None:
-            within[2:] = broadcast_together(x.shape, [shift], jax.tree.leaves((x, mask, vectors)))
         own = isolate((scale, scale, scale))
         within = [product(term, s) for term, s in zip(within, own, strict=True)]
-    beyond = d_scale
-    if d_scale is not None:
-        beyond = diagonal(standardized, d_scale, mask, inv, mean, x, shape=x.shape)
+    beyond = d_scale if d_scale is None else diagonal(standardized, d_scale, mask, inv, mean, x)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
     terms = terms or [jnp.zeros((1,) * x.ndim, number)]
     return rounded_sum(x.shape, out, *terms, beside=(x, mask, vectors))
+
+
+def _broadcast(shape: tuple[int, ...], tangents: Sequence[Any], beside: Any) -> list[Any]:
+    """Tangents to `shape`; None stands for zero."""
+    there = [v for v in tangents if v is not None]
+    wholes = iter(broadcast_together(shape, there, jax.tree.leaves(beside)) if there else ())
+    return [v if v is None else next(wholes) for v in tangents]
 
 
 def _inverse(vectors: Vectors, dtype: np.dtype) -> Array:

@@ -9,6 +9,7 @@ once. On other platforms both are the identity.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -63,6 +64,11 @@ def sums_around(
     mean, m2 = measure(x, mask, count, axes=axes, centered=True, kept=kept)
     apart = mean - pivot
     return apart * jnp.asarray(count).astype(apart.dtype), m2 + abs_square(apart) * count
+
+
+def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    """Of each its sum over `axes`, which stay with size 1."""
+    return [summed(x, axes) for x in arrays]
 
 
 def summed(x: Array, axes: tuple[int, ...]) -> Array:

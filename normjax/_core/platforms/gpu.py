@@ -10,13 +10,13 @@ entries it is 3.02.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normjax._core import algorithms
 from normjax._core.algorithms import around_pivot_is_exact, merged, moved, squares, two_pass
 from normjax._core.dtypes import abs_square, real_dtype, upcast
 from normjax._core.mask import Count, deviation, safe_count, select
@@ -47,16 +47,24 @@ def measure(
 def sums_around(
     x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass, as one sum of complex numbers.
-
-    Of two sums XLA's compiler may write x - pivot to memory in float32 and read it again, which
-    costs 5 and not 1 (bfloat16, (8, 32, 32, 320)).
-    """
-    if jnp.iscomplexobj(x):
-        return algorithms.sums_around(x, mask, pivot, axes)
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass."""
     apart = deviation(upcast(x), pivot, mask)
-    both = jnp.sum(lax.complex(apart, jnp.square(apart)), axes, keepdims=True)
-    return both.real, both.imag
+    first, second = totals((apart, abs_square(apart)), axes)
+    return first, second
+
+
+def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    """Of each its sum over `axes`, which stay with size 1; of two real ones in one complex sum.
+
+    XLA's compiler fuses one sum into the operation that makes what is summed. Two it fuses with
+    each other instead, and writes to memory what they share: x - pivot in float32, which costs 5
+    and not 1 (bfloat16, (8, 32, 32, 320)), or the cotangent behind an activation.
+    """
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    if len(arrays) != 2 or any(map(jnp.iscomplexobj, arrays)):
+        return [total(x) for x in arrays]
+    both = total(lax.complex(*arrays))
+    return [both.real, both.imag]
 
 
 def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:

@@ -8,6 +8,8 @@ so, 5.95M by merges.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -24,3 +26,8 @@ def measure(
     if not centered:
         return squares(x, mask, axes)
     return two_pass(x, mask, count, axes) if jnp.iscomplexobj(x) else merged(x, mask, axes)
+
+
+def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
+    """Of each its sum over `axes`, which stay with size 1."""
+    return [jnp.sum(x, axes, keepdims=True) for x in arrays]
