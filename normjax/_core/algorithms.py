@@ -40,6 +40,22 @@ def two_pass(
     return mean, total(abs_square(deviation(x, mean, mask)))
 
 
+def merged_squares(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """`squares` of a real x that the reduction itself squares."""
+    x = select(upcast(x), mask)
+
+    def merge(a: Any, b: Any) -> Any:
+        # Of an entry the sum is 0, and of a sum the entry.
+        first, second = (v[1] + v[0] * v[0] for v in (a, b))
+        total, lost = _add(first, second)
+        return jnp.zeros_like(total), total, a[2] + b[2] + lost
+
+    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    _, m2, lost = lax.reduce((x, nothing, nothing), (zero,) * 3, merge, axes)
+    m2 = jnp.expand_dims(_mended(m2, lost), axes)
+    return jnp.zeros_like(m2), m2
+
+
 def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """One pass: moments are a monoid, and their merge is the operation of the reduction.
 
@@ -48,27 +64,56 @@ def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
     x = select(upcast(x), mask)
     count = jnp.ones_like(x) if mask is None else jnp.broadcast_to(mask, x.shape)
 
-    def add(a: Array, b: Array) -> tuple[Array, Array]:
-        # The sum, and what rounding it has lost (Dekker's Fast2Sum). One after the other, the
-        # roundings of n sums would add up to many of them.
-        total = a + b
-        return total, b - (total - a)
-
     def merge(a: Any, b: Any) -> Any:
         count = a[0] + b[0]
         share = b[0] / jnp.maximum(count, np.ones((), x.dtype))
-        apart = (b[1] - a[1]) + (b[2] - a[2])
-        mean, mean_rest = add(a[1], apart * share)
-        # One factor after the other: the square of apart may overflow where the weight is 0.
-        m2, m2_rest = add(a[3], b[3] + (apart * (a[0] * share)) * apart)
+        distance = (b[1] - a[1]) + (b[2] - a[2])
+        mean, mean_rest = _add(a[1], distance * share)
+        # One factor after the other: their square may overflow where the weight is 0.
+        m2, m2_rest = _add(a[3], b[3] + (distance * (a[0] * share)) * distance)
         return count, mean, a[2] + mean_rest, m2, a[4] + b[4] + m2_rest
 
     nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
     entries = count.astype(x.dtype), x, nothing, nothing, nothing
     _, mean, mean_rest, m2, m2_rest = lax.reduce(entries, (zero,) * 5, merge, axes)
+    return jnp.expand_dims(mean + mean_rest, axes), jnp.expand_dims(_mended(m2, m2_rest), axes)
+
+
+def merged_products(t: Array, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """mean(x), sum(t) and sum(t (x - mean(x))), in one pass by the same merge. For real x."""
+
+    def merge(a: Any, b: Any) -> Any:
+        count = a[0] + b[0]
+        distance = ((b[1] - a[1]) + (b[2] - a[2])) / jnp.maximum(count, np.ones((), x.dtype))
+        mean, mean_rest = _add(a[1], distance * b[0])
+        # Around the new mean, which is not that around which each piece was summed.
+        moved = b[4] + (b[3] * (distance * a[0]) - a[3] * (distance * b[0]))
+        products = a[4] + moved
+        # Knuth's TwoSum, since products may be of any sign and size.
+        back = products - a[4]
+        lost = (a[4] - (products - back)) + (moved - back)
+        return count, mean, a[2] + mean_rest, a[3] + b[3], products, a[5] + b[5] + lost
+
+    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    entries = jnp.ones_like(x), x, nothing, t, nothing, nothing
+    _, mean, rest, total, products, lost = (
+        jnp.expand_dims(v, axes) for v in lax.reduce(entries, (zero,) * 6, merge, axes)
+    )
+    return mean + rest, total, _mended(products, lost)
+
+
+def _add(a: Array, b: Array) -> tuple[Array, Array]:
+    """The sum, and what rounding it has lost (Dekker's Fast2Sum).
+
+    One after the other, the roundings of n sums would add up to many of them.
+    """
+    total = a + b
+    return total, b - (total - a)
+
+
+def _mended(total: Array, lost: Array) -> Array:
     # What an overflow has lost is no number.
-    m2 = jnp.where(jnp.isfinite(m2), m2 + m2_rest, m2)
-    return jnp.expand_dims(mean + mean_rest, axes), jnp.expand_dims(m2, axes)
+    return jnp.where(jnp.isfinite(total), total + lost, total)
 
 
 def sums_around(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,42 @@ import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
 
 from normjax._core.lowering import by_platform
-from normjax._core.platforms import PLATFORMS
+from normjax._core.mask import deviation, select_finite
+from normjax._core.platforms import PLATFORMS, gpu
 from normjax._core.platforms.cpu import isolate
 
 Function = Callable[..., Sequence[Array]]
+
+
+class Map(NamedTuple):
+    """A linear map of some terms, and of what is kept.
+
+    Attributes:
+        written: linear in the terms, and differentiable in what is kept.
+        lowered: the same as a platform computes it best, of its name and the operands. Or None.
+    """
+
+    written: Function
+    lowered: Function | None = None
+
+    def __call__(self, *operands: Any) -> Sequence[Array]:
+        if self.lowered is None:
+            return self.written(*operands)
+        return by_platform(self.lowered, *operands)
+
+    def batched(self, kept: Sequence[int | None]) -> Map:
+        """Over a first axis of all terms, and over the axes `kept` of what is kept."""
+
+        def mapped(function: Function, *operands: Any) -> Sequence[Array]:
+            return jax.vmap(function, [0] * (len(operands) - len(kept)) + [*kept])(*operands)
+
+        lowered = self.lowered
+        return Map(
+            partial(mapped, self.written),
+            lowered and (lambda platform, *v: mapped(partial(lowered, platform), *v)),
+        )
 
 
 def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = None) -> Array:
@@ -34,7 +63,7 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     def flat(t: Array, *leaves: Any) -> list[Array]:
         return [function(t, *jax.tree.unflatten(structure, leaves))]
 
-    return _linear([whole], leaves, flat, flat, [jax.typeof(whole)])[0]
+    return _linear([whole], leaves, Map(flat), Map(flat), [jax.typeof(whole)])[0]
 
 
 def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: Any = ()) -> Array:
@@ -56,7 +85,7 @@ def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: 
         return [copy.astype(to) for copy, to in zip(own, dtypes, strict=True)]
 
     out = jax.typeof(wholes[0]).update(dtype=np.dtype(dtype), weak_type=False)
-    return _linear(wholes, (), rounded, copies, [out])[0]
+    return _linear(wholes, (), Map(rounded), Map(copies), [out])[0]
 
 
 def broadcast_together(
@@ -67,61 +96,110 @@ def broadcast_together(
     A type says how an array lies on the axes of a mesh, and along which of them it varies. All are
     of the rank of `shape`.
     """
-    first, place = terms[0].dtype, None
-    types = (jax.typeof(v) for v in (*terms, *beside))
-    if len({t.update(shape=shape, dtype=first, weak_type=False) for t in types}) > 1:
-        # The zeros are never computed. A term varies along an axis before it is broadcast, since
-        # the transpose sums over the devices of that axis.
-        nil = reduce(jnp.add, (jnp.zeros_like(v, first) for v in (*terms, *beside)))
-        place = jax.typeof(nil).sharding
-        point = (1,) * len(shape)
-        nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *beside)))
-        terms = [term + nil.astype(term.dtype) for term in terms]
+    terms, place = _placed(shape, terms, beside)
     wholes = list(terms)
     # Terms of one type go together, since a GPU sums two cotangents in one pass.
     for kind in {jax.typeof(v): None for v in terms if v.shape != shape}:
         which = [i for i, v in enumerate(terms) if jax.typeof(v) == kind]
-        for i, whole in zip(which, _spread([terms[i] for i in which], shape, place), strict=True):
+        own = _broadcast([terms[i] for i in which], shape, place)
+        for i, whole in zip(which, own, strict=True):
             wholes[i] = whole
     return wholes
 
 
-def _spread(terms: Sequence[Array], shape: tuple[int, ...], place: Any) -> list[Array]:
-    """Terms of one type broadcast to `shape`; the transpose sums as the platform sums best.
+def line(
+    a: Array, b: Array, x: Array, mask: Array | None, center: Array, beside: Any
+) -> list[Array]:
+    """a and b (x - center), of the shape of x. Where x is masked and not finite it is taken as 0.
 
-    The results lie at `place`. Broadcast without it a term would be on every device, and so would
-    its whole cotangent be.
+    Linear in a and b, which are of one dtype. The transpose of t and u is sum(t) and
+    sum(u (x - center)) over the axes along which a and b are broadcast.
     """
-    where = place if place is not None and any(place.spec) else None
-    axes = tuple(a for a, n in enumerate(terms[0].shape) if n != shape[a])
+    a, b = jnp.broadcast_arrays(a, b)
+    kept, structure = jax.tree.flatten((x, mask, center))
+    (a, b), place = _placed(x.shape, [a, b], [*kept, *jax.tree.leaves(beside)])
+    axes = _reduced(a.shape, x.shape)
+
+    def deviated(t: Array, *leaves: Any) -> Array:
+        x, mask, center = jax.tree.unflatten(structure, leaves)
+        center, x = isolate((center, x), number=2)
+        return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
+
+    def both(a: Array, b: Array, *leaves: Any) -> list[Array]:
+        a, b = (jnp.broadcast_to(v, x.shape, out_sharding=place) for v in (a, b))
+        return [a, deviated(b, *leaves)]
+
+    def sums(t: Array, u: Array, *leaves: Any) -> list[Array]:
+        return [jnp.sum(v, axes, keepdims=True) for v in (t, deviated(u, *leaves))]
+
+    def lowered(platform: str, t: Array, u: Array, *leaves: Any) -> Sequence[Array]:
+        x, mask, center = jax.tree.unflatten(structure, leaves)
+        if platform == "gpu" and mask is None and gpu.are_rows(x, axes):
+            return gpu.sums_of_rows(t, u, x, center, axes)
+        return PLATFORMS[platform].totals((t, deviated(u, *leaves)), axes)
+
+    return _linear([a, b], kept, Map(both), Map(sums, lowered))
+
+
+def _placed(
+    shape: tuple[int, ...], terms: Sequence[Array], beside: Sequence[Any]
+) -> tuple[Sequence[Array], Any]:
+    """Terms that vary along the axes along which all do, and where all lie when broadcast.
+
+    Broadcast without that a term would be on every device, and so would its whole cotangent be.
+    """
+    first = terms[0].dtype
+    types = (jax.typeof(v) for v in (*terms, *beside))
+    if len({t.update(shape=shape, dtype=first, weak_type=False) for t in types}) == 1:
+        return terms, None
+    # The zeros are never computed. A term varies along an axis before it is broadcast, since the
+    # transpose sums over the devices of that axis.
+    nil = reduce(jnp.add, (jnp.zeros_like(v, first) for v in (*terms, *beside)))
+    place = jax.typeof(nil).sharding
+    point = (1,) * len(shape)
+    nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *beside)))
+    return [term + nil.astype(term.dtype) for term in terms], place if any(place.spec) else None
+
+
+def _broadcast(terms: Sequence[Array], shape: tuple[int, ...], place: Any) -> list[Array]:
+    """Terms of one type; the transpose sums as the platform sums best."""
+    axes = _reduced(terms[0].shape, shape)
 
     def broadcast(*terms: Array) -> list[Array]:
-        return [jnp.broadcast_to(term, shape, out_sharding=where) for term in terms]
+        return [jnp.broadcast_to(term, shape, out_sharding=place) for term in terms]
 
-    def totals(*wholes: Array) -> list[Array]:
-        return by_platform(lambda platform, *v: PLATFORMS[platform].totals(v, axes), *wholes)
+    def sums(*wholes: Array) -> list[Array]:
+        return [jnp.sum(v, axes, keepdims=True) for v in wholes]
 
-    return _linear(terms, (), broadcast, totals)
+    def lowered(platform: str, *wholes: Array) -> Sequence[Array]:
+        return PLATFORMS[platform].totals(wholes, axes)
+
+    return _linear(terms, (), Map(broadcast), Map(sums, lowered))
+
+
+def _reduced(small: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes along which an array of the one shape is broadcast to the other."""
+    return tuple(a for a, n in enumerate(small) if n != shape[a])
 
 
 def _linear(
     terms: Sequence[Array],
     kept: Sequence[Any],
-    forward: Function,
-    transposed: Function,
+    forward: Map,
+    transposed: Map,
     types: Sequence[Any] | None = None,
 ) -> list[Array]:
-    """`forward(*terms, *kept)`, linear in the terms, and `transposed(*cotangents, *kept)`.
+    """`forward(*terms, *kept)`, whose transpose is `transposed(*cotangents, *kept)`.
 
     `types` are those of the results.
     """
     if types is None:
-        types = jax.make_jaxpr(forward)(*terms, *kept).out_avals
+        types = jax.make_jaxpr(forward.written)(*terms, *kept).out_avals
     how = dict(number=len(terms), forward=forward, transposed=transposed, types=tuple(types))
     return _linear_p.bind(*terms, *kept, **how)
 
 
-def _jvp(primals: Any, tangents: Any, *, number: int, forward: Function, **how: Any) -> Any:
+def _jvp(primals: Any, tangents: Any, *, number: int, forward: Map, **how: Any) -> Any:
     how |= dict(number=number, forward=forward)
     kept, d_kept = primals[number:], tangents[number:]
     results = []
@@ -134,7 +212,7 @@ def _jvp(primals: Any, tangents: Any, *, number: int, forward: Function, **how: 
         def of_moving(*moving: Array) -> Sequence[Array]:
             values = iter(moving)
             own = (next(values) if m else v for m, v in zip(moves, kept, strict=True))
-            return forward(*primals[:number], *own)
+            return forward.written(*primals[:number], *own)
 
         own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (kept, d_kept))
         results.append(jax.jvp(of_moving, own, d_own)[1])
@@ -144,7 +222,7 @@ def _jvp(primals: Any, tangents: Any, *, number: int, forward: Function, **how: 
 
 
 def _transpose(
-    cotangents: Any, *operands: Any, number: int, forward: Function, transposed: Function, **_: Any
+    cotangents: Any, *operands: Any, number: int, forward: Map, transposed: Map, **_: Any
 ) -> list[Any]:
     terms, kept = operands[:number], operands[number:]
     types = [v.aval if ad.is_undefined_primal(v) else jax.typeof(v) for v in terms]
@@ -155,7 +233,7 @@ def _transpose(
 
 
 def _batch(
-    operands: Any, axes: Any, *, number: int, forward: Function, transposed: Function, **_: Any
+    operands: Any, axes: Any, *, number: int, forward: Map, transposed: Map, **_: Any
 ) -> Any:
     # To full size: a term that all examples share would be given the cotangents of all.
     operands = [
@@ -164,15 +242,8 @@ def _batch(
     size = next(v.shape[0] for v, a in zip(operands, axes, strict=True) if a is not None)
     whole = [v[None] if a is None else v for v, a in zip(operands, axes, strict=True)]
     terms = [broadcast_together((size, *v.shape[1:]), [v], whole)[0] for v in whole[:number]]
-    kept_axes = [None if a is None else 0 for a in axes[number:]]
-
-    def batched(function: Function) -> Function:
-        def mapped(*v: Array) -> Sequence[Array]:
-            return jax.vmap(function, [0] * (len(v) - len(kept_axes)) + kept_axes)(*v)
-
-        return mapped
-
-    out = _linear(terms, operands[number:], batched(forward), batched(transposed))
+    kept = [None if a is None else 0 for a in axes[number:]]
+    out = _linear(terms, operands[number:], forward.batched(kept), transposed.batched(kept))
     return out, [0] * len(out)
 
 

@@ -20,7 +20,7 @@ from normjax._core.linear import diagonal
 from normjax._core.lowering import by_platform
 from normjax._core.mask import Count, counted, deviation, safe_count, select
 from normjax._core.moments import Moments, collapse, synchronized
-from normjax._core.platforms import PLATFORMS, cpu
+from normjax._core.platforms import PLATFORMS, cpu, gpu
 from normjax._core.platforms.cpu import isolate, materialize
 from normjax._core.remat import moments_of_norm
 
@@ -199,6 +199,34 @@ def _shared_moments_jvp(reduction: Reduction, _: bool, primals: Any, tangents: A
     moments = shared_moments(*primals, reduction, True)
     d_mean, d_m2 = moments_tangent(x, mask, moments, upcast(tangents[0]), reduction)
     return moments, Moments(jnp.zeros_like(moments.count), d_mean, d_m2)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def moments_for_output(
+    x: Array, mask: Array | None, moments: Moments, reduction: Reduction
+) -> Moments:
+    """Those that y is normalized by, where a derivative reads `moments`: the same, to rounding.
+
+    On a GPU the kernel that normalizes rows measures them too, at no cost, and the moments that a
+    derivative reads are taken in the backward pass, beside its sums. So 7 tensors are moved for 8.
+    """
+    local = reduction.axis_name is None and reduction.groups is None
+    if not local or not gpu.are_rows(x, reduction.axes):
+        return moments
+    count, *both = moments
+
+    def form(platform: str, x: Array, mask: Any, count: Count, *both: Array) -> Sequence[Array]:
+        if platform != "gpu":
+            return both
+        axes, centered = reduction.axes, reduction.centered
+        return gpu.measure(x, mask, count, axes=axes, centered=centered, kept=False)
+
+    return Moments(count, *_chosen(form, (x, mask, count, *both)))
+
+
+@moments_for_output.defjvp
+def _moments_for_output_jvp(reduction: Reduction, primals: Any, tangents: Any) -> Any:
+    return moments_for_output(*primals, reduction), tangents[2]
 
 
 def moments_tangent(

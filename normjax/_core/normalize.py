@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _checks
 from normjax._core.dtypes import accumulation_dtype, common_dtype, real_dtype
-from normjax._core.linear import broadcast_together, diagonal, rounded_sum
+from normjax._core.linear import broadcast_together, diagonal, line, rounded_sum
 from normjax._core.mask import deviation, select_finite
 from normjax._core.platforms.cpu import isolate, materialize
 
@@ -216,6 +216,7 @@ def _affine_tangent(
         shift, d_bias = added(shift, d_bias), None
 
     slope, shift = _one_per_row(slope), _one_per_row(shift)
+    beside = x, mask, vectors
 
     def deviated(t: Array, mask: Any, mean: Any, x: Array) -> Array:
         mean, x = isolate((mean, x), number=2)
@@ -233,22 +234,20 @@ def _affine_tangent(
     if dx is not None:
         dx = dx.astype(number)
         dx = dx if mask is None else diagonal(admitted, dx, mask, x)
+    if shift is not None and slope is not None and mean is not None:
+        shift, slope = line(shift, slope, x, mask, mean, vectors)
+    elif slope is not None:
+        slope = diagonal(deviated, slope, mask, mean, x, shape=x.shape)
     # Together, since the sums of their cotangents are taken in one pass.
-    slope, shift, d_scale, d_bias = _broadcast(
-        x.shape, (slope, shift, d_scale, d_bias), (x, mask, vectors)
-    )
-    within = [
-        product(dx, isolate(inv)),
-        slope if slope is None else diagonal(deviated, slope, mask, mean, x),
-        shift,
-    ]
+    shift, d_scale, d_bias = _broadcast(x.shape, (shift, d_scale, d_bias), beside)
+    within = [product(dx, isolate(inv)), slope, shift]
     if scale is not None:
         own = isolate((scale, scale, scale))
         within = [product(term, s) for term, s in zip(within, own, strict=True)]
     beyond = d_scale if d_scale is None else diagonal(standardized, d_scale, mask, inv, mean, x)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
     terms = terms or [jnp.zeros((1,) * x.ndim, number)]
-    return rounded_sum(x.shape, out, *terms, beside=(x, mask, vectors))
+    return rounded_sum(x.shape, out, *terms, beside=beside)
 
 
 def _broadcast(shape: tuple[int, ...], tangents: Sequence[Any], beside: Any) -> list[Any]:

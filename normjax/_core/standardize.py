@@ -13,7 +13,13 @@ from jax.typing import ArrayLike
 
 from normjax import _checks
 from normjax._core.dtypes import common_dtype, real_dtype
-from normjax._core.measure import Reduction, moments_tangent, shared_moments, squeezed
+from normjax._core.measure import (
+    Reduction,
+    moments_for_output,
+    moments_tangent,
+    shared_moments,
+    squeezed,
+)
 from normjax._core.moments import Moments
 from normjax._core.normalize import (
     Output,
@@ -112,7 +118,8 @@ def _standardized_jvp(options: Options, primals: Any, tangents: Any) -> Any:
         d_var = added(_spread(d_moments._replace(count=moments.count), options), d_var)
         d_mean = d_mean if options.reduction.centered else None
     d_vectors = Vectors(d_mean, d_var, *corrected(d_scale, d_bias))
-    y = normalized(x, mask, vectors, options.output)
+    own, _ = _vectors(moments_for_output(x, mask, moments, options.reduction), inputs, options)
+    y = normalized(x, mask, own, options.output)
     return (y, moments), (tangent(x, mask, vectors, dx, d_vectors, options.output), d_moments)
 
 

@@ -17,7 +17,15 @@ from math import prod
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normjax._core.algorithms import around_pivot_is_exact, merged, moved, squares, two_pass
+from normjax._core.algorithms import (
+    around_pivot_is_exact,
+    merged,
+    merged_products,
+    merged_squares,
+    moved,
+    squares,
+    two_pass,
+)
 from normjax._core.dtypes import abs_square, real_dtype, upcast
 from normjax._core.mask import Count, deviation, safe_count, select
 
@@ -26,11 +34,12 @@ def measure(
     x: Array, mask: Array | None, count: Count, *, axes: tuple[int, ...], centered: bool, kept: bool
 ) -> tuple[Array, Array]:
     """mean and m2; `kept` if a derivative reads them again."""
+    if kept and are_rows(x, axes):
+        return (merged if centered else merged_squares)(x, mask, axes)
     if not centered:
         return squares(x, mask, axes)
-    if axes == tuple(range(x.ndim))[-len(axes) :]:
-        by_merge = kept and not jnp.iscomplexobj(x)
-        return merged(x, mask, axes) if by_merge else two_pass(x, mask, count, axes)
+    if _last(axes, x.ndim):
+        return two_pass(x, mask, count, axes)
     sample = _sample(x, mask, axes)
     if sample is None:
         return two_pass(x, mask, count, axes)
@@ -42,6 +51,24 @@ def measure(
         lambda: (mean, m2),
         lambda: two_pass(x, mask, count, axes),
     )
+
+
+def are_rows(x: Array, axes: tuple[int, ...]) -> bool:
+    """Whether real entries that lie side by side in memory are reduced."""
+    return _last(axes, x.ndim) and not jnp.iscomplexobj(x)
+
+
+def _last(axes: tuple[int, ...], rank: int) -> bool:
+    return axes == tuple(range(rank))[-len(axes) :]
+
+
+def sums_of_rows(t: Array, u: Array, x: Array, center: Array, axes: tuple[int, ...]) -> list[Array]:
+    """sum(t) and sum(u (x - center)), by sums that need no center.
+
+    They and the moments that a derivative reads are then taken in one pass over x.
+    """
+    mean, total, products = merged_products(u, x.astype(u.dtype), axes)
+    return [jnp.sum(t, axes, keepdims=True), products + total * (mean - center)]
 
 
 def sums_around(
