@@ -6,11 +6,15 @@ is False. A platform chooses by what a pass over memory costs there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 
 from normjax._core.dtypes import abs_square, upcast
 from normjax._core.mask import Count, deviation, safe_count, select
@@ -43,6 +47,7 @@ def two_pass(
 def merged_squares(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """`squares` of a real x that the reduction itself squares."""
     x = select(upcast(x), mask)
+    zero = np.zeros((), x.dtype)
 
     def merge(a: Any, b: Any) -> Any:
         # Of an entry the sum is 0, and of a sum the entry.
@@ -50,7 +55,7 @@ def merged_squares(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple
         total, lost = _add(first, second)
         return jnp.zeros_like(total), total, a[2] + b[2] + lost
 
-    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    nothing = jnp.zeros_like(x)
     _, m2, lost = lax.reduce((x, nothing, nothing), (zero,) * 3, merge, axes)
     m2 = jnp.expand_dims(_mended(m2, lost), axes)
     return jnp.zeros_like(m2), m2
@@ -63,17 +68,19 @@ def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
     """
     x = select(upcast(x), mask)
     count = jnp.ones_like(x) if mask is None else jnp.broadcast_to(mask, x.shape)
+    # Not of x within: JAX takes a reducer that holds a tracer for a leak.
+    zero, one = np.zeros((), x.dtype), np.ones((), x.dtype)
 
     def merge(a: Any, b: Any) -> Any:
         count = a[0] + b[0]
-        share = b[0] / jnp.maximum(count, np.ones((), x.dtype))
+        share = b[0] / jnp.maximum(count, one)
         distance = (b[1] - a[1]) + (b[2] - a[2])
         mean, mean_rest = _add(a[1], distance * share)
         # One factor after the other: their square may overflow where the weight is 0.
         m2, m2_rest = _add(a[3], b[3] + (distance * (a[0] * share)) * distance)
         return count, mean, a[2] + mean_rest, m2, a[4] + b[4] + m2_rest
 
-    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    nothing = jnp.zeros_like(x)
     entries = count.astype(x.dtype), x, nothing, nothing, nothing
     _, mean, mean_rest, m2, m2_rest = lax.reduce(entries, (zero,) * 5, merge, axes)
     return jnp.expand_dims(mean + mean_rest, axes), jnp.expand_dims(_mended(m2, m2_rest), axes)
@@ -81,10 +88,11 @@ def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
 
 def merged_products(t: Array, x: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """mean(x), sum(t) and sum(t (x - mean(x))), in one pass by the same merge. For real x."""
+    zero, one = np.zeros((), x.dtype), np.ones((), x.dtype)
 
     def merge(a: Any, b: Any) -> Any:
         count = a[0] + b[0]
-        distance = ((b[1] - a[1]) + (b[2] - a[2])) / jnp.maximum(count, np.ones((), x.dtype))
+        distance = ((b[1] - a[1]) + (b[2] - a[2])) / jnp.maximum(count, one)
         mean, mean_rest = _add(a[1], distance * b[0])
         # Around the new mean, which is not that around which each piece was summed.
         moved = b[4] + (b[3] * (distance * a[0]) - a[3] * (distance * b[0]))
@@ -94,7 +102,7 @@ def merged_products(t: Array, x: Array, axes: tuple[int, ...]) -> tuple[Array, A
         lost = (a[4] - (products - back)) + (moved - back)
         return count, mean, a[2] + mean_rest, a[3] + b[3], products, a[5] + b[5] + lost
 
-    nothing, zero = jnp.zeros_like(x), np.zeros((), x.dtype)
+    nothing = jnp.zeros_like(x)
     entries = jnp.ones_like(x), x, nothing, t, nothing, nothing
     _, mean, rest, total, products, lost = (
         jnp.expand_dims(v, axes) for v in lax.reduce(entries, (zero,) * 6, merge, axes)
@@ -134,8 +142,56 @@ def moved(first: Array, second: Array, pivot: Array, count: Count) -> tuple[Arra
     return pivot * (count > 0).astype(pivot.dtype) + shift, m2
 
 
+def around_or_two_pass(
+    sums: tuple[Array, Array], x: Array, mask: Array | None, pivot: Array, count: Count,
+    floor: ArrayLike, axes: tuple[int, ...],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Of sums around a pivot where they are exact for all features, else by two passes over x."""
+    mean, m2 = moved(*sums, pivot, count)
+    exact = around_pivot_is_exact(mean, m2, pivot, count, floor)
+    constant: Any = count if isinstance(count, np.generic) else None
+    given = count if constant is None else None
+
+    def again(x: Array, mask: Array | None, given: Array | None) -> tuple[Array, Array]:
+        return two_pass(x, mask, constant if given is None else given, axes)
+
+    return _conditional(again)(exact, (mean, m2), (x, mask, given))
+
+
+def _conditional(function: Callable[..., Any]) -> Callable[..., Any]:
+    """(true, values, operands) -> values if true, else function(*operands).
+
+    Under vmap both are computed, as those of lax.cond, whose own rule does not know how the
+    selection between them lies on a mesh of explicit axes.
+    """
+
+    @custom_vmap
+    def chosen(true: Array, values: Any, operands: Any) -> Any:
+        return lax.cond(true, lambda: values, lambda: function(*operands))
+
+    @chosen.def_vmap
+    def _(size: int, batched: Any, true: Array, values: Any, operands: Any) -> Any:
+        axes = jax.tree.map(lambda b: 0 if b else None, batched)
+        if any(jax.tree.leaves(batched[2])):
+            others = jax.vmap(function, axes[2])(*operands)
+        else:
+            others = jax.tree.map(lambda v: v[None], function(*operands))
+        true = jnp.atleast_1d(true)
+        values = jax.tree.map(lambda v, b: v if b else v[None], values, batched[1])
+
+        def select(value: Array, other: Array) -> Array:
+            # Zeros bring all to where each of them lies.
+            here = true.reshape(-1, *(1,) * (value.ndim - 1)).astype(value.real.dtype)
+            nil = jnp.zeros_like(value) + jnp.zeros_like(other) + jnp.zeros_like(here)
+            return jnp.where(here + nil.real > 0, value + nil, other + nil)
+
+        return jax.tree.map(select, values, others), jax.tree.map(lambda _: True, values)
+
+    return chosen
+
+
 def around_pivot_is_exact(
-    mean: Array, m2: Array, pivot: Array, count: Count, floor: Array
+    mean: Array, m2: Array, pivot: Array, count: Count, floor: ArrayLike
 ) -> Array:
     """Whether sums around the pivot are as exact as those around the mean: one boolean for all.
 

@@ -118,7 +118,7 @@ def line(
     a, b = jnp.broadcast_arrays(a, b)
     kept, structure = jax.tree.flatten((x, mask, center))
     (a, b), place = _placed(x.shape, [a, b], [*kept, *jax.tree.leaves(beside)])
-    axes = _reduced(a.shape, x.shape)
+    shape, axes = x.shape, _reduced(a.shape, x.shape)
 
     def deviated(t: Array, *leaves: Any) -> Array:
         x, mask, center = jax.tree.unflatten(structure, leaves)
@@ -126,7 +126,7 @@ def line(
         return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
 
     def both(a: Array, b: Array, *leaves: Any) -> list[Array]:
-        a, b = (jnp.broadcast_to(v, x.shape, out_sharding=place) for v in (a, b))
+        a, b = (jnp.broadcast_to(v, shape, out_sharding=place) for v in (a, b))
         return [a, deviated(b, *leaves)]
 
     def sums(t: Array, u: Array, *leaves: Any) -> list[Array]:
@@ -239,9 +239,13 @@ def _batch(
     operands = [
         v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)
     ]
-    size = next(v.shape[0] for v, a in zip(operands, axes, strict=True) if a is not None)
-    whole = [v[None] if a is None else v for v, a in zip(operands, axes, strict=True)]
-    terms = [broadcast_together((size, *v.shape[1:]), [v], whole)[0] for v in whole[:number]]
+    # Zeros that lie on a mesh, and vary, as the examples do.
+    examples = [v for v, a in zip(operands, axes, strict=True) if a is not None]
+    nil = reduce(jnp.add, (jnp.sum(jnp.zeros_like(v, float), range(1, v.ndim)) for v in examples))
+    terms = [
+        v if a is not None else v[None] + nil.reshape(-1, *(1,) * v.ndim).astype(v.dtype)
+        for v, a in zip(operands[:number], axes, strict=False)
+    ]
     kept = [None if a is None else 0 for a in axes[number:]]
     out = _linear(terms, operands[number:], forward.batched(kept), transposed.batched(kept))
     return out, [0] * len(out)

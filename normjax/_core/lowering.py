@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,9 @@ import jax
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
+
+# JAX 0.7 asks for no mesh when it lowers, and has no such name.
+_use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", nullcontext)
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 VARIABLE = "NORMJAX_LOWER_AS"
@@ -27,7 +31,8 @@ def by_platform(function: Function, *operands: Array) -> list[Array]:
     """
     # The types of the results say how they lie on a mesh, and along which mapped axes they vary.
     types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
-    return _by_platform_p.bind(*operands, function=function, types=tuple(types))
+    mesh = jax.sharding.get_abstract_mesh()
+    return _by_platform_p.bind(*operands, function=function, types=tuple(types), mesh=mesh)
 
 
 def lowered_as(platform: str) -> str:
@@ -47,7 +52,7 @@ def _run(*operands: Array, **how: Any) -> list[Array]:
         return jax.jit(partial(_by_platform_p.bind, **how))(*operands)
 
 
-def _batched(operands: Any, axes: Any, *, function: Function, types: Any) -> Any:
+def _batched(operands: Any, axes: Any, *, function: Function, **_: Any) -> Any:
     def each(platform: str, *operands: Array) -> Sequence[Array]:
         return jax.vmap(partial(function, platform), axes)(*operands)
 
@@ -56,8 +61,9 @@ def _batched(operands: Any, axes: Any, *, function: Function, types: Any) -> Any
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
-    def chosen(*operands: Array, function: Function, types: Any) -> Sequence[Array]:
-        return function(lowered_as(platform), *operands)
+    def chosen(*operands: Array, function: Function, types: Any, mesh: Any) -> Sequence[Array]:
+        with _use_mesh(mesh):
+            return function(lowered_as(platform), *operands)
 
     return mlir.lower_fun(chosen, multiple_results=True)
 
@@ -65,7 +71,7 @@ def _lowering(platform: str) -> Callable[..., Any]:
 _by_platform_p = Primitive("by_platform")
 _by_platform_p.multiple_results = True
 _by_platform_p.def_impl(_run)
-_by_platform_p.def_abstract_eval(lambda *_, function, types: types)
+_by_platform_p.def_abstract_eval(lambda *_, types, **__: types)
 batching.primitive_batchers[_by_platform_p] = _batched
 # An accelerator that is not known here has reductions like those of a GPU.
 mlir.register_lowering(_by_platform_p, _lowering("gpu"))

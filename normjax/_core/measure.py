@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._core.algorithms import around_pivot_is_exact, moved, two_pass
+from normjax._core.algorithms import around_or_two_pass, around_pivot_is_exact, moved, two_pass
 from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
 from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
 from normjax._core.linear import diagonal
@@ -309,13 +309,18 @@ def _shared_around(
 
 
 def _chosen(form: Any, operands: Any) -> list[Array]:
-    """by_platform of a function of a tree of operands."""
+    """by_platform of a function of a tree of operands. Constants, a count for example, stay so."""
     leaves, structure = jax.tree.flatten(operands)
+    arrays = [v for v in leaves if not isinstance(v, np.generic)]
 
-    def flat(platform: str, *leaves: Array) -> Sequence[Array]:
-        return form(platform, *jax.tree.unflatten(structure, leaves))
+    def flat(platform: str, *arrays: Array) -> Sequence[Array]:
+        given = iter(arrays)
+        whole = [v if isinstance(v, np.generic) else next(given) for v in constants]
+        return form(platform, *jax.tree.unflatten(structure, whole))
 
-    return by_platform(flat, *leaves)
+    # Without the arrays, which would leak from the trace that they belong to.
+    constants = [v if isinstance(v, np.generic) else None for v in leaves]
+    return by_platform(flat, *arrays)
 
 
 def _measured(platform: str, x: Array, mask: Any, count: Count, **how: Any) -> Any:
@@ -329,13 +334,8 @@ def _around(
     """One pass around the pivot where that is cheaper; measured anew where it was far."""
     if platform == "cpu":
         return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
-    first, second = PLATFORMS[platform].sums_around(x, mask, pivot, axes)
-    mean, m2 = moved(first, second, pivot, count)
-    return lax.cond(
-        around_pivot_is_exact(mean, m2, pivot, count, floor),
-        lambda: (mean, m2),
-        lambda: two_pass(x, mask, count, axes),
-    )
+    sums = PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    return around_or_two_pass(sums, x, mask, pivot, count, floor, axes)
 
 
 def _sums(

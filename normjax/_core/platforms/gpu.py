@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from functools import partial
 from math import prod
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from normjax._core.algorithms import (
-    around_pivot_is_exact,
+    around_or_two_pass,
     merged,
     merged_products,
     merged_squares,
-    moved,
     squares,
     two_pass,
 )
@@ -45,12 +45,8 @@ def measure(
         return two_pass(x, mask, count, axes)
     # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
     floor = (8 * float(jnp.finfo(sample.dtype).eps)) ** 2 * abs_square(sample)
-    mean, m2 = moved(*sums_around(x, mask, sample, axes), sample, count)
-    return lax.cond(
-        around_pivot_is_exact(mean, m2, sample, count, floor),
-        lambda: (mean, m2),
-        lambda: two_pass(x, mask, count, axes),
-    )
+    sums = sums_around(x, mask, sample, axes)
+    return around_or_two_pass(sums, x, mask, sample, count, floor, axes)
 
 
 def are_rows(x: Array, axes: tuple[int, ...]) -> bool:
@@ -97,12 +93,13 @@ def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
 def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
     """The mean of 32 entries or more, at most 1/64 of a large x, from all over x.
 
-    Never along the first axis, whose examples may lie on several devices. None where a sample
-    would be all of x.
+    Never along the first axis, whose examples may lie on several devices, nor along one that does
+    so by its type. None where a sample would be all of x.
     """
     if not all(isinstance(x.shape[a], int) for a in axes):
         return None
-    strides = dict.fromkeys((a for a in axes if a > 0), 1)
+    split = [axis is not None for axis in jax.typeof(x).sharding.spec]
+    strides = dict.fromkeys((a for a in axes if a > 0 and not split[a]), 1)
     entries = prod(x.shape[a] for a in axes)
     while strides and 2 * prod(strides.values()) <= min(entries // 32, 64):
         longest = max(strides, key=lambda a: x.shape[a] // strides[a])
