@@ -125,21 +125,30 @@ def _mended(total: Array, lost: Array) -> Array:
 
 
 def sums_around(
-    x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
+    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass."""
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero."""
     apart = deviation(upcast(x), pivot, mask)
     first = jnp.sum(apart, axes, keepdims=True)
     return first, jnp.sum(abs_square(apart), axes, keepdims=True)
 
 
-def moved(first: Array, second: Array, pivot: Array, count: Count) -> tuple[Array, Array]:
+def moved(first: Array, second: Array, pivot: ArrayLike, count: Count) -> tuple[Array, Array]:
     """mean and m2 of the sums around a pivot."""
     entries = safe_count(count)
     shift = first / entries.astype(first.dtype)
     m2 = jnp.maximum(second - abs_square(shift) * entries, 0)
     # The mean of nothing is 0.
-    return pivot * (count > 0).astype(pivot.dtype) + shift, m2
+    return shift + pivot * (count > 0).astype(shift.dtype), m2
+
+
+def unless_far(
+    near: tuple[Array, Array], pivot: ArrayLike, count: Count, floor: ArrayLike,
+    again: Callable[..., Any], operands: tuple[Any, ...],
+) -> tuple[Array, Array]:  # fmt: skip
+    """mean and m2 by sums around a pivot if they are exact for all features, else `again`."""
+    exact = around_pivot_is_exact(*near, pivot, count, floor)
+    return _conditional(again)(exact, near, operands)
 
 
 def around_or_two_pass(
@@ -147,15 +156,14 @@ def around_or_two_pass(
     floor: ArrayLike, axes: tuple[int, ...],
 ) -> tuple[Array, Array]:  # fmt: skip
     """Of sums around a pivot where they are exact for all features, else by two passes over x."""
-    mean, m2 = moved(*sums, pivot, count)
-    exact = around_pivot_is_exact(mean, m2, pivot, count, floor)
     constant: Any = count if isinstance(count, np.generic) else None
     given = count if constant is None else None
 
     def again(x: Array, mask: Array | None, given: Array | None) -> tuple[Array, Array]:
         return two_pass(x, mask, constant if given is None else given, axes)
 
-    return _conditional(again)(exact, (mean, m2), (x, mask, given))
+    near = moved(*sums, pivot, count)
+    return unless_far(near, pivot, count, floor, again, (x, mask, given))
 
 
 def _conditional(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +199,7 @@ def _conditional(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_pivot_is_exact(
-    mean: Array, m2: Array, pivot: Array, count: Count, floor: ArrayLike
+    mean: Array, m2: Array, pivot: ArrayLike, count: Count, floor: ArrayLike
 ) -> Array:
     """Whether sums around the pivot are as exact as those around the mean: one boolean for all.
 

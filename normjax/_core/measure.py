@@ -13,14 +13,20 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _checks
-from normjax._core.algorithms import around_or_two_pass, around_pivot_is_exact, moved, two_pass
+from normjax._core.algorithms import (
+    around_or_two_pass,
+    around_pivot_is_exact,
+    moved,
+    two_pass,
+    unless_far,
+)
 from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
 from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
 from normjax._core.linear import diagonal
 from normjax._core.lowering import by_platform
 from normjax._core.mask import Count, counted, deviation, safe_count, select
 from normjax._core.moments import Moments, collapse, synchronized
-from normjax._core.platforms import PLATFORMS, cpu, gpu
+from normjax._core.platforms import PLATFORMS, cpu, gpu, tpu
 from normjax._core.platforms.cpu import isolate, materialize
 from normjax._core.remat import moments_of_norm
 
@@ -49,16 +55,21 @@ class FeatureGroups(NamedTuple):
         """For each feature the sum over its group."""
         return self.spread(jnp.sum(self.stacked(v), axis=0), v.shape[self.axis])
 
-    def merge(self, moments: Moments) -> Moments:
-        """For each feature the moments of its group."""
+    def pooled_count(self, count: Count, features: int) -> Count:
+        """How many entries the group of each feature has."""
+        if np.ndim(count) == 0:
+            return count * np.asarray(features // self.groups, count.dtype)[()]
+        shape = [features if a == self.axis else n for a, n in enumerate(count.shape)]
+        return self.total(jnp.broadcast_to(count, shape))
+
+    def merge(self, moments: Moments) -> tuple[Array, Array]:
+        """For each feature mean and m2 of its group."""
         count, mean, m2 = moments
         features = mean.shape[self.axis]
-        if isinstance(count, Array):
+        if np.ndim(count):
             count = self.stacked(jnp.broadcast_to(count, mean.shape))
-        count, *both = collapse(Moments(count, self.stacked(mean), self.stacked(m2)))
-        if isinstance(count, Array) and count.ndim:
-            count = self.spread(count, features)
-        return Moments(count, *(self.spread(v, features) for v in both))
+        _, mean, m2 = collapse(Moments(count, self.stacked(mean), self.stacked(m2)))
+        return self.spread(mean, features), self.spread(m2, features)
 
 
 class Reduction(NamedTuple):
@@ -185,9 +196,14 @@ def shared_moments(
             return Moments(count, *_chosen(partial(_around, axes=axes, kept=kept), given))
         if reduction.axis_index_groups is None and not varies(pivot, name):
             return _shared_around(x, mask, pivot, floor, reduction, kept)
-    moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
-    if reduction.groups is not None:
-        moments = reduction.groups.merge(moments)
+    if reduction.groups is None:
+        moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
+    else:
+        form = partial(_of_groups, axes=axes, groups=reduction.groups, kept=kept)
+        both = _chosen(form, (x, mask, count, lax.stop_gradient(floor)))
+        moments = Moments(
+            reduction.groups.pooled_count(count, x.shape[reduction.groups.axis]), *both
+        )
     if name is not None:
         moments = synchronized(moments, name, reduction.axis_index_groups)
     return moments
@@ -325,6 +341,30 @@ def _chosen(form: Any, operands: Any) -> list[Array]:
 
 def _measured(platform: str, x: Array, mask: Any, count: Count, **how: Any) -> Any:
     return PLATFORMS[platform].measure(x, mask, count, **how)
+
+
+def _of_groups(
+    platform: str, x: Array, mask: Any, count: Count, floor: Array, *, axes: tuple[int, ...],
+    groups: FeatureGroups, kept: bool,
+) -> Any:  # fmt: skip
+    """Of each feature by itself, then merged over the features of a group.
+
+    A sum over a few neighbors at a time is slow, and so is seeing x in another shape.
+    """
+
+    def merged(x: Array, mask: Any, count: Count) -> tuple[Array, Array]:
+        form = PLATFORMS[platform].measure
+        both = form(x, mask, count, axes=axes, centered=True, kept=kept)
+        return groups.merge(Moments(count, *both))
+
+    if platform != "tpu" or jnp.iscomplexobj(x):
+        return merged(x, mask, count)
+    # Plain sums fuse into the convolution that makes x, which a merge does not. Its channels have
+    # means that are small beside the deviation of a group.
+    whole = groups.pooled_count(count, x.shape[groups.axis])
+    first, second = (groups.total(v) for v in tpu.sums_around(x, mask, None, axes))
+    near = moved(first, second, 0.0, whole)
+    return unless_far(near, 0.0, whole, floor, merged, (x, mask, count))
 
 
 def _around(
