@@ -35,7 +35,6 @@ def named(
     they differ. An error of another library, or of a function that the user passed, is left as it
     is.
     """
-
     inner = re.compile(r"normjax\b(?!\.)" if runs_model else r"normjax[\w.]*")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -44,8 +43,8 @@ def named(
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                foreign = _of_pytorch(kwargs)
-                if isinstance(error, TypeError) and foreign and not runs_model:
+                own = isinstance(error, TypeError) and not runs_model
+                if own and (foreign := _of_pytorch(kwargs)):
                     raise TypeError(f"{called}: got {foreign}") from None
                 _rename(error, inner, called, names)
                 raise
