@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import Moments
 
@@ -36,6 +37,7 @@ class BatchStats(NamedTuple):
     count: Array | None = None  # type: ignore[assignment]  # hides tuple.count, as meant
 
     @classmethod
+    @_errors.named("normjax.BatchStats.make")
     def make(
         cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32, *, counted: bool = False
     ) -> BatchStats:
@@ -49,15 +51,15 @@ class BatchStats(NamedTuple):
             >>> stats.mean, stats.var
             (Array([0., 0.], dtype=float32), Array([1., 1.], dtype=float32))
         """
-        called = "normjax.BatchStats.make"
-        shape = _checks.shape(called, shape)
-        dtype = accumulation_dtype(_checks.output_dtype(called, dtype, np.dtype("float32")))
+        shape = _errors.shape(shape)
+        dtype = accumulation_dtype(_errors.output_dtype(dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
-        counted = _checks.switch(called, "counted", counted)
+        counted = _errors.switch("counted", counted)
         count = jnp.zeros(shape, jnp.int32) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)
 
 
+@_errors.named("normjax.update_stats")
 def update_stats(
     stats: BatchStats,
     moments: Moments,
@@ -115,20 +117,48 @@ def update_stats(
         >>> normjax.update_stats(normjax.BatchStats.make(1), moments, momentum=0.9).mean
         Array([0.3], dtype=float32)
     """
-    called = "normjax.update_stats"
-    _checks.batch_stats(called, stats, BatchStats, "BatchStats")
-    _checks.moments(called, moments, Moments)
-    _checks.momentum(called, momentum, debias)
-    ddof = _checks.ddof(called, ddof)
-    _checks.count(called, stats.count, momentum, debias)
-    _checks.same_shape(called, stats, moments)
+    _errors.batch_stats(stats, BatchStats, "BatchStats")
+    _errors.moments(moments, Moments)
+    _errors.momentum(momentum, debias)
+    _errors.ddof(ddof)
+    _errors.count(stats.count, momentum, debias)
+    _errors.same_shape(stats, moments)
+    return next_stats(stats, moments, momentum, debias, ddof)
+
+
+# The name before 0.2, kept until 1.0.
+move = update_stats
+
+
+def next_stats(
+    stats: BatchStats, moments: Moments, momentum: ArrayLike | None, debias: bool, ddof: Any
+) -> BatchStats:
+    """`update_stats` of what was checked."""
+    weights = None
+    if momentum is not None:
+        step = 1 - momentum
+        weights = 1 - step, step
+    # A NumPy number would widen what it is subtracted from.
+    ddof = ddof if isinstance(ddof, jax.core.Tracer) else float(ddof)
+    return _next(stats, moments, weights, ddof, debias=bool(debias))
+
+
+# Compiled, since Python takes longer for each of these operations than the device. Momentum is an
+# operand: that of a schedule would be compiled anew for each step.
+@partial(jax.jit, static_argnames="debias", inline=True)
+def _next(
+    stats: BatchStats, moments: Moments, weights: Any, ddof: Any, *, debias: bool
+) -> BatchStats:
+    """By the weights of the old and of the batch; None for those of the plain average."""
     count = stats.count
     if count is not None and jnp.issubdtype(count.dtype, jnp.floating):
         count = count.astype(accumulation_dtype(count.dtype))
-    steps = None if count is None else count.astype(accumulation_dtype(stats.var.dtype))
-    step = _step(steps, momentum, debias)
-    mean = _blend(stats.mean, moments.mean, step)
-    var = _blend(stats.var, moments.variance(ddof), step)
+    if weights is None or debias:
+        assert count is not None, "checked at the door"
+        step = _step(count.astype(accumulation_dtype(stats.var.dtype)), weights)
+        weights = 1 - step, step
+    mean = _blend(stats.mean, moments.mean, weights)
+    var = _blend(stats.var, moments.variance(ddof), weights)
     taken = (moments.count > ddof) & jnp.isfinite(mean) & jnp.isfinite(var)
     return BatchStats(
         _choose(taken, mean, stats.mean),
@@ -137,23 +167,17 @@ def update_stats(
     )
 
 
-# The name before 0.2, kept until 1.0.
-move = update_stats
-
-
 def _incremented(count: Array) -> Array:
     if jnp.issubdtype(count.dtype, jnp.floating):
         return count + 1
     return jnp.minimum(count, jnp.iinfo(count.dtype).max - 1) + 1
 
 
-def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> ArrayLike:
-    if momentum is not None and not debias:
-        return 1 - momentum
-    assert count is not None, "checked at the door"
-    if momentum is None:
+def _step(count: Array, weights: Any) -> Array:
+    """The weight of the batch after `count` others."""
+    if weights is None:
         return 1 / (count + 1)
-    step = jnp.asarray(1 - momentum, count.dtype)
+    step = jnp.asarray(weights[1]).astype(count.dtype)
     # 1 - momentum^k without cancellation. The first batch is taken whole: a rounding error of
     # the ratio would leave a trace of the initial variance.
     # A step of 1, for which the logarithm is infinite, has the weight of its neighbor.
@@ -161,15 +185,12 @@ def _step(count: Array | None, momentum: ArrayLike | None, debias: bool) -> Arra
     return jnp.where(count == 0, 1, step / -jnp.expm1((count + 1) * rest))
 
 
-def _blend(old: Array, batch: Array, step: ArrayLike) -> Array:
+def _blend(old: Array, batch: Array, weights: Any) -> Array:
     dtype = accumulation_dtype(old.dtype, batch.dtype)
-    old, batch = old.astype(dtype), batch.astype(dtype)
+    keep, step = (jnp.asarray(v).astype(dtype) for v in weights)
     # Nothing of the old is kept where its weight is 0, not even a NaN.
-    if isinstance(step, (int, float)):
-        step = float(step)  # a NumPy number would widen what it is multiplied with
-        return batch * step + old * (1 - step) if step != 1 else batch
-    keep, step = jnp.asarray(1 - step).astype(dtype), jnp.asarray(step).astype(dtype)
-    return jnp.where(keep == 0, jnp.zeros((), dtype), keep * old) + step * batch
+    kept = jnp.where(keep == 0, jnp.zeros((), dtype), old.astype(dtype) * keep)
+    return batch.astype(dtype) * step + kept
 
 
 def _choose(taken: Any, new: Array, old: Array) -> Array:

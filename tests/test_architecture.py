@@ -4,16 +4,20 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 import normjax
+import normjax.linen
+import normjax.surgery
 
 PACKAGE = Path(__file__).parents[1] / "normjax"
 
 # The rooms in the order in which data goes through them; each imports earlier ones only.
-ROOMS = ["_checks", "_core", "_stats", "_functions", "__init__", "linen", "surgery"]
+ROOMS = ["_errors", "_core", "_stats", "_functions", "__init__", "linen", "surgery"]
 # And the files of the core.
 CORE = [
     "dtypes",
@@ -181,3 +185,80 @@ def test_the_oracle_knows_nothing_of_jax_or_normjax():
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert modules == {"numpy", "typing"}
+
+
+PUBLIC = {*normjax.__all__, *normjax.linen.__all__, *normjax.surgery.__all__}
+
+
+def parameters(source):
+    """The names of the parameters of each function of a source."""
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef))
+    for function in functions:
+        given = function.args
+        named = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
+        yield function.name, [arg.arg for arg in named if arg is not None]
+
+
+def handed_down(source):
+    """Functions beside the door that are told what the user called."""
+    return [name for name, given in parameters(source) if "called" in given and name != "named"]
+
+
+def crowded(source):
+    """Private functions of more than eight parameters: what belongs together travels together."""
+    return [name for name, given in parameters(source) if name not in PUBLIC and len(given) > 8]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_what_was_called_is_known_at_the_door_alone(room):
+    assert not handed_down(rooms()[room])
+
+
+def test_a_name_that_is_handed_down_would_be_found():
+    assert handed_down("def mask(called, value): ...") == ["mask"]
+    assert handed_down("def door():\n    def inner(x, *, called): ...") == ["inner"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_private_functions_take_few_parameters(room):
+    assert not crowded(rooms()[room])
+
+
+def test_a_private_function_of_many_parameters_would_be_found():
+    assert crowded("def _run(a, b, c, d, /, e, f, *g, h, **i): ...") == ["_run"]
+    assert not crowded("def _run(a, b, c, d, e, f, g, h): ...")
+    assert not crowded("def batch_norm(a, b, c, d, e, f, g, h, i): ...")
+
+
+def own_calls(function):
+    """How often each function of normjax is called, by Python's own count."""
+    found = Counter()
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            place = frame.f_code.co_filename.removeprefix(str(PACKAGE))
+            found[f"{place}:{frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_call_by_itself_takes_few_calls_of_python(train):
+    """An option that is checked twice shows here, and arithmetic that is not compiled."""
+    x, scale, bias = jnp.ones((8, 4)), jnp.ones(4), jnp.zeros(4)
+    stats = normjax.BatchStats.make(4)
+
+    def step():
+        normjax.batch_norm(x, stats, scale, bias, train=train)
+
+    # The first call traces.
+    step()
+    found = own_calls(step)
+    assert found["/_functions/batch.py:batch_norm"] == 1
+    assert found.total() <= 47, found

@@ -8,6 +8,8 @@ from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 
 import normjax
 import normjax.linen
+from normjax import _errors, surgery
+from normjax.linen._params import MissingStatsError
 from tests.test_arguments import STATS, Inner, W, X
 
 KEY = jax.random.key(0)
@@ -205,3 +207,55 @@ def test_numbers_of_numpy_are_numbers_of_python():
     np.testing.assert_array_equal(got, normjax.local_response_norm(X, k=2.0))
     y, _ = renorm(r_max=np.int64(2), d_max=lambda count: np.int64(1))
     np.testing.assert_array_equal(y, renorm(r_max=2.0, d_max=1.0)[0])
+
+
+def refuse(kind, message):
+    raise kind(message)
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError, FileNotFoundError, MissingStatsError])
+def test_a_door_names_what_was_called_and_leaves_the_error_what_it_is(kind):
+    def inner():
+        error = kind("path", "reader", "missing") if kind is MissingStatsError else None
+        raise error or kind("normjax: axis=3 and axis.mean, a/axis=3")
+
+    outer = _errors.named("normjax.outer", axis="dim")(_errors.named("normjax.middle")(inner))
+    with pytest.raises(kind) as error:
+        outer()
+    assert type(error.value) is kind
+    assert str(error.value).startswith("normjax.outer")
+    assert error.value.args == (str(error.value),)
+    assert error.traceback[-1].name == "inner"
+    if kind is not MissingStatsError:
+        assert str(error.value) == "normjax.outer: dim=3 and dim.mean, a/axis=3"
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("normjax: x", "normjax.tool: x"),
+        ("normjax at '/': x", "normjax.tool at '/': x"),
+        ("normjax.linen.BatchNorm: x", "normjax.linen.BatchNorm: x"),
+        ("x of normjax: y", "x of normjax: y"),
+    ],
+)
+def test_a_tool_that_runs_a_model_leaves_the_names_of_its_errors(message, told):
+    with pytest.raises(TypeError) as error:
+        _errors.named("normjax.tool", runs_model=True)(refuse)(TypeError, message)
+    assert str(error.value) == told
+
+
+def test_a_tool_names_its_own_errors_within_another_tool():
+    """Also where the error passes through the wrapper of the other one."""
+    model = normjax.linen.BatchNorm()
+    variables = model.init(KEY, X, train=True)
+    variables["batch_stats"]["mean"] += 1
+    apply = surgery.freeze(surgery.guard(model.apply, at="other"), at="*")
+    with pytest.raises(ValueError, match=r"^normjax.surgery.guard: at='other' matches no"):
+        apply(variables, X, train=True)
+    apply = surgery.synchronize(surgery.guard(model.apply), "i")
+    with pytest.raises(ValueError, match=r"^normjax.surgery.guard: the batch norm at '' would run"):
+        apply(variables, X, train=True)
+    apply = surgery.guard(surgery.synchronize(model.apply, "i"))
+    with pytest.raises(ValueError, match=r"^normjax.surgery.guard: the batch norm at '' would run"):
+        apply(variables, X, train=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import normjax
-from normjax import BatchStats, Moments, measure, merge, update_stats
+from normjax import BatchStats, Moments, _stats, measure, merge, update_stats
 from tests import reference
 from tests.reference import EPS
 
@@ -226,3 +226,15 @@ def test_a_count_of_a_wrong_shape_or_kind_is_refused():
         normjax.batch_norm(x, stats._replace(count=jnp.zeros(2, jnp.int32)), train=True)
     with pytest.raises(TypeError, match=r"stats.count has dtype bool"):
         normjax.batch_norm(x, stats._replace(count=jnp.zeros(3, bool)), train=True)
+
+
+def test_a_schedule_of_momentum_in_python_is_compiled_once():
+    stats, moments = BatchStats.make(2, counted=True), batch([1, 2], [3, 4])
+    for debias in (False, True):
+        moved(stats, moments, 0.5, debias)
+        known = _stats._next._cache_size()
+        for momentum in (0.6, 0.7, 0.8):
+            moved(stats, moments, momentum, debias)
+        assert _stats._next._cache_size() == known
+    moved(stats, moments, None)
+    assert _stats._next._cache_size() > known

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.algorithms import (
     around_or_two_pass,
     around_pivot_is_exact,
@@ -105,6 +105,7 @@ class Reduction(NamedTuple):
         return sums
 
 
+@_errors.named("normjax.measure")
 def measure(
     x: ArrayLike,
     axis: int | Collection[int],
@@ -150,10 +151,10 @@ def measure(
         >>> moments.mean, moments.variance()
         (Array([2., 4.], dtype=float32), Array([1., 4.], dtype=float32))
     """
-    x = _checks.inexact("normjax.measure", "x", x)
-    axes = _checks.axes("normjax.measure", "axis", axis, x.shape)
-    centered = _checks.switch("normjax.measure", "centered", centered)
-    mask = _checks.mask("normjax.measure", mask, x.shape)
+    x = _errors.inexact("x", x)
+    axes = _errors.axes("axis", axis, x.shape)
+    centered = _errors.switch("centered", centered)
+    mask = _errors.mask(mask, x.shape)
     with jax.named_scope("normjax.measure"):
         count = count_of(x, mask, axes)
         both = _jitted_local(x, mask, count, axes, centered, False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.devices import AxisName, Groups, total_over_devices
 from normjax._core.dtypes import abs_square, accumulation_dtype
 from normjax._core.mask import Count, safe_count
@@ -39,6 +39,7 @@ class Moments(NamedTuple):
     m2: Array
 
     @classmethod
+    @_errors.named("normjax.Moments.make")
     def make(cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Moments:
         """Moments of nothing, with a count for each feature: where a fold over `merge` starts.
 
@@ -49,23 +50,23 @@ class Moments(NamedTuple):
             >>> normjax.Moments.make(2).count
             Array([0., 0.], dtype=float32)
         """
-        shape = _checks.shape("normjax.Moments.make", shape)
-        dtype = accumulation_dtype(
-            _checks.output_dtype("normjax.Moments.make", dtype, np.dtype("float32"))
-        )
+        shape = _errors.shape(shape)
+        dtype = accumulation_dtype(_errors.output_dtype(dtype, np.dtype("float32")))
         real = jnp.finfo(dtype).dtype
         return cls(jnp.zeros(shape, real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
 
+    @_errors.named("normjax.Moments.variance")
     def variance(self, ddof: float = 0) -> Array:
         """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
 
         0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
         """
-        freedom = self.count - _checks.ddof("normjax.Moments.variance", ddof, self.m2.shape)
+        freedom = self.count - _errors.ddof(ddof, self.m2.shape)
         some = (freedom > 0).astype(self.m2.dtype)
         return self.m2 / safe_count(freedom).astype(self.m2.dtype) * some
 
 
+@_errors.named("normjax.merge")
 def merge(first: Moments, *others: Moments) -> Moments:
     """Merges moments of pieces of data into the moments of all of it.
 
@@ -95,13 +96,12 @@ def merge(first: Moments, *others: Moments) -> Moments:
         >>> normjax.merge(a, b).mean
         Array(3., dtype=float32)
     """
-    called = "normjax.merge"
     pieces = (first, *others)
     for piece in pieces:
-        _checks.moments(called, piece, Moments)
-    features = _checks.features(called, [jnp.shape(m.mean) for m in pieces])
+        _errors.moments(piece, Moments)
+    features = _errors.common_shape([jnp.shape(m.mean) for m in pieces])
     # A count shared by all features stays one number if all pieces have such a count.
-    counted = _checks.features(called, [jnp.shape(m.count) for m in pieces])
+    counted = _errors.common_shape([jnp.shape(m.count) for m in pieces])
     count = _stack([m.count for m in pieces], counted or (1,) * len(features))
     mean = _stack([m.mean for m in pieces], features)
     m2 = _stack([m.m2 for m in pieces], features)
@@ -122,6 +122,7 @@ def collapse(stacked: Moments) -> Moments:
     return Moments(count.reshape(()) if single else count, mean, m2)
 
 
+@_errors.named("normjax.synchronize")
 def synchronize(
     moments: Moments,
     axis_name: str | Sequence[str],
@@ -162,10 +163,9 @@ def synchronize(
         >>> jax.vmap(share, axis_name="batch")(jnp.array([[1.0, 3.0], [5.0, 7.0]]))
         Array([4., 4.], dtype=float32)
     """
-    called = "normjax.synchronize"
-    _checks.moments(called, moments, Moments)
-    _checks.axis_size(called, axis_name, axis_index_groups)
-    with jax.named_scope(called), _checks.grouped(called, axis_name, axis_index_groups):
+    _errors.moments(moments, Moments)
+    _errors.axis_size(axis_name, axis_index_groups)
+    with jax.named_scope("normjax.synchronize"), _errors.grouped(axis_name, axis_index_groups):
         return synchronized(moments, axis_name, axis_index_groups)
 
 
@@ -204,7 +204,7 @@ def _between(count: Count, mean: Array, pooled_mean: Array) -> Array:
 
 
 @_between.defjvp
-def _between_jvp(primals, tangents):
+def _between_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The term with d pooled_mean is missing because the pieces' deviations sum to zero. Autodiff
     # would find that zero by communicating it: one more reduction over the devices.
     count, mean, pooled_mean = primals

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype, common_dtype, real_dtype
 from normjax._core.linear import broadcast_together, diagonal, line, rounded_sum
 from normjax._core.mask import deviation, select_finite
@@ -60,7 +60,7 @@ class Output(NamedTuple):
     activation: Activation | None = None
 
 
-@_checks.named("normjax.normalize")
+@_errors.named("normjax.normalize")
 def normalize(
     x: ArrayLike,
     mean: ArrayLike | None,
@@ -111,11 +111,10 @@ def normalize(
         >>> normjax.normalize(jnp.array([1.0, 3.0]), mean=2.0, var=4.0, epsilon=0.0)
         Array([-0.5,  0.5], dtype=float32)
     """
-    called = "normjax.normalize"
-    x = _checks.inexact(called, "x", x)
-    _checks.epsilon(called, epsilon)
-    out = _checks.output_dtype(called, dtype, x.dtype)
-    mask = _checks.mask(called, mask, x.shape)
+    x = _errors.inexact("x", x)
+    _errors.epsilon(epsilon)
+    out = _errors.output_dtype(dtype, x.dtype)
+    mask = _errors.mask(mask, x.shape)
     # A real result has no room for a complex vector, and a variance is real by its nature.
     is_real = not jnp.issubdtype(out, jnp.complexfloating)
     number = real_dtype(accumulation_dtype(x.dtype))
@@ -123,12 +122,12 @@ def normalize(
     def vector(name: str, value: ArrayLike | None) -> Any:
         if value is None:
             return None
-        return _checks.broadcast(called, name, value, x.shape, number, real=is_real)
+        return _errors.broadcast(name, value, x.shape, number, real=is_real)
 
     center, gain, shift = vector("mean", mean), vector("scale", scale), vector("bias", bias)
-    spread = _checks.broadcast(called, "var", var, x.shape, number, real=True)
+    spread = _errors.broadcast("var", var, x.shape, number, real=True)
     vectors = Vectors.make(x.dtype, center, spread, gain, shift, epsilon)
-    with jax.named_scope(called):
+    with jax.named_scope("normjax.normalize"):
         return normalized(x, mask, vectors, Output(out))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import common_dtype, real_dtype
 from normjax._core.measure import (
     Reduction,
@@ -76,7 +76,7 @@ def standardize(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
     """y and the moments by which x was normalized. All is checked before."""
     how = options.reduction
     # Around the call: jax.vmap meets what it cannot share when the function has been traced.
-    with _checks.grouped("normjax.synchronize", how.axis_name, how.axis_index_groups):
+    with _errors.grouped(how.axis_name, how.axis_index_groups):
         return _jitted(inputs, options)
 
 

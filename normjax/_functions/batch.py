@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,16 +11,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.measure import Reduction
 from normjax._core.moments import Moments, collapse, synchronized
 from normjax._core.normalize import Activation, Output, Vectors, normalized
 from normjax._core.remat import input_of_norm
 from normjax._core.standardize import Inputs, Options, standardize
-from normjax._stats import BatchStats, Stats, update_stats
+from normjax._stats import BatchStats, Stats, next_stats
 
 
-@_checks.named("normjax.batch_norm")
+@_errors.named("normjax.batch_norm")
 def batch_norm(
     x: ArrayLike,
     stats: Stats,
@@ -161,9 +162,7 @@ class Arguments(NamedTuple):
         """The statistics one step further; as they are where no batch was measured for them."""
         if moments is None or self.stats is None or not self.train:
             return self.stats
-        return update_stats(
-            self.stats, moments, momentum=self.momentum, debias=self.debias, ddof=self.ddof
-        )
+        return next_stats(self.stats, moments, self.momentum, self.debias, self.ddof)
 
 
 class Given(NamedTuple):
@@ -177,65 +176,59 @@ class Given(NamedTuple):
 
 def run(arguments: Arguments) -> tuple[Array, Moments | None]:
     """y and the moments of the batch; None in place of moments where it was not measured."""
-    called = "normjax.batch_norm"
+    scope = "normjax.batch_norm"
     if arguments.activation is not None:
-        called = "normjax.batch_norm_act"
+        scope = "normjax.batch_norm_act"
         # An activation needs an order, which complex numbers have not.
-        x = _checks.inexact(called, "x", arguments.x, real=True)
-        _checks.activation(called, arguments.activation)
+        x = _errors.inexact("x", arguments.x, real=True)
+        _errors.activation(arguments.activation)
         arguments = arguments._replace(x=x)
-    given = check(called, arguments)
-    shape = given.inputs.x.shape
-    if given.stats is not None and not given.train:
-        return evaluate(called, given), None
-    axes = given.options.reduction.axes
-    ghosts = _checks.virtual_batches(called, arguments.virtual_batch_size, shape, axes)
-    with jax.named_scope(called):
+    given = check(arguments)
+    where = given.options.reduction
+    with jax.named_scope(scope):
+        if given.stats is not None and not given.train:
+            return evaluate(given), None
+        shape = given.inputs.x.shape
+        ghosts = _errors.virtual_batches(arguments.virtual_batch_size, shape, where.axes)
+        if ghosts is not None:
+            given = _split(given, ghosts)
+        enough(given)
+        y, moments = standardize(given.inputs, given.options)
+        moments = lax.stop_gradient(moments)
         if ghosts is None:
-            enough(called, given)
-            y, moments = standardize(given.inputs, given.options)
-            return y, lax.stop_gradient(moments)
-        split, where = _split(given, ghosts), given.options.reduction
-        enough(called, split)
-        y, moments = standardize(split.inputs, split.options)
-        moments = collapse(lax.stop_gradient(moments))
+            return y, moments
+        moments = collapse(moments)
         if where.axis_name is not None:
-            with _checks.grouped(called, where.axis_name, where.axis_index_groups):
+            with _errors.grouped(where.axis_name, where.axis_index_groups):
                 moments = synchronized(moments, where.axis_name, where.axis_index_groups)
         return y.reshape(shape), moments
 
 
-def check(called: str, arguments: Arguments) -> Given:
+def check(arguments: Arguments) -> Given:
     """Everything that can be wrong is found before anything is computed."""
     a = arguments
-    x = _checks.inexact(called, "x", a.x)
-    reduced = _checks.reduced_axes(called, "feature_axis", a.feature_axis, x.shape)
-    train = _checks.switch(called, "train", a.train)
-    _checks.momentum(called, a.momentum, a.debias)
-    _checks.epsilon(called, a.epsilon)
-    _checks.ddof(called, a.ddof)
-    _checks.groups(called, a.axis_name, a.axis_index_groups)
-    kept = tuple(i for i in range(len(x.shape)) if i not in reduced)
-    features = tuple(x.shape[i] for i in kept)
-    real = not jnp.iscomplexobj(x)
-    stats, mean = a.stats, None
+    x = _errors.inexact("x", a.x)
+    features = _errors.features(x.shape, a.feature_axis)
+    train = _errors.switch("train", a.train)
+    _errors.momentum(a.momentum, a.debias)
+    _errors.epsilon(a.epsilon)
+    _errors.ddof(a.ddof)
+    _errors.groups(a.axis_name, a.axis_index_groups)
+    real = x.dtype.kind != "c"
+    stats, pivot = a.stats, None
     if stats is not None:
-        _checks.batch_stats(called, stats, BatchStats, "BatchStats or None")
-        mean, var = (
-            _checks.feature_vector(
-                called, f"stats.{name}", leaf, features, a.feature_axis, x.shape, real=is_real
-            )
-            for name, leaf, is_real in (("mean", stats.mean, real), ("var", stats.var, True))
-        )
+        _errors.batch_stats(stats, BatchStats, "BatchStats or None")
+        mean = _errors.feature_vector("stats.mean", stats.mean, features, real=real)
+        var = _errors.feature_vector("stats.var", stats.var, features, real=True)
         stats = BatchStats(mean, var, stats.count)
         if train:
-            _checks.count(called, stats.count, a.momentum, a.debias)
-    scale = _checks.affine(called, "scale", a.scale, kept, a.feature_axis, x.shape, real=real)
-    bias = _checks.affine(called, "bias", a.bias, kept, a.feature_axis, x.shape, real=real)
-    mask = _checks.mask(called, a.mask, x.shape)
-    dtype = _checks.output_dtype(called, a.dtype, x.dtype)
-    reduction = Reduction(reduced, True, a.axis_name, a.axis_index_groups)
-    pivot = None if mean is None else jnp.expand_dims(mean, reduced)
+            _errors.count(stats.count, a.momentum, a.debias)
+            pivot = jnp.expand_dims(mean, features.reduced)
+    scale = _errors.affine("scale", a.scale, features, real=real)
+    bias = _errors.affine("bias", a.bias, features, real=real)
+    mask = _errors.mask(a.mask, x.shape)
+    dtype = _errors.output_dtype(a.dtype, x.dtype)
+    reduction = Reduction(features.reduced, True, a.axis_name, a.axis_index_groups)
     return Given(
         Inputs(x, mask, scale, bias, a.epsilon, pivot),
         Options(reduction.hashable(), Output(dtype, a.activation)),
@@ -244,26 +237,29 @@ def check(called: str, arguments: Arguments) -> Given:
     )
 
 
-def enough(called: str, given: Given) -> None:
+def enough(given: Given) -> None:
     """One value has no variance to train by."""
     shared, where = 1, given.options.reduction
     if where.axis_name is not None:
-        shared = _checks.axis_size(called, where.axis_name, where.axis_index_groups)
+        shared = _errors.axis_size(where.axis_name, where.axis_index_groups)
     if given.train:
-        _checks.entries(called, given.inputs.x.shape, where.axes, shared)
+        _errors.entries(given.inputs.x.shape, where.axes, shared)
 
 
-def evaluate(called: str, given: Given) -> Array:
+def evaluate(given: Given) -> Array:
     """By the running statistics, which no gradient reaches."""
-    inputs, stats = given.inputs, given.stats
-    assert stats is not None
-    with jax.named_scope(called):
-        x = input_of_norm(inputs.x)
-        axes = given.options.reduction.axes
-        mean, var = (jnp.expand_dims(v, axes) for v in lax.stop_gradient((stats.mean, stats.var)))
-        affine = inputs.scale, inputs.bias
-        vectors = Vectors.make(x.dtype, mean, var, *affine, inputs.epsilon)
-        return normalized(x, inputs.mask, vectors, given.options.output)
+    assert given.stats is not None
+    return _evaluate(given.inputs, given.stats.mean, given.stats.var, given.options)
+
+
+# Compiled, since Python takes longer to make the vectors than the device.
+@partial(jax.jit, static_argnums=3, inline=True)
+def _evaluate(inputs: Inputs, mean: Array, var: Array, options: Options) -> Array:
+    x = input_of_norm(inputs.x)
+    axes = options.reduction.axes
+    mean, var = (jnp.expand_dims(v, axes) for v in lax.stop_gradient((mean, var)))
+    vectors = Vectors.make(x.dtype, mean, var, inputs.scale, inputs.bias, inputs.epsilon)
+    return normalized(x, inputs.mask, vectors, options.output)
 
 
 def _split(given: Given, ghosts: int) -> Given:

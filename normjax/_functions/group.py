@@ -6,16 +6,17 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.measure import FeatureGroups, Reduction
 from normjax._core.standardize import Inputs
 from normjax._functions.layer import affine, within
 
 
-@_checks.named("normjax.group_norm")
+@_errors.named("normjax.group_norm")
 def group_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -77,26 +78,26 @@ def group_norm(
         >>> normjax.group_norm(jnp.array([[1.0, 3.0, 10.0, 30.0]]), num_groups=2).round(3)
         Array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
-    called = "normjax.group_norm"
-    x = _checks.inexact(called, "x", x)
-    feature = _checks.axis(called, "feature_axis", feature_axis, x.shape)
+    x = _errors.inexact("x", x)
+    feature = _errors.axis("feature_axis", feature_axis, x.shape)
     reduced = tuple(a for a in range(1, len(x.shape)) if a != feature)
     if axis is not None:
-        reduced = _checks.axes(called, "axis", axis, x.shape)
-    groups = _checks.number_of_groups(called, num_groups, group_size, x.shape[feature])
-    scale, bias = affine(called, x, scale, bias, feature)
-    mask = _checks.mask(called, mask, x.shape)
+        reduced = _errors.axes("axis", axis, x.shape)
+    groups = _errors.number_of_groups(num_groups, group_size, x.shape[feature])
+    scale, bias = affine(x, scale, bias, _errors.features(x.shape, feature))
+    mask = _errors.mask(mask, x.shape)
     where = axis_name, axis_index_groups
     spatial = tuple(a for a in reduced if a != feature)
-    if not spatial:
-        split = partial(_split, axis=feature, groups=groups)
-        inputs = Inputs(split(x), split(mask), split(scale), split(bias), epsilon)
-        reduction = Reduction((feature + 1,), True, *where)
-        return within(called, inputs, reduction, dtype).reshape(x.shape)
-    # Merging what was measured for each feature is faster than measuring groups: x need not be
-    # seen in another shape, and sums over a few neighbors at a time are slow.
-    reduction = Reduction(spatial, True, *where, FeatureGroups(feature, groups))
-    return within(called, Inputs(x, mask, scale, bias, epsilon), reduction, dtype)
+    with jax.named_scope("normjax.group_norm"):
+        if not spatial:
+            split = partial(_split, axis=feature, groups=groups)
+            inputs = Inputs(split(x), split(mask), split(scale), split(bias), epsilon)
+            reduction = Reduction((feature + 1,), True, *where)
+            return within(inputs, reduction, dtype).reshape(x.shape)
+        # Merging what was measured for each feature is faster than measuring groups: x need not be
+        # seen in another shape, and sums over a few neighbors at a time are slow.
+        reduction = Reduction(spatial, True, *where, FeatureGroups(feature, groups))
+        return within(Inputs(x, mask, scale, bias, epsilon), reduction, dtype)
 
 
 def _split(v: Any, axis: int, groups: int) -> Any:
@@ -107,7 +108,7 @@ def _split(v: Any, axis: int, groups: int) -> Any:
     return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
 
 
-@_checks.named("normjax.instance_norm")
+@_errors.named("normjax.instance_norm")
 def instance_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -162,9 +163,9 @@ def instance_norm(
         Array([[[-1., -1.],
                 [ 1.,  1.]]], dtype=float32)
     """
-    called = "normjax.instance_norm"
-    x = _checks.inexact(called, "x", x)
-    reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape, batch=True)
-    scale, bias = affine(called, x, scale, bias, feature_axis)
-    inputs = Inputs(x, mask, scale, bias, epsilon)
-    return within(called, inputs, Reduction(reduced, True, axis_name, axis_index_groups), dtype)
+    x = _errors.inexact("x", x)
+    features = _errors.features(x.shape, feature_axis, batch=True)
+    inputs = Inputs(x, mask, *affine(x, scale, bias, features), epsilon)
+    reduction = Reduction(features.reduced, True, axis_name, axis_index_groups)
+    with jax.named_scope("normjax.instance_norm"):
+        return within(inputs, reduction, dtype)

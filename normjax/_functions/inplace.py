@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.normalize import Activation
 from normjax._functions.batch import Arguments, run
 from normjax._stats import Stats
@@ -29,8 +29,9 @@ class LeakyReLU:
 
     negative_slope: float = 0.01
 
+    @_errors.named("normjax.LeakyReLU")
     def __post_init__(self) -> None:
-        _checks.slope("normjax.LeakyReLU", "negative_slope", self.negative_slope)
+        _errors.slope("negative_slope", self.negative_slope)
 
     def __call__(self, y: Array) -> Array:
         """The activation."""
@@ -51,8 +52,9 @@ class ELU:
 
     alpha: float = 1.0
 
+    @_errors.named("normjax.ELU")
     def __post_init__(self) -> None:
-        _checks.slope("normjax.ELU", "alpha", self.alpha)
+        _errors.slope("alpha", self.alpha)
 
     def __call__(self, y: Array) -> Array:
         """The activation."""
@@ -61,7 +63,7 @@ class ELU:
         return jnp.where(y > 0, y, self.alpha * jnp.expm1(below))
 
 
-@_checks.named("normjax.batch_norm_act")
+@_errors.named("normjax.batch_norm_act")
 def batch_norm_act(
     x: ArrayLike,
     stats: Stats,

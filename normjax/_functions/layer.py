@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.measure import Reduction
 from normjax._core.normalize import Output
 from normjax._core.standardize import Inputs, Options, standardize
 
 
-@_checks.named("normjax.layer_norm")
+@_errors.named("normjax.layer_norm")
 def layer_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -79,16 +78,15 @@ def layer_norm(
         Array([[-1.,  1.],
                [-1.,  1.]], dtype=float32)
     """
-    called = "normjax.layer_norm"
-    x = _checks.inexact(called, "x", x)
-    axes = _checks.axes(called, "axis", axis, x.shape)
-    feature_axis = axes if feature_axis is None else feature_axis
-    scale, bias = affine(called, x, scale, bias, feature_axis)
-    inputs = Inputs(x, mask, scale, bias, epsilon)
-    return within(called, inputs, Reduction(axes, True, axis_name, axis_index_groups), dtype)
+    x = _errors.inexact("x", x)
+    axes = _errors.axes("axis", axis, x.shape)
+    features = _errors.features(x.shape, axes if feature_axis is None else feature_axis)
+    inputs = Inputs(x, mask, *affine(x, scale, bias, features), epsilon)
+    with jax.named_scope("normjax.layer_norm"):
+        return within(inputs, Reduction(axes, True, axis_name, axis_index_groups), dtype)
 
 
-@_checks.named("normjax.rms_norm")
+@_errors.named("normjax.rms_norm")
 def rms_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -147,42 +145,40 @@ def rms_norm(
         >>> normjax.rms_norm(jnp.array([3.0, 4.0, 0.0, 0.0])).round(3)
         Array([1.2, 1.6, 0. , 0. ], dtype=float32)
     """
-    called = "normjax.rms_norm"
-    x = _checks.inexact(called, "x", x)
-    axes = _checks.axes(called, "axis", axis, x.shape)
-    feature_axis = axes if feature_axis is None else feature_axis
-    scale, _ = affine(called, x, scale, None, feature_axis)
-    inputs = Inputs(x, mask, scale, None, epsilon)
-    return within(called, inputs, Reduction(axes, False, axis_name, axis_index_groups), dtype)
+    x = _errors.inexact("x", x)
+    axes = _errors.axes("axis", axis, x.shape)
+    features = _errors.features(x.shape, axes if feature_axis is None else feature_axis)
+    inputs = Inputs(x, mask, *affine(x, scale, None, features), epsilon)
+    with jax.named_scope("normjax.rms_norm"):
+        return within(inputs, Reduction(axes, False, axis_name, axis_index_groups), dtype)
 
 
 def affine(
-    called: str,
-    x: Array,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-    feature_axis: int | Collection[int],
+    x: Array, scale: ArrayLike | None, bias: ArrayLike | None, features: _errors.Features
 ) -> tuple[Array | None, Array | None]:
     """scale and bias in the rank of x, for each feature or for each feature of each example."""
-    kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
     real = not jnp.iscomplexobj(x)
     return (
-        _checks.affine(called, "scale", scale, kept, feature_axis, x.shape, real=real),
-        _checks.affine(called, "bias", bias, kept, feature_axis, x.shape, real=real),
+        _errors.affine("scale", scale, features, real=real),
+        _errors.affine("bias", bias, features, real=real),
     )
 
 
-def within(
-    called: str, inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None, **how: Any
-) -> Array:
+def within(inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None) -> Array:
     """Checks what all norms have in common; measures, shares and normalizes."""
+    return standardize(*checked(inputs, reduction, dtype))[0]
+
+
+def checked(
+    inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None
+) -> tuple[Inputs, Options]:
+    """What all norms have in common, with the mask in the rank of x."""
     x, name, groups = inputs.x, reduction.axis_name, reduction.axis_index_groups
-    _checks.epsilon(called, inputs.epsilon)
-    _checks.groups(called, name, groups)
-    _checks.something(called, x.shape, reduction.axes)
-    inputs = inputs._replace(mask=_checks.mask(called, inputs.mask, x.shape))
-    output = Output(_checks.output_dtype(called, dtype, x.dtype))
+    _errors.epsilon(inputs.epsilon)
+    _errors.groups(name, groups)
+    _errors.something(x.shape, reduction.axes)
+    inputs = inputs._replace(mask=_errors.mask(inputs.mask, x.shape))
+    output = Output(_errors.output_dtype(dtype, x.dtype))
     if name is not None:
-        _checks.axis_size(called, name, groups)
-    with jax.named_scope(called):
-        return standardize(inputs, Options(reduction.hashable(), output, **how))[0]
+        _errors.axis_size(name, groups)
+    return inputs, Options(reduction.hashable(), output)

@@ -27,26 +27,26 @@ def squashed(x: Array, slope: Array, scale: Array | None, bias: Array | None) ->
 
 
 @partial(squashed.defjvp, symbolic_zeros=True)
-def _squashed_jvp(primals, tangents):
+def _squashed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     # dy = (1 - tanh^2) scale (slope dx + x d_slope) + tanh d_scale + d_bias
     x, slope, scale, _ = primals
     dtype = slope.dtype
 
-    def steep(t, x, slope, scale):
+    def steep(t: Array, x: Array, slope: Array, scale: Array | None) -> Array:
         y = jnp.tanh(slope * x.astype(dtype))
         t = t * (1 - y * y)
         return t if scale is None else t * scale
 
-    def of_x(t, x, slope, scale):
+    def of_x(t: Array, x: Array, slope: Array, scale: Array | None) -> Array:
         return steep(t * slope, x, slope, scale)
 
-    def of_slope(t, x, slope, scale):
+    def of_slope(t: Array, x: Array, slope: Array, scale: Array | None) -> Array:
         return steep(t * x.astype(dtype), x, slope, scale)
 
-    def of_scale(t, x, slope, scale):
+    def of_scale(t: Array, x: Array, slope: Array, scale: Array | None) -> Array:
         return t * jnp.tanh(slope * x.astype(dtype))
 
-    def of_bias(t, *_):
+    def of_bias(t: Array, *_: Any) -> Array:
         return t
 
     y = squashed(*primals)
@@ -63,18 +63,18 @@ def thresholded(y: Array, floor: Array, inputs: Inputs, var: Array) -> Array:
 
 
 @partial(thresholded.defjvp, symbolic_zeros=True)
-def _thresholded_jvp(primals, tangents):
+def _thresholded_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     y, floor, inputs, var = primals
     dtype = y.dtype
 
-    def again(floor, x, mask, *vectors):
+    def again(floor: Array, x: Array, mask: Any, *vectors: Any) -> tuple[Array, Array]:
         own = apply(x, mask, Vectors(None, *vectors), Output(dtype))
         return own, floor.astype(dtype)
 
-    def of_y(t, *kept):
+    def of_y(t: Array, *kept: Any) -> Array:
         return _of_larger(t, *again(*kept))
 
-    def of_floor(t, *kept):
+    def of_floor(t: Array, *kept: Any) -> Array:
         return _of_larger(t, *again(*kept)[::-1])
 
     z = thresholded(*primals)
@@ -114,24 +114,24 @@ def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Arr
 
 
 @partial(damped.defjvp, symbolic_zeros=True)
-def _damped_jvp(window, primals, tangents):
+def _damped_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # dy = base^-beta (dx - x (beta d_base / base + log(base) d_beta))
     x, alpha, *_ = primals
     dx, d_alpha, d_beta, d_k = tangents
 
-    def mean(x):
+    def mean(x: Array) -> Array:
         return window.total(upcast(x) ** 2) / window.size
 
-    def of_x(t, x, alpha, beta, k):
+    def of_x(t: Array, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
         return t * (k + alpha * mean(x)) ** -beta
 
-    def of_base(t, x, alpha, beta, k):
+    def of_base(t: Array, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
         return -beta * t * upcast(x) * (k + alpha * mean(x)) ** (-beta - 1)
 
-    def of_alpha(t, x, *rest):
+    def of_alpha(t: Array, x: Array, *rest: Array) -> Array:
         return of_base(t * mean(x), x, *rest)
 
-    def of_beta(t, x, alpha, beta, k):
+    def of_beta(t: Array, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
         base = k + alpha * mean(x)
         return -t * upcast(x) * jnp.log(base) * base**-beta
 

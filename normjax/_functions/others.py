@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.measure import Reduction
 from normjax._core.normalize import Output
 from normjax._core.remat import input_of_norm
 from normjax._core.standardize import Inputs, Options, standardize, standardized
-from normjax._functions.layer import affine, within
+from normjax._functions.layer import affine, checked, within
 from normjax._functions.maps import Window, damped, squashed, thresholded
 
 
-@_checks.named("normjax.filter_response_norm")
+@_errors.named("normjax.filter_response_norm")
 def filter_response_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -72,28 +72,22 @@ def filter_response_norm(
         >>> normjax.filter_response_norm(x, threshold=jnp.zeros(1)).round(3).ravel()
         Array([1., 0.], dtype=float32)
     """
-    called = "normjax.filter_response_norm"
-    x = _checks.inexact(called, "x", x, real=True)
-    reduced = _checks.reduced_axes(called, "feature_axis", feature_axis, x.shape, batch=True)
-    scale, bias = affine(called, x, scale, bias, feature_axis)
-    kept = _checks.axes(called, "feature_axis", feature_axis, x.shape)
-    floor = _checks.affine(called, "threshold", threshold, kept, feature_axis, x.shape, real=True)
-    inputs = Inputs(x, mask, scale, bias, epsilon)
-    if floor is None:
-        return within(called, inputs, Reduction(reduced, False), dtype)
-    _checks.epsilon(called, epsilon)
-    _checks.something(called, x.shape, reduced)
-    inputs = inputs._replace(mask=_checks.mask(called, mask, x.shape))
-    options = Options(
-        Reduction(reduced, False), Output(_checks.output_dtype(called, dtype, x.dtype))
-    )
-    with jax.named_scope(called):
+    x = _errors.inexact("x", x, real=True)
+    features = _errors.features(x.shape, feature_axis, batch=True)
+    scale, bias = affine(x, scale, bias, features)
+    floor = _errors.affine("threshold", threshold, features, real=True)
+    inputs, reduction = Inputs(x, mask, scale, bias, epsilon), Reduction(features.reduced, False)
+    with jax.named_scope("normjax.filter_response_norm"):
+        if floor is None:
+            return within(inputs, reduction, dtype)
+        inputs, options = checked(inputs, reduction, dtype)
         inputs = inputs._replace(x=input_of_norm(x))
         y, moments = standardized(inputs, options)
         floor = floor.astype(accumulation_dtype(floor.dtype, y.dtype))
         return thresholded(y, floor, inputs, moments.variance())
 
 
+@_errors.named("normjax.dynamic_tanh")
 def dynamic_tanh(
     x: ArrayLike,
     alpha: ArrayLike = 0.5,
@@ -130,16 +124,16 @@ def dynamic_tanh(
         >>> normjax.dynamic_tanh(jnp.array([0.0, 100.0]))
         Array([0., 1.], dtype=float32)
     """
-    called = "normjax.dynamic_tanh"
-    x = _checks.inexact(called, "x", x, real=True)
+    x = _errors.inexact("x", x, real=True)
     dtype = accumulation_dtype(x.dtype)
-    slope = _checks.scalar(called, "alpha", alpha, dtype)
-    scale, bias = affine(called, x, scale, bias, feature_axis)
+    slope = _errors.scalar("alpha", alpha, dtype)
+    scale, bias = affine(x, scale, bias, _errors.features(x.shape, feature_axis))
     vectors = (v if v is None else v.astype(dtype) for v in (scale, bias))
-    with jax.named_scope(called):
+    with jax.named_scope("normjax.dynamic_tanh"):
         return squashed(x, slope.reshape((1,) * x.ndim), *vectors)
 
 
+@_errors.named("normjax.local_response_norm")
 def local_response_norm(
     x: ArrayLike,
     *,
@@ -182,13 +176,12 @@ def local_response_norm(
         >>> normjax.local_response_norm(jnp.array([2.0, 0.0]), size=2, alpha=0.5, beta=1.0)
         Array([1., 0.], dtype=float32)
     """
-    called = "normjax.local_response_norm"
-    x = _checks.inexact(called, "x", x, real=True)
-    axis = _checks.axis(called, "feature_axis", feature_axis, x.shape)
-    _checks.window(called, size)
-    alpha, beta = _checks.finite(called, "alpha", alpha), _checks.finite(called, "beta", beta)
-    k = _checks.positive(called, "k", k)
-    with jax.named_scope(called):
+    x = _errors.inexact("x", x, real=True)
+    axis = _errors.axis("feature_axis", feature_axis, x.shape)
+    _errors.window(size)
+    alpha, beta = _errors.finite("alpha", alpha), _errors.finite("beta", beta)
+    k = _errors.positive("k", k)
+    with jax.named_scope("normjax.local_response_norm"):
         numbers = (
             jnp.asarray(v, accumulation_dtype(x.dtype)).reshape((1,) * x.ndim)
             for v in (alpha, beta, k)
@@ -196,7 +189,7 @@ def local_response_norm(
         return damped(Window(int(size), axis - x.ndim), x, *numbers)
 
 
-@_checks.named("normjax.l2_normalize")
+@_errors.named("normjax.l2_normalize")
 def l2_normalize(
     x: ArrayLike, *, axis: int | Collection[int] = -1, epsilon: ArrayLike = 1e-12
 ) -> Array:
@@ -233,10 +226,9 @@ def l2_normalize(
         >>> normjax.l2_normalize(jnp.array([3.0, 4.0]))
         Array([0.6, 0.8], dtype=float32)
     """
-    called = "normjax.l2_normalize"
-    x = _checks.inexact(called, "x", x)
-    axes = _checks.axes(called, "axis", axis, x.shape)
-    _checks.epsilon(called, epsilon)
+    x = _errors.inexact("x", x)
+    axes = _errors.axes("axis", axis, x.shape)
+    _errors.epsilon(epsilon)
     options = Options(Reduction(axes, False), Output(x.dtype), summed=True)
-    with jax.named_scope(called):
+    with jax.named_scope("normjax.l2_normalize"):
         return standardize(Inputs(x, epsilon=epsilon), options)[0]

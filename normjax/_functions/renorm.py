@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype, real_dtype
 from normjax._core.moments import Moments
 from normjax._core.standardize import Inputs, standardize
@@ -17,7 +17,7 @@ from normjax._functions.batch import Arguments, check, enough, evaluate
 from normjax._stats import BatchStats
 
 
-@_checks.named("normjax.batch_renorm")
+@_errors.named("normjax.batch_renorm")
 def batch_renorm(
     x: ArrayLike,
     stats: BatchStats,
@@ -93,27 +93,24 @@ def batch_renorm(
 
 def run(arguments: Arguments) -> tuple[Array, Moments | None]:
     """y and the moments of the batch; None in place of moments where it was not measured."""
-    called = "normjax.batch_renorm"
     # Bounds need an order, which complex numbers have not.
-    x = _checks.inexact(called, "x", arguments.x, real=True)
-    _checks.batch_stats(called, arguments.stats, BatchStats, "BatchStats")
-    given = check(called, arguments._replace(x=x))
-    if not given.train:
-        return evaluate(called, given), None
-    stats = given.stats
-    assert stats is not None
-    # Schedules are functions of a number of the dtype of the variance.
-    dtype = accumulation_dtype(stats.var.dtype)
-    counted = stats._replace(count=None if stats.count is None else stats.count.astype(dtype))
-    r_max = _checks.bound(called, "r_max", arguments.r_max, 1, counted)
-    d_max = _checks.bound(called, "d_max", arguments.d_max, 0, counted)
-    var = jnp.expand_dims(stats.var, given.options.reduction.axes)
-    axes = given.options.reduction.axes
-    # A schedule may give a number for each feature.
-    bounds = (v if jnp.ndim(v) == 0 else jnp.expand_dims(v, axes) for v in (r_max, d_max))
-    inputs = given.inputs._replace(other=(var, *bounds))
-    with jax.named_scope(called):
-        enough(called, given)
+    x = _errors.inexact("x", arguments.x, real=True)
+    _errors.batch_stats(arguments.stats, BatchStats, "BatchStats")
+    given = check(arguments._replace(x=x))
+    with jax.named_scope("normjax.batch_renorm"):
+        if not given.train:
+            return evaluate(given), None
+        stats, axes = given.stats, given.options.reduction.axes
+        assert stats is not None
+        # Schedules are functions of a number of the dtype of the variance.
+        dtype = accumulation_dtype(stats.var.dtype)
+        counted = stats._replace(count=None if stats.count is None else stats.count.astype(dtype))
+        r_max = _errors.bound("r_max", arguments.r_max, 1, counted)
+        d_max = _errors.bound("d_max", arguments.d_max, 0, counted)
+        # A schedule may give a number for each feature.
+        bounds = (v if jnp.ndim(v) == 0 else jnp.expand_dims(v, axes) for v in (r_max, d_max))
+        inputs = given.inputs._replace(other=(jnp.expand_dims(stats.var, axes), *bounds))
+        enough(given)
         y, moments = standardize(inputs, given.options._replace(correction=_correction))
         return y, lax.stop_gradient(moments)
 

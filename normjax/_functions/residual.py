@@ -7,11 +7,11 @@ from collections.abc import Collection, Sequence
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._functions.layer import layer_norm, rms_norm
 
 
-@_checks.named("normjax.add_layer_norm")
+@_errors.named("normjax.add_layer_norm")
 def add_layer_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -54,7 +54,7 @@ def add_layer_norm(
         >>> s
         Array([1., 3.], dtype=float32)
     """
-    x, residual = _checks.same_shape_and_dtype("normjax.add_layer_norm", x, residual)
+    x, residual = _errors.same_shape_and_dtype(x, residual)
     total = x + residual
     y = layer_norm(
         total, scale, bias, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,
@@ -63,7 +63,7 @@ def add_layer_norm(
     return y, total
 
 
-@_checks.named("normjax.add_rms_norm")
+@_errors.named("normjax.add_rms_norm")
 def add_rms_norm(
     x: ArrayLike,
     residual: ArrayLike,
@@ -105,7 +105,7 @@ def add_rms_norm(
         >>> s
         Array([3., 4.], dtype=float32)
     """
-    x, residual = _checks.same_shape_and_dtype("normjax.add_rms_norm", x, residual)
+    x, residual = _errors.same_shape_and_dtype(x, residual)
     total = x + residual
     y = rms_norm(
         total, scale, axis=axis, feature_axis=feature_axis, epsilon=epsilon, mask=mask,

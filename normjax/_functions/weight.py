@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.measure import Reduction
 from normjax._core.normalize import Output, normalize
@@ -30,7 +30,7 @@ class SpectralStats(NamedTuple):
     sigma: Array
 
 
-@_checks.named("normjax.weight_norm", x="w")
+@_errors.named("normjax.weight_norm", x="w")
 def weight_norm(
     w: ArrayLike,
     scale: ArrayLike | None = None,
@@ -71,15 +71,14 @@ def weight_norm(
         >>> normjax.weight_norm(jnp.array([[3.0], [4.0]]), jnp.array([10.0])).ravel()
         Array([6., 8.], dtype=float32)
     """
-    called = "normjax.weight_norm"
-    w, reduced, scale = _weight(called, w, "scale", scale, feature_axis)
-    _checks.epsilon(called, epsilon)
+    w, reduced, scale = _weight(w, "scale", scale, feature_axis)
+    _errors.epsilon(epsilon)
     options = Options(Reduction(reduced, False), Output(w.dtype), summed=True)
-    with jax.named_scope(called):
+    with jax.named_scope("normjax.weight_norm"):
         return standardize(Inputs(w, scale=scale, epsilon=epsilon), options)[0][0]
 
 
-@_checks.named("normjax.standardize_weight", x="w")
+@_errors.named("normjax.standardize_weight", x="w")
 def standardize_weight(
     w: ArrayLike,
     gain: ArrayLike | None = None,
@@ -124,17 +123,16 @@ def standardize_weight(
         >>> normjax.standardize_weight(jnp.array([[1.0], [3.0]])).round(3).ravel()
         Array([-1.,  1.], dtype=float32)
     """
-    called = "normjax.standardize_weight"
-    w, reduced, gain = _weight(called, w, "gain", gain, feature_axis)
-    _checks.epsilon(called, epsilon)
-    scaled = _checks.switch(called, "scaled", scaled)
+    w, reduced, gain = _weight(w, "gain", gain, feature_axis)
+    _errors.epsilon(epsilon)
+    scaled = _errors.switch("scaled", scaled)
     # n times the biased variance is m2 itself.
     options = Options(Reduction(reduced), Output(w.dtype), summed=scaled)
-    with jax.named_scope(called):
+    with jax.named_scope("normjax.standardize_weight"):
         return standardize(Inputs(w, scale=gain, epsilon=epsilon), options)[0][0]
 
 
-@_checks.named("normjax.spectral_norm", x="w")
+@_errors.named("normjax.spectral_norm", x="w")
 def spectral_norm(
     w: ArrayLike,
     stats: SpectralStats,
@@ -191,12 +189,11 @@ def spectral_norm(
         >>> stats.sigma.round(3)
         Array(4., dtype=float32)
     """
-    called = "normjax.spectral_norm"
-    w = _checks.inexact(called, "w", w, real=True)
-    train = _checks.switch(called, "train", train)
-    _checks.matrix(called, w.shape, stats, SpectralStats, n_steps)
-    _checks.epsilon(called, epsilon)
-    with jax.named_scope(called):
+    w = _errors.inexact("w", w, real=True)
+    train = _errors.switch("train", train)
+    _errors.matrix(w.shape, stats, SpectralStats, n_steps)
+    _errors.epsilon(epsilon)
+    with jax.named_scope("normjax.spectral_norm"):
         kernel = w.astype(accumulation_dtype(w.dtype))
         *rows, features = range(w.ndim)
         fixed = lax.stop_gradient(kernel)
@@ -253,7 +250,6 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
 
 
 def _weight(
-    called: str,
     w: ArrayLike,
     name: str,
     scale: ArrayLike | None,
@@ -263,17 +259,11 @@ def _weight(
 
     Under an axis more, so that a weight of features alone has something to reduce.
     """
-    w = _checks.inexact(called, "w", w)
-    kept: tuple[int, ...] = ()
-    if feature_axis is not None:
-        kept = _checks.axes(called, "feature_axis", feature_axis, w.shape)
-    reduced = tuple(a for a in range(w.ndim) if a not in kept)
-    _checks.something(called, w.shape, reduced)
-    lifted = w[None], (0, *(a + 1 for a in reduced))
+    w = _errors.inexact("w", w)
+    features = _errors.features(w.shape, () if feature_axis is None else feature_axis)
+    _errors.something(w.shape, features.reduced)
+    lifted = w[None], (0, *(a + 1 for a in features.reduced))
     if scale is None:
         return *lifted, None
-    features = tuple(w.shape[a] for a in kept)
-    real = not jnp.iscomplexobj(w)
-    axis = () if feature_axis is None else feature_axis
-    scale = _checks.feature_vector(called, name, scale, features, axis, w.shape, real=real)
+    scale = _errors.feature_vector(name, scale, features, real=not jnp.iscomplexobj(w))
     return *lifted, jnp.expand_dims(scale, lifted[1])

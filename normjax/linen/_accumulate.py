@@ -7,13 +7,12 @@ from typing import Any
 
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.moments import Moments
 from normjax._stats import BatchStats, update_stats
 
-_MOVE = "normjax.linen.move_batch_stats"
 
-
+@_errors.named("normjax.linen.empty_batch_moments")
 def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
     """The collection `batch_moments` of a model that has measured nothing yet.
 
@@ -43,13 +42,13 @@ def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
         >>> normjax.linen.empty_batch_moments(stats)["BatchNorm_0"]["moments"].count
         Array([0., 0.], dtype=float32)
     """
-    _checks.collection("normjax.linen.empty_batch_moments", "batch_stats", batch_stats)
+    _errors.collection("batch_stats", batch_stats)
     empty = _empty(batch_stats)
-    _checks.some_layer("normjax.linen.empty_batch_moments", empty, list(batch_stats))
+    _errors.some_layer(empty, list(batch_stats))
     return empty
 
 
-@_checks.named(_MOVE)
+@_errors.named("normjax.linen.move_batch_stats")
 def move_batch_stats(
     batch_stats: Mapping[str, Any],
     batch_moments: Mapping[str, Any],
@@ -92,9 +91,9 @@ def move_batch_stats(
         ... )["mean"]
         Array([0.3], dtype=float32)
     """
-    _checks.collection(_MOVE, "batch_stats", batch_stats)
-    _checks.momentum(_MOVE, momentum, debias)
-    options: dict[str, Any] = dict(momentum=momentum, debias=debias, ddof=_checks.ddof(_MOVE, ddof))
+    _errors.collection("batch_stats", batch_stats)
+    _errors.momentum(momentum, debias)
+    options: dict[str, Any] = dict(momentum=momentum, debias=debias, ddof=_errors.ddof(ddof))
     return _move(batch_stats, batch_moments, "", options)
 
 
@@ -108,13 +107,13 @@ def _empty(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _move(
     stats: Mapping[str, Any], moments: Mapping[str, Any], path: str, options: dict[str, Any]
 ) -> dict[str, Any]:
-    _checks.collection(_MOVE, f"batch_moments{path}", moments)
+    _errors.collection(f"batch_moments{path}", moments)
     if isinstance(moments.get("moments"), Moments):
-        _checks.running_layer(_MOVE, path, _is_layer(stats))
+        _errors.running_layer(path, _is_layer(stats))
         moved = update_stats(BatchStats(**stats), moments["moments"], **options)
         return {name: leaf for name, leaf in moved._asdict().items() if leaf is not None}
     for name in moments:
-        _checks.running_layer(_MOVE, f"{path}/{name}", isinstance(stats.get(name), Mapping))
+        _errors.running_layer(f"{path}/{name}", isinstance(stats.get(name), Mapping))
     return {
         name: _move(leaf, moments[name], f"{path}/{name}", options) if name in moments else leaf
         for name, leaf in stats.items()

@@ -13,7 +13,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._core.moments import Moments, merge
 from normjax._functions import LeakyReLU, batch, renorm
 from normjax._functions.batch import Arguments
@@ -24,11 +24,11 @@ from normjax.linen._params import MissingStatsError, affine, as_mask, output_dty
 class ImmutableBatchStatsError(ModifyScopeVariableError):
     """Training needs somewhere to put the new statistics; the class that Flax raises there."""
 
-    def __init__(self, called: str, path: str, asked: str, instead: str):
+    def __init__(self, path: str, asked: str, instead: str):
         # Flax would append a link to its own documentation of the class.
         Exception.__init__(
             self,
-            f"{called} at '/{path}': {asked} moves the running statistics, but "
+            f"normjax at '/{path}': {asked} moves the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "
             "mutable=['batch_stats']), which returns (output, updates), and keep "
             "updates['batch_stats'] for the next step; mutable=['batch_moments'] to keep the "
@@ -36,7 +36,7 @@ class ImmutableBatchStatsError(ModifyScopeVariableError):
         )
 
 
-@_checks.keywords("normjax.linen.BatchNorm")
+@_errors.keywords
 class BatchNorm(nn.Module):
     """`normjax.batch_norm` as a module; a drop-in for `flax.linen.BatchNorm`.
 
@@ -131,7 +131,7 @@ class BatchNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.BatchNormAct")
+@_errors.keywords
 class BatchNormAct(BatchNorm):
     """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
 
@@ -172,7 +172,7 @@ class BatchNormAct(BatchNorm):
         )
 
 
-@_checks.keywords("normjax.linen.BatchRenorm")
+@_errors.keywords
 class BatchRenorm(nn.Module):
     """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
@@ -240,35 +240,30 @@ class Call(NamedTuple):
 def _run(module: Any, function: Callable, options: dict[str, Any], call: Call) -> Array:
     """The module's step, whose errors name the module."""
     called = f"normjax.linen.{type(module).__name__}"
-    step = _checks.named(called, feature_axis="axis", stats="batch_stats")(_step)
-    return step(called, module, function, options, call)
+    step = _errors.named(called, feature_axis="axis", stats="batch_stats")(_step)
+    return step(module, function, options, call)
 
 
-def _step(
-    called: str, module: Any, function: Callable, options: dict[str, Any], call: Call
-) -> Array:
+def _step(module: Any, function: Callable, options: dict[str, Any], call: Call) -> Array:
     """Carries the variables of a module into a function of running statistics, and out."""
     x, use_running_average, train, mask, scale, bias = call
-    mode = _checks.mode(called, train, module.use_running_average, use_running_average)
+    mode = _errors.mode(train, module.use_running_average, use_running_average)
     train = mode.train
-    x = _checks.inexact(called, "x", x)
-    reduced = _checks.reduced_axes(called, "axis", module.axis, x.shape)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
-    mask = as_mask(mask)
+    x = _errors.inexact("x", x)
+    axes = _errors.features(x.shape, module.axis)
+    features, mask = axes.shape, as_mask(mask)
 
     scheduled = any(callable(getattr(module, name, None)) for name in ("r_max", "d_max"))
-    counted = (
-        _checks.switch(called, "debias", module.debias) or module.momentum is None or scheduled
-    )
+    counted = _errors.switch("debias", module.debias) or module.momentum is None or scheduled
     if counted and module.has_variable("batch_stats", "mean"):
         has_count = module.has_variable("batch_stats", "count")
-        _checks.stored_count(called, has_count or not train)
+        _errors.stored_count(has_count or not train)
         counted = has_count
 
     for name in ("mean", "var"):
         known = module.has_variable("batch_stats", name)
         if not known and not module.is_mutable_collection("batch_stats"):
-            raise MissingStatsError(called, module.path, mode.asked, f"batch_stats/{name}")
+            raise MissingStatsError(module.path, mode.asked, f"batch_stats/{name}")
 
     running = {
         name: module.variable("batch_stats", name, lambda value=value: value)
@@ -286,11 +281,11 @@ def _step(
     moves = train and module.is_mutable_collection("batch_stats")
     keeps = train and module.is_mutable_collection("batch_moments")
     if train and not moves and not keeps:
-        raise ImmutableBatchStatsError(called, "/".join(module.path), mode.asked, mode.instead)
+        raise ImmutableBatchStatsError("/".join(module.path), mode.asked, mode.instead)
     if train:
         # The function checks it too, but does not know by which name the mode was asked for.
-        shared = 1 if axis_name is None else _checks.axis_size(called, axis_name, groups)
-        _checks.entries(called, x.shape, reduced, shared, mode.asked, mode.instead)
+        shared = 1 if axis_name is None else _errors.axis_size(axis_name, groups)
+        _errors.entries(x.shape, axes.reduced, shared, mode.asked, mode.instead)
     # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
     keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
     nothing = Moments.make(features)

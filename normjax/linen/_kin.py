@@ -11,12 +11,12 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._functions import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
 from normjax.linen._params import affine, as_mask, feature_shape, output_dtype, param
 
 
-@_checks.keywords("normjax.linen.AddLayerNorm")
+@_errors.keywords
 class AddLayerNorm(nn.Module):
     """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
 
@@ -41,7 +41,7 @@ class AddLayerNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
-    @_checks.named("normjax.linen.AddLayerNorm", axis="reduction_axes", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.AddLayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -52,8 +52,8 @@ class AddLayerNorm(nn.Module):
         bias: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
         """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        x = _checks.inexact("normjax.linen.AddLayerNorm", "x", x)
-        features = feature_shape("normjax.linen.AddLayerNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         return add_layer_norm(
             x,
@@ -68,7 +68,7 @@ class AddLayerNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.AddRMSNorm")
+@_errors.keywords
 class AddRMSNorm(nn.Module):
     """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
 
@@ -91,7 +91,7 @@ class AddRMSNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
-    @_checks.named("normjax.linen.AddRMSNorm", axis="reduction_axes", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.AddRMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -101,8 +101,8 @@ class AddRMSNorm(nn.Module):
         scale: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
         """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        x = _checks.inexact("normjax.linen.AddRMSNorm", "x", x)
-        features = feature_shape("normjax.linen.AddRMSNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, _ = affine(self, features, scale, None)
         return add_rms_norm(
             x,
@@ -116,7 +116,7 @@ class AddRMSNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.FilterResponseNorm")
+@_errors.keywords
 class FilterResponseNorm(nn.Module):
     """`normjax.filter_response_norm` as a module, with its learned threshold.
 
@@ -147,7 +147,7 @@ class FilterResponseNorm(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
-    @_checks.named("normjax.linen.FilterResponseNorm", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.FilterResponseNorm", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -157,8 +157,8 @@ class FilterResponseNorm(nn.Module):
         bias: ArrayLike | None = None,
     ) -> Array:
         """Normalizes and thresholds `x`; `scale` and `bias` stand in for the parameters."""
-        x = _checks.inexact("normjax.linen.FilterResponseNorm", "x", x)
-        features = feature_shape("normjax.linen.FilterResponseNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         threshold = None
         if self.use_threshold:
@@ -175,7 +175,7 @@ class FilterResponseNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.DynamicTanh")
+@_errors.keywords
 class DynamicTanh(nn.Module):
     """`normjax.dynamic_tanh` as a module, with its learned slope `alpha`.
 
@@ -201,13 +201,13 @@ class DynamicTanh(nn.Module):
     feature_axes: int | Collection[int] = -1
 
     @nn.compact
-    @_checks.named("normjax.linen.DynamicTanh", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.DynamicTanh", feature_axis="feature_axes")
     def __call__(
         self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
     ) -> Array:
         """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
-        x = _checks.inexact("normjax.linen.DynamicTanh", "x", x)
-        features = feature_shape("normjax.linen.DynamicTanh", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         alpha = param(self, "alpha", ())
         scale, bias = affine(self, features, scale, bias)
         return dynamic_tanh(x, alpha, scale, bias, feature_axis=self.feature_axes)

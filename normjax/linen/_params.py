@@ -12,21 +12,18 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from normjax import _checks
-
-# The modules put their own name in its place.
-_HERE = "normjax.linen"
+from normjax import _errors
 
 
 class MissingStatsError(ScopeCollectionNotFound, ScopeVariableNotFoundError):
     """There are no statistics to start from or to normalize by; the classes that Flax raises."""
 
-    def __init__(self, called: str, path: Sequence[str], reader: str, missing: str):
+    def __init__(self, path: Sequence[str], reader: str, missing: str):
         # Flax would append a link to its own documentation of the class.
         collection = missing.split("/")[0]
         Exception.__init__(
             self,
-            f"{called} at '/{'/'.join(path)}': {reader} needs {missing!r}, which the variables do "
+            f"normjax at '/{'/'.join(path)}': {reader} needs {missing!r}, which the variables do "
             f"not have. model.init makes the collection {collection!r} and training moves it. "
             f"Pass it beside the parameters: model.apply({{'params': ..., {collection!r}: ...}}).",
         )
@@ -39,7 +36,7 @@ def affine(
 
     def vector(name: str, given: ArrayLike | None) -> ArrayLike | None:
         if given is not None:
-            return _checks.inexact(_HERE, name, given)
+            return _errors.inexact(name, given)
         return param(module, name, features) if getattr(module, f"use_{name}", False) else None
 
     # In the order of Flax, which decides what the initializers draw.
@@ -49,29 +46,29 @@ def affine(
 def param(module: Any, name: str, shape: tuple[int, ...], path: str | None = None) -> Array:
     """The parameter `name`, which the module's `<name>_init` makes in its `param_dtype`."""
     init, dtype = getattr(module, f"{name}_init"), module.param_dtype
-    _checks.initializer(_HERE, f"{name}_init", init)
-    _checks.floating_dtype(_HERE, "param_dtype", dtype)
+    _errors.initializer(f"{name}_init", init)
+    _errors.floating_dtype("param_dtype", dtype)
     return module.param(path or name, init, shape, dtype)
 
 
 def feature_shape(
-    called: str, feature_axes: int | Iterable[int] | None, shape: tuple[int, ...]
+    feature_axes: int | Iterable[int] | None, shape: tuple[int, ...]
 ) -> tuple[int, ...]:
     """The shape of a parameter over these axes; None names none."""
     if feature_axes is None:
         return ()
-    return tuple(shape[a] for a in _checks.axes(called, "feature_axes", feature_axes, shape))
+    return _errors.features(shape, feature_axes).shape
 
 
 def as_mask(mask: ArrayLike | None) -> Array | None:
     """Any nonzero is True, as in Flax; the functions take booleans alone."""
-    return _checks.nonzero(_HERE, mask)
+    return _errors.nonzero(mask)
 
 
 def output_dtype(module: Any, *arrays: ArrayLike | None) -> DTypeLike:
     """The rule of Flax: what the input and the parameters promote to, unless one is asked for."""
     if module.dtype is not None:
-        _checks.floating_dtype(_HERE, "dtype", module.dtype)
+        _errors.floating_dtype("dtype", module.dtype)
     with jax.numpy_dtype_promotion("standard"):
         return canonicalize_dtype(*arrays, dtype=module.dtype)
 

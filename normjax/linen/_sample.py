@@ -12,12 +12,12 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax import _checks
+from normjax import _errors
 from normjax._functions import group_norm, instance_norm, layer_norm, rms_norm
 from normjax.linen._params import affine, as_mask, device_axis, feature_shape, output_dtype
 
 
-@_checks.keywords("normjax.linen.LayerNorm")
+@_errors.keywords
 class LayerNorm(nn.Module):
     """`normjax.layer_norm` as a module; a drop-in for `flax.linen.LayerNorm`.
 
@@ -47,7 +47,7 @@ class LayerNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
-    @_checks.named("normjax.linen.LayerNorm", axis="reduction_axes", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.LayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -63,8 +63,8 @@ class LayerNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _checks.inexact("normjax.linen.LayerNorm", "x", x)
-        features = feature_shape("normjax.linen.LayerNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         return layer_norm(
             x,
@@ -79,7 +79,7 @@ class LayerNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.RMSNorm")
+@_errors.keywords
 class RMSNorm(nn.Module):
     """`normjax.rms_norm` as a module; a drop-in for `flax.linen.RMSNorm`.
 
@@ -107,7 +107,7 @@ class RMSNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
-    @_checks.named("normjax.linen.RMSNorm", axis="reduction_axes", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.RMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -122,8 +122,8 @@ class RMSNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale: in place of the parameter, which is then not made.
         """
-        x = _checks.inexact("normjax.linen.RMSNorm", "x", x)
-        features = feature_shape("normjax.linen.RMSNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, _ = affine(self, features, scale, None)
         return rms_norm(
             x,
@@ -137,7 +137,7 @@ class RMSNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.GroupNorm")
+@_errors.keywords
 class GroupNorm(nn.Module):
     """`normjax.group_norm` as a module; a drop-in for `flax.linen.GroupNorm`.
 
@@ -170,7 +170,7 @@ class GroupNorm(nn.Module):
     feature_axis: int = -1
 
     @nn.compact
-    @_checks.named("normjax.linen.GroupNorm", axis="reduction_axes")
+    @_errors.named("normjax.linen.GroupNorm", axis="reduction_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -186,10 +186,9 @@ class GroupNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _checks.inexact("normjax.linen.GroupNorm", "x", x)
-        called = "normjax.linen.GroupNorm"
-        _checks.group_axes(called, self.reduction_axes, self.feature_axis, x.shape)
-        features = (x.shape[_checks.axis(called, "feature_axis", self.feature_axis, x.shape)],)
+        x = _errors.inexact("x", x)
+        _errors.group_axes(self.reduction_axes, self.feature_axis, x.shape)
+        features = (x.shape[_errors.axis("feature_axis", self.feature_axis, x.shape)],)
         scale, bias = affine(self, features, scale, bias)
         return group_norm(
             x,
@@ -206,7 +205,7 @@ class GroupNorm(nn.Module):
         )
 
 
-@_checks.keywords("normjax.linen.InstanceNorm")
+@_errors.keywords
 class InstanceNorm(nn.Module):
     """`normjax.instance_norm` as a module; a drop-in for `flax.linen.InstanceNorm`.
 
@@ -235,7 +234,7 @@ class InstanceNorm(nn.Module):
     force_float32_reductions: bool = True
 
     @nn.compact
-    @_checks.named("normjax.linen.InstanceNorm", feature_axis="feature_axes")
+    @_errors.named("normjax.linen.InstanceNorm", feature_axis="feature_axes")
     def __call__(
         self,
         x: ArrayLike,
@@ -251,8 +250,8 @@ class InstanceNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _checks.inexact("normjax.linen.InstanceNorm", "x", x)
-        features = feature_shape("normjax.linen.InstanceNorm", self.feature_axes, x.shape)
+        x = _errors.inexact("x", x)
+        features = feature_shape(self.feature_axes, x.shape)
         scale, bias = affine(self, features, scale, bias)
         return instance_norm(
             x,

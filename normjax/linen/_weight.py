@@ -13,12 +13,12 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from normjax import _checks
+from normjax import _errors
 from normjax._functions import SpectralStats, spectral_norm, standardize_weight, weight_norm
 from normjax.linen._params import MissingStatsError, feature_shape, output_dtype, param
 
 
-@_checks.keywords("normjax.linen.WeightNorm")
+@_errors.keywords
 class WeightNorm(nn.Module):
     """`normjax.weight_norm` around a layer; a drop-in for `flax.linen.WeightNorm`.
 
@@ -43,25 +43,25 @@ class WeightNorm(nn.Module):
     variable_filter: Iterable[str] | None = field(default_factory=lambda: {"kernel"})
 
     @nn.compact
+    @_errors.named("normjax.linen.WeightNorm", runs_model=True)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized weights."""
-        called = "normjax.linen.WeightNorm"
-        _checks.variable_names(called, self.variable_filter)
+        _errors.variable_names(self.variable_filter)
 
         def transform(path: str, w: Array) -> Array:
             if not _chosen(path, self.variable_filter):
                 return w
             scale = None
             if self.use_scale:
-                shape = feature_shape(called, self.feature_axes, w.shape)
+                shape = feature_shape(self.feature_axes, w.shape)
                 scale = param(self, "scale", shape, f"{path}/scale")
             normed = weight_norm(w, scale, feature_axis=self.feature_axes, epsilon=self.epsilon)
             return normed.astype(output_dtype(self, w, scale))
 
-        return _call(self, called, transform, args, kwargs)
+        return _call(self, transform, args, kwargs)
 
 
-@_checks.keywords("normjax.linen.SpectralNorm")
+@_errors.keywords
 class SpectralNorm(nn.Module):
     """`normjax.spectral_norm` around a layer; a drop-in for `flax.linen.SpectralNorm`.
 
@@ -88,6 +88,7 @@ class SpectralNorm(nn.Module):
     collection_name: str = "batch_stats"
 
     @nn.compact
+    @_errors.named("normjax.linen.SpectralNorm", runs_model=True)
     def __call__(
         self,
         *args: Any,
@@ -99,11 +100,10 @@ class SpectralNorm(nn.Module):
 
         Beside `update_stats`, `train` is an argument of the layer.
         """
-        called = "normjax.linen.SpectralNorm"
-        moves = _checks.moves(called, train, update_stats)
-        n_steps = _checks.steps(called, self.n_steps)
-        _checks.text(called, "collection_name", self.collection_name)
-        _checks.floating_dtype(called, "param_dtype", self.param_dtype)
+        moves = _errors.moves(train, update_stats)
+        n_steps = _errors.steps(self.n_steps)
+        _errors.text("collection_name", self.collection_name)
+        _errors.floating_dtype("param_dtype", self.param_dtype)
         if train is not None and update_stats is not None:
             kwargs["train"] = train
 
@@ -111,11 +111,11 @@ class SpectralNorm(nn.Module):
             if w.ndim < 2 or n_steps < 1:
                 return w
             if self.error_on_non_matrix:
-                _checks.only_matrix(called, path, w.shape)
+                _errors.only_matrix(path, w.shape)
             name, dtype = self.collection_name, self.param_dtype
             known = self.has_variable(name, f"{path}/u")
             if not known and not (self.is_mutable_collection(name) and self.has_rng("params")):
-                raise MissingStatsError(called, self.path, "sigma", f"{name}/{path}/u")
+                raise MissingStatsError(self.path, "sigma", f"{name}/{path}/u")
             key = None if known else self.make_rng("params")
             shape = (1, w.shape[-1])
             u = self.variable(name, f"{path}/u", jax.random.normal, key, shape, dtype)
@@ -127,10 +127,10 @@ class SpectralNorm(nn.Module):
                 u.value, sigma.value = new
             return normed.astype(output_dtype(self, w, *stats))
 
-        return _call(self, called, transform, args, kwargs, mutable=True)
+        return _call(self, transform, args, kwargs, mutable=True)
 
 
-@_checks.keywords("normjax.linen.WeightStandardized")
+@_errors.keywords
 class WeightStandardized(nn.Module):
     """`normjax.standardize_weight` around a layer, for example Conv or Dense.
 
@@ -166,37 +166,37 @@ class WeightStandardized(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
+    @_errors.named("normjax.linen.WeightStandardized", runs_model=True)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with standardized weights."""
-        called = "normjax.linen.WeightStandardized"
-        _checks.variable_names(called, self.variable_filter)
+        _errors.variable_names(self.variable_filter)
 
         def transform(path: str, w: Array) -> Array:
             if not _chosen(path, self.variable_filter):
                 return w
             gain = None
             if self.use_gain:
-                shape = feature_shape(called, self.feature_axes, w.shape)
+                shape = feature_shape(self.feature_axes, w.shape)
                 gain = param(self, "gain", shape, f"{path}/gain")
             options: dict[str, Any] = dict(epsilon=self.epsilon, scaled=self.scaled)
             normed = standardize_weight(w, gain, feature_axis=self.feature_axes, **options)
             return normed.astype(output_dtype(self, w, gain))
 
-        return _call(self, called, transform, args, kwargs)
+        return _call(self, transform, args, kwargs)
 
 
 def _call(
-    module: Any, called: str, transform: Callable, args: tuple, kwargs: dict[str, Any],
+    module: Any, transform: Callable, args: tuple, kwargs: dict[str, Any],
     **options: Any,
 ) -> Any:  # fmt: skip
     """Calls the wrapped layer with each of its parameters transformed, by path."""
-    _checks.layer(called, module.layer_instance, nn.Module)
+    _errors.layer(module.layer_instance, nn.Module)
 
     def by_path(keys: tuple, w: Array) -> Array:
         inner = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
         path = f"{module.layer_instance.name}/{inner}"
         # Errors of the layer itself are its own.
-        named = _checks.named(called, w=path, x=path, feature_axis="feature_axes", stats=path)
+        named = _errors.named("normjax", w=path, x=path, feature_axis="feature_axes", stats=path)
         return named(transform)(path, jnp.asarray(w))
 
     return nn.map_variables(

@@ -44,8 +44,8 @@ class Compiled:
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
 
-    def __init__(self, called: str, call: Callable):
-        self.measure = Measure(called)
+    def __init__(self, measure: type[Measure], call: Callable):
+        self.measure = measure()
         self.reads = tuple(map(_reference, _read_by(call, set())))
         # What jit keeps must not keep `call` alive, with all that it holds.
         method = isinstance(call, MethodType)
@@ -60,15 +60,15 @@ class Compiled:
         return same and all(old() is new for old, new in zip(self.reads, now, strict=True))
 
 
-def compiled(called: str, call: Callable) -> Compiled:
+def compiled(measure: type[Measure], call: Callable) -> Compiled:
     """What is compiled for `call`, as long as it lives and reads the same objects."""
-    expect_function(called, call, f"a function that runs the model, such as\n{CALL}")
-    make = functools.partial(Compiled, called, call)
+    expect_function(call, f"a function that runs the model, such as\n{CALL}")
+    make = functools.partial(Compiled, measure, call)
     owner: Any = call
-    key: tuple[Any, ...] = (called,)
+    key: tuple[Any, ...] = (measure,)
     if isinstance(call, MethodType) and isinstance(call.__self__, nn.Module):
         # Modules of linen are frozen, and each access of `model.apply` makes a new method.
-        owner, key = call.__self__, (called, call.__func__)
+        owner, key = call.__self__, (measure, call.__func__)
     elif not isinstance(call, FunctionType | functools.partial):
         return make()  # What another object reads is not known.
     found = _compiled.get(owner, key, make)
@@ -79,7 +79,7 @@ def compiled(called: str, call: Callable) -> Compiled:
 
 
 def _step(alive: Callable, measure: Measure, variables: Any, centers: Any, batch: Any) -> Seen:
-    called, call = measure.called, alive()
+    call = alive()
     slots = {path: {SLOT: Record.start(center)} for path, center in centers.items()}
     with editing(measure):
         out = call(with_stats(variables, slots), batch, train=True, mutable=["batch_stats"])
@@ -88,7 +88,7 @@ def _step(alive: Callable, measure: Measure, variables: Any, centers: Any, batch
         records = {path: at_path(updates["batch_stats"], path)[SLOT] for path in slots}
     except (TypeError, ValueError, KeyError, IndexError):
         raise TypeError(
-            f"{called}: call(variables, batch, train=True, mutable=['batch_stats']) must "
+            "normjax: call(variables, batch, train=True, mutable=['batch_stats']) must "
             "return (outputs, updates) with the updated 'batch_stats', as model.apply does. "
             "Pass mutable on: model.apply(variables, ..., train=train, mutable=mutable)."
         ) from None

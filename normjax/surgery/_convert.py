@@ -14,7 +14,7 @@ from flax.core import meta
 from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 from jax import Array
 
-from normjax import Moments, _checks, normalize
+from normjax import Moments, _errors, normalize
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import collapse
 from normjax.surgery._paths import At, Path, Variables, at_path, like, norms, written
@@ -26,6 +26,7 @@ AUTOMATIC = re.compile(r"(BatchNorm|BatchRenorm)_(\d+)")
 USUAL = 32
 
 
+@_errors.named(CALLED)
 def convert(
     variables: Variables,
     *,
@@ -88,9 +89,9 @@ def convert(
         >>> twin.apply(surgery.convert(variables, num_groups=2), jnp.ones((2, 3))).shape
         (2, 4)
     """
-    chosen = norms(CALLED, variables, at)
+    chosen = norms(variables, at)
     groups = _groups(chosen, num_groups, group_size)
-    names = _names(chosen, norms(CALLED, variables), variables.get("params", {}))
+    names = _names(chosen, norms(variables), variables.get("params", {}))
     moved = {
         kind: _moved(tree, names, () if kind == "params" else chosen)
         for kind, tree in variables.items()
@@ -123,14 +124,14 @@ def _groups(
                 f"{CALLED}: the groups are {'; '.join(others)}, since {USUAL} does not divide "
                 "their channels. Give the GroupNorm of these layers the same num_groups, or pass "
                 "num_groups= or group_size= that fits all layers.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return {path: usual[n] for path, n in channels.items()}
     numbers, misfits = {}, []
     for n, paths in layers.items():
         try:
-            called = f"{CALLED} at {paths}"
-            numbers[n] = _checks.number_of_groups(called, num_groups, group_size, n)
+            at_paths = _errors.named(f"{CALLED} at {paths}")
+            numbers[n] = at_paths(_errors.number_of_groups)(num_groups, group_size, n)
         except ValueError as error:
             misfits.append(str(error))
     if misfits:
@@ -190,7 +191,7 @@ def _names(chosen: Collection[Path], known: Collection[Path], params: Any) -> di
         if converted and (others or len({p[-1].split("_")[0] for p in converted}) > 1):
             among = sorted(others) or sorted(path[-1] for path in converted)
             raise ValueError(
-                f"{CALLED}: '{written(parent)}' holds layers that Flax has numbered by their "
+                f"normjax: '{written(parent)}' holds layers that Flax has numbered by their "
                 f"class, {among}, and how it would number them together with the converted ones "
                 "depends on their order in the code. Give the layers names."
             )

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from normjax import _errors
+
 # The words of Flax, Haiku, Keras and PyTorch; a letter counts only as the whole name.
 KERNELS = {"kernel"}
 TABLES = {"embedding", "embeddings"}
@@ -22,6 +24,7 @@ TOKENS = {"token", "tokens", "register", "registers"}
 PRODUCTS = {"kernel", "weight", "weights", "proj", "projection", "linear", "dense", "conv", "mlp"}
 
 
+@_errors.named("surgery.decay_mask")
 def decay_mask(params: Any) -> Any:
     """A tree of booleans: True where weight decay belongs, for `optax.adamw(mask=...)`.
 
@@ -155,7 +158,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 def _shape(path: tuple[str, ...], leaf: Any) -> tuple[int, ...]:
     if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise TypeError(
-            f"surgery.decay_mask: {'/'.join(path) or 'params'} is {type(leaf).__name__}, expected "
+            f"normjax: {'/'.join(path) or 'params'} is {type(leaf).__name__}, expected "
             "an array. Pass the parameters alone, for example variables['params']."
         )
     return tuple(leaf.shape)

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from flax.core import meta
 
+from normjax import _errors
 from normjax.surgery._compiled import Compiled, Seen, compiled
 from normjax.surgery._guard import never_updated
 from normjax.surgery._judge import judge, judge_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
 from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
-from normjax.surgery._record import Record
+from normjax.surgery._record import Measure, Record
 from normjax.surgery._report import Finding, NormReport, Report
 from normjax.surgery._walk import expect_batches, walk
 
@@ -27,6 +28,7 @@ CALLED = "normjax.surgery.diagnose"
 AFFINE = (("scale", "gamma", "weight"), ("bias", "beta", "offset"))
 
 
+@_errors.named(CALLED, runs_model=True)
 def diagnose(
     call: Callable,
     variables: Mapping[str, Any],
@@ -85,9 +87,9 @@ def diagnose(
         >>> [finding.kind for finding in surgery.diagnose(call, variables, [x]).findings]
         ['never updated']
     """
-    run = compiled(CALLED, call)
-    norms(CALLED, variables, at)
-    expect_batches(CALLED, batches)
+    run = compiled(_Measure, call)
+    norms(variables, at)
+    expect_batches(batches)
     first, batches = _peek(batches)
     replicas = variables
     if first is not None:
@@ -128,7 +130,7 @@ def diagnose(
             fault = run.measure.fault(name, records[path])
             masked = "had every entry masked" if np.any(records[path].batches) else None
             findings += judge_unmeasured(name, node, devices, fault or masked)
-    for name, fault in run.measure.elsewhere(patterns(CALLED, at), records).items():
+    for name, fault in run.measure.elsewhere(patterns(at), records).items():
         findings += judge_unmeasured(name, None, 0.0, fault)
     findings.sort(key=lambda finding: not finding.serious)
     return Report(tuple(reports), tuple(findings), outputs.batches, outputs.apart())
@@ -157,6 +159,10 @@ def _flat(leaf: Any) -> np.ndarray:
 
 # Numbers that are not finite are findings.
 NO_WARNINGS = np.errstate(all="ignore")
+
+
+class _Measure(Measure):
+    called = CALLED
 
 
 class _Watch(Edit):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from normjax import _errors
 from normjax.surgery._affine import DeferredAffine, Layer, features_of
 from normjax.surgery._constants import Constant, evaluate, evaluation, whole
 from normjax.surgery._program import Equation, Program, trace
@@ -54,6 +55,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
+@_errors.named("surgery.fold", runs_model=True)
 def fold(
     call: Callable[..., Any], variables: Any, *inputs: Any
 ) -> tuple[Callable[..., Any], tuple[Array, ...], FoldReport]:
@@ -136,7 +138,7 @@ def fold(
     """
     if isinstance(call, nn.Module) or not callable(call):
         raise TypeError(
-            f"surgery.fold: call is {type(call).__name__}, expected a function of the variables "
+            f"normjax: call is {type(call).__name__}, expected a function of the variables "
             "and the inputs. Pass model.apply, or lambda variables, x: model.apply(variables, x, "
             "train=False)."
         )
@@ -157,7 +159,7 @@ def fold(
     beforehand, order = trace(stored, leaves, inputs, effects=False).distinct()
     if not report.folded and not report.alone and not report.scales:
         raise ValueError(
-            "surgery.fold: no norm found whose statistics come from the variables, expected at "
+            "normjax: no norm found whose statistics come from the variables, expected at "
             "least one. If the call trains, its statistics come from the inputs: pass train=False "
             "(use_running_average=True in Flax)."
         )

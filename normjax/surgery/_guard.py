@@ -9,10 +9,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
 from normjax.surgery._paths import Apply, At, chosen, nodes, patterns, written
 
 
+@_errors.named("normjax.surgery.guard")
 def guard(apply: Apply, *, at: At = None) -> Apply:
     """Fails when a batch norm would run in training mode, or by statistics never updated.
 
@@ -59,11 +61,12 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         >>> surgery.guard(model.apply)(variables, x, use_running_average=True).round(2).ravel()
         Array([-2.,  2.], dtype=float32)
     """
-    given = patterns(_Guard.called, at)
-    run = wrap(apply, _Guard, _Guard.called, given)
+    given = patterns(at)
+    run = wrap(apply, _Guard, given)
     seen: list[Any] = []
 
     @functools.wraps(apply)
+    @_errors.named(_Guard.called, runs_model=True)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             stats = value.get("batch_stats") if isinstance(value, Mapping) else None
@@ -97,18 +100,18 @@ class _Guard(Edit):
     def __call__(self, layer: Layer) -> Layer:
         if layer.train:
             raise ValueError(
-                f"{self.called}: the batch norm at '{layer.path}' would run in training mode, "
+                f"normjax: the batch norm at '{layer.path}' would run in training mode, "
                 "normalizing each example by the others in its batch. Call the model with "
                 "train=False (use_running_average=True), or freeze it: guard(freeze(apply))."
             )
-        _expect_updated(layer.path, layer.stats(self.called)._asdict())
+        _expect_updated(layer.path, layer.stats()._asdict())
         return layer
 
 
 def _expect_updated(path: str, node: Mapping[str, Any]) -> None:
     if never_updated(node):
         raise ValueError(
-            f"{_Guard.called}: the batch norm at '{path}' has statistics that were never updated "
+            f"normjax: the batch norm at '{path}' has statistics that were never updated "
             "(mean 0, var 1), so it would not normalize. Train with mutable=['batch_stats'] and "
             "keep the updates, load them with the parameters, or use normjax.surgery.recompute."
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from normjax import _errors
 from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Layout, NameMapping
 from normjax.surgery._paths import Tree
 from normjax.surgery._rules import Rule, export_arrays, import_arrays
@@ -68,6 +69,7 @@ KERAS = NameMapping(
 )
 
 
+@_errors.named("surgery.import_keras")
 def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Tree:
     """Fills the variables of a Flax model from the weights of its Keras twin.
 
@@ -110,15 +112,15 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
         >>> surgery.import_keras(variables, weights, rules)["params"]["norm"]["scale"]
         array([1., 1.])
     """
-    called = "surgery.import_keras"
     if not isinstance(weights, Mapping):
         raise TypeError(
-            f"{called}: weights is {type(weights).__name__}, expected a mapping of paths to "
+            f"normjax: weights is {type(weights).__name__}, expected a mapping of paths to "
             "arrays. Pass {w.path: np.asarray(w) for w in model.weights}."
         )
-    return import_arrays(called, KERAS, variables, weights, rules)
+    return import_arrays(KERAS, variables, weights, rules)
 
 
+@_errors.named("surgery.export_keras")
 def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """The weights of the Keras twin by path, from the variables of a Flax model.
 
@@ -149,4 +151,4 @@ def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         >>> sorted(surgery.export_keras(variables, [("norm", "net/ln", "layer_norm")]))
         ['net/ln/beta', 'net/ln/gamma']
     """
-    return export_arrays("surgery.export_keras", KERAS, variables, rules)
+    return export_arrays(KERAS, variables, rules)

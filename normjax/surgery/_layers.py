@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -22,11 +22,14 @@ from flax.core import meta
 from jax import lax
 
 import normjax.linen
-from normjax import BatchStats
-from normjax._checks.devices import bound_names
+from normjax import BatchStats, _errors
+from normjax._errors.devices import bound_names
 from normjax.surgery._copies import copy_of, run_copy, statistics_of
 from normjax.surgery._kept import Kept
 from normjax.surgery._paths import Apply, chosen, expect_matches, written
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _OURS: Any = normjax.linen.BatchNorm
 
@@ -67,19 +70,22 @@ class Layer(NamedTuple):
         alone = self.train and self.axis_name is not None and not bound_names()
         return self._replace(axis_name=None, axis_index_groups=None) if alone else self
 
-    def stats(self, called: str) -> BatchStats:
+    def stats(self) -> BatchStats:
         """The running statistics that the layer has now."""
         held = {n: _variable(self.module, "batch_stats", n) for n in BatchStats._fields}
         if held["mean"] is None or held["var"] is None:
             raise ValueError(
-                f"{called}: the batch norm at '{self.path}' has no running statistics. "
+                f"normjax: the batch norm at '{self.path}' has no running statistics. "
                 "Pass all that model.init returns, 'batch_stats' included."
             )
         return BatchStats(**held)
 
 
 class Edit:
-    """What a tool does to the batch norms of a call, at the paths that match."""
+    """What a tool does to the batch norms of a call, at the paths that match.
+
+    Its errors name it where they are raised, since they pass through wrappers of other tools.
+    """
 
     called: ClassVar[str]
     _numbers = itertools.count()
@@ -96,7 +102,7 @@ class Edit:
     def unrecognized(self, path: str, module: Any, collection: str) -> None:
         """Told of a module that ran and has statistics, though it is no batch norm known here."""
         raise ValueError(
-            f"{self.called}: the {type(module).__name__} at '{path}' {not_recognized(collection)} "
+            f"normjax: the {type(module).__name__} at '{path}' {not_recognized(collection)} "
             "If it is no batch norm, name those that are: at=."
         )
 
@@ -112,12 +118,12 @@ def not_recognized(collection: str) -> str:
     )
 
 
-def expect_function(called: str, function: Any, expected: str) -> None:
+def expect_function(function: Any, expected: str) -> None:
     """A function that runs a model; modules are what it is mistaken for."""
     nnx = sys.modules.get("flax.nnx")
     module = isinstance(function, (nn.Module, *((nnx.Module,) if nnx else ())))
     if module or not callable(function):
-        raise TypeError(f"{called}: got {type(function).__name__}, expected {expected}")
+        raise TypeError(f"normjax: got {type(function).__name__}, expected {expected}")
 
 
 # Edits are part of the key of jit's cache. Wrapping one model's apply twice gives one edit, and
@@ -125,15 +131,16 @@ def expect_function(called: str, function: Any, expected: str) -> None:
 _made = Kept()
 
 
-def wrap(apply: Apply, edit: Callable[..., Edit], called: str, *arguments: Any) -> Apply:
+def wrap(apply: Apply, edit: Callable[..., Edit], *arguments: Any) -> Apply:
     """`apply` with an edit in force during each call of it."""
-    expect_function(called, apply, "a function that runs a model, such as model.apply.")
+    expect_function(apply, "a function that runs a model, such as model.apply.")
     # Each access of `model.apply` makes a new method of the same model.
     owner = getattr(apply, "__self__", apply)
     key = (edit, getattr(apply, "__func__", None), *arguments)
     made = _made.get(owner, key, lambda: edit(*arguments))
 
     @functools.wraps(apply)
+    @_errors.named(made.called, runs_model=True)
     def edited(*args: Any, **kwargs: Any) -> Any:
         with editing(made):
             return apply(*args, **kwargs)
@@ -177,18 +184,18 @@ def editing(edit: Edit) -> Iterator[None]:
     edit.known |= mine.norms
     if not edit.known and mine.ran and not mine.initialized:
         raise ValueError(
-            f"{edit.called}: no batch norm ran. Recognized are flax.linen.BatchNorm, "
+            "normjax: no batch norm ran. Recognized are flax.linen.BatchNorm, "
             "normjax.linen.BatchNorm and BatchRenorm, what extends them, and copies that keep "
             "mean and var in 'batch_stats' and take use_running_average."
         )
     if not edit.known and not mine.ran:
         raise ValueError(
-            f"{edit.called}: no module of flax.linen ran. This works on models of flax.linen "
+            "normjax: no module of flax.linen ran. This works on models of flax.linen "
             "alone, called by a function that traces them, such as model.apply or jax.jit of it. "
             "An NNX model has its own switch, model.eval() and model.train()."
         )
     if mine.norms:
-        expect_matches(edit.called, edit.at, edit.known)
+        expect_matches(edit.at, edit.known)
         _expect_own_traces(edit, mine)
 
 
@@ -200,7 +207,7 @@ def _expect_own_traces(edit: Edit, met: _Met) -> None:
         inside = met.jitted.intersection(path.split("/"))
         if inside and chosen(path, edit.at):
             raise ValueError(
-                f"{edit.called}: at={edit.at!r} names '{path}', which is inside of '{min(inside)}' "
+                f"normjax: at={edit.at!r} names '{path}', which is inside of '{min(inside)}' "
                 "under nn.jit. Equal blocks under nn.jit share one trace, so what is done to one "
                 "of them is done to all. Leave out nn.jit and compile the whole: "
                 "jax.jit(model.apply)."
@@ -236,8 +243,12 @@ def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context:
     changed = layer
     for edit in _edits.value:
         if chosen(path, edit.at):
-            changed = edit(changed)
+            changed = _door(edit)(edit.__call__)(changed)
     return next_fun(*args, **kwargs) if changed is layer else changed.run(changed)
+
+
+def _door(edit: Edit) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    return _errors.named(edit.called, runs_model=True, feature_axis="axis")
 
 
 def _report_unrecognized(path: str, module: Any) -> None:
@@ -247,7 +258,7 @@ def _report_unrecognized(path: str, module: Any) -> None:
     if collection := statistics_of(module):
         for edit in _edits.value:
             if chosen(path, edit.at):
-                edit.unrecognized(path, module, collection)
+                _door(edit)(edit.unrecognized)(path, module, collection)
 
 
 def _recognize(

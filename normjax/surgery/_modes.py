@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
+from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
 from normjax.surgery._paths import Apply, At, at_path, norms, patterns
 
 
+@_errors.named("normjax.surgery.freeze")
 def freeze(apply: Apply, *, at: At = None) -> Apply:
     """Batch norms act by their running statistics, and learn nothing, whatever the mode.
 
@@ -58,17 +60,18 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         >>> surgery.freeze(model.apply)(variables, x).round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
-    return wrap(apply, _Freeze, _Freeze.called, patterns(_Freeze.called, at))
+    return wrap(apply, _Freeze, patterns(at))
 
 
 class _Freeze(Edit):
     called = "normjax.surgery.freeze"
 
     def __call__(self, layer: Layer) -> Layer:
-        layer.stats(self.called)
+        layer.stats()
         return layer._replace(train=False, frozen=True)
 
 
+@_errors.named("normjax.surgery.frozen_mask")
 def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
     """Where the parameters are those of frozen batch norms, as an optax mask.
 
@@ -104,11 +107,10 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
         >>> surgery.frozen_mask(variables)["layers_1"]
         {'bias': True, 'scale': True}
     """
-    called = "normjax.surgery.frozen_mask"
-    frozen = norms(called, variables, at)
+    frozen = norms(variables, at)
     if "params" not in variables:
         raise ValueError(
-            f"{called}: the variables have no 'params'; their collections are {sorted(variables)}. "
+            f"normjax: the variables have no 'params'; their collections are {sorted(variables)}. "
             "Pass all that model.init returns."
         )
     params = variables["params"]
@@ -120,6 +122,7 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
     return jax.tree_util.tree_map_with_path(belongs, params)
 
 
+@_errors.named("normjax.surgery.synchronize")
 def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) -> Apply:
     """Batch norms share their batch statistics over `axis_name`, in a model written without it.
 
@@ -164,14 +167,13 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
         >>> jax.vmap(step, axis_name="batch")(x).round(2).ravel()
         Array([-1.,  1.], dtype=float32)
     """
-    called = _Synchronize.called
     names = axis_name if isinstance(axis_name, str | int) else tuple(axis_name)
     if isinstance(names, int) or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"{called}: axis_name={axis_name!r}, expected the name of a mapped axis or several, "
+            f"normjax: axis_name={axis_name!r}, expected the name of a mapped axis or several, "
             "such as 'batch'."
         )
-    return wrap(apply, _Synchronize, called, patterns(called, at), names)
+    return wrap(apply, _Synchronize, patterns(at), names)
 
 
 class _Synchronize(Edit):
@@ -186,7 +188,7 @@ class _Synchronize(Edit):
             return layer
         if not hasattr(layer.module, "axis_name"):
             raise ValueError(
-                f"{self.called}: the {type(layer.module).__name__} at '{layer.path}' has no field "
+                f"normjax: the {type(layer.module).__name__} at '{layer.path}' has no field "
                 "axis_name, so it cannot share its statistics. Name the others: at=."
             )
         return layer._replace(axis_name=self.axis_name, axis_index_groups=None)

@@ -21,14 +21,14 @@ def written(path: Iterable[str]) -> str:
     return "/".join(path)
 
 
-def patterns(called: str, at: At) -> tuple[str, ...] | None:
+def patterns(at: At) -> tuple[str, ...] | None:
     """What `at` says, as a tuple; None stands for all layers."""
     if at is None:
         return None
     given = (at,) if isinstance(at, str) else tuple(at) if isinstance(at, Iterable) else ()
     if not given or not all(isinstance(pattern, str) for pattern in given):
         raise TypeError(
-            f"{called}: at={at!r}, expected a pattern or several, such as 'block_*/bn', over the "
+            f"normjax: at={at!r}, expected a pattern or several, such as 'block_*/bn', over the "
             "paths of the layers. Leave it out for all layers."
         )
     return given
@@ -39,31 +39,31 @@ def chosen(path: str, at: tuple[str, ...] | None) -> bool:
     return at is None or any(fnmatchcase(path, pattern) for pattern in at)
 
 
-def expect_matches(called: str, at: tuple[str, ...] | None, paths: Collection[str]) -> None:
+def expect_matches(at: tuple[str, ...] | None, paths: Collection[str]) -> None:
     """A pattern without a layer is a typing error, and a typing error must not pass silently."""
     for pattern in at or ():
         if not any(fnmatchcase(path, pattern) for path in paths):
             there = ", ".join(repr(path) for path in sorted(paths)) or "none"
             raise ValueError(
-                f"{called}: at={pattern!r} matches no batch norm. The paths there are: {there}."
+                f"normjax: at={pattern!r} matches no batch norm. The paths there are: {there}."
             )
 
 
-def norms(called: str, variables: Mapping[str, Any], at: At = None) -> dict[Path, dict[str, Any]]:
+def norms(variables: Mapping[str, Any], at: At = None) -> dict[Path, dict[str, Any]]:
     """The running statistics of the chosen batch norms by path; at least one."""
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"{called}: variables is {type(variables).__name__}, expected the dictionary that "
+            f"normjax: variables is {type(variables).__name__}, expected the dictionary that "
             "model.init returns, {'params': ..., 'batch_stats': ...}."
         )
     found = nodes(variables.get("batch_stats", {}))
     if not found:
         raise ValueError(
-            f"{called}: the variables hold no statistics of a batch norm; their collections are "
+            f"normjax: the variables hold no statistics of a batch norm; their collections are "
             f"{sorted(variables)}. Pass all that model.init returns, 'batch_stats' included."
         )
-    given = patterns(called, at)
-    expect_matches(called, given, [written(path) for path in found])
+    given = patterns(at)
+    expect_matches(given, [written(path) for path in found])
     return {path: node for path, node in found.items() if chosen(written(path), given)}
 
 

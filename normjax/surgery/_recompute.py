@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from normjax import _errors
 from normjax.surgery._compiled import Records, Seen, compiled
 from normjax.surgery._paths import At, Variables, at_path, patterns, with_stats, written
 from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._walk import walk
 
 
+@_errors.named("normjax.surgery.recompute", runs_model=True)
 def recompute(
     call: Callable,
     variables: Variables,
@@ -85,8 +87,7 @@ def recompute(
         >>> surgery.recompute(call, variables, batches)["batch_stats"]["var"]
         Array([2.], dtype=float32)
     """
-    called = "normjax.surgery.recompute"
-    run, given = compiled(called, call), patterns(called, at)
+    run, given = compiled(Measure, call), patterns(at)
 
     def each(seen: Seen, batch: Any) -> None:
         # What did not run yet may be run by a later batch.
@@ -110,14 +111,14 @@ def _expect_measured(
         wrong = {path: fault for path, fault in wrong.items() if fault != DID_NOT_RUN}
     if not any(np.any(record.batches) for record in records.values()) and (wrong or not ran_only):
         raise ValueError(
-            f"{measure.called}: call(..., train=True) ran none of the batch norms "
+            f"normjax: call(..., train=True) ran none of the batch norms "
             f"{sorted(faults)} in training mode. Pass train on to the model, and look whether it "
             "hands it to its layers."
         )
     if wrong:
         listed = "; ".join(f"'{path}' {fault}" for path, fault in sorted(wrong.items()))
         raise ValueError(
-            f"{measure.called}: {len(wrong)} chosen batch norms were not measured, so their "
+            f"normjax: {len(wrong)} chosen batch norms were not measured, so their "
             f"statistics would stay as they are: {listed}. Look whether the model hands train to "
             "all of its layers. To leave some as they are, name the others: at=."
         )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from normjax import Moments, _checks, measure, merge, synchronize
+from normjax import Moments, _errors, measure, merge, synchronize
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import collapse
 from normjax.linen._params import as_mask
@@ -88,9 +88,10 @@ class Record(NamedTuple):
 class Measure(Edit):
     """Writes a record where one was put beside the running statistics."""
 
-    def __init__(self, called: str):
+    called = "normjax.surgery.recompute"
+
+    def __init__(self) -> None:
         super().__init__(None)
-        self.called = called  # type: ignore[misc]
         # In the order in which the model runs them.
         self.paths: dict[str, None] = {}
         self.strangers: dict[str, str] = {}
@@ -102,7 +103,7 @@ class Measure(Edit):
             return layer
         record = module.get_variable("batch_stats", SLOT)
         if layer.train:
-            seen = _see(self.called, layer, record.center)
+            seen = _see(layer, record.center)
             module.put_variable("batch_stats", SLOT, record.merged(seen))
         elif module.is_mutable_collection("batch_stats"):
             seen = record._replace(
@@ -133,13 +134,13 @@ class Measure(Edit):
         return DID_NOT_RUN
 
 
-def _see(called: str, layer: Layer, center: Array) -> Record:
+def _see(layer: Layer, center: Array) -> Record:
     x, axis = jnp.asarray(layer.x), layer.axis
-    reduced = _checks.reduced_axes(called, "axis", axis, x.shape)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in reduced)
+    axes = _errors.features(x.shape, axis)
+    features, reduced = axes.shape, axes.reduced
     if features != center.shape:
         raise ValueError(
-            f"{called}: the batch norm at '{layer.path}' is given features of shape {features}, "
+            f"normjax: the batch norm at '{layer.path}' is given features of shape {features}, "
             f"expected {center.shape}, that of its statistics. The batches are not those of this "
             "model, or the features lie on another axis than the layer says."
         )

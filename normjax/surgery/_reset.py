@@ -7,11 +7,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from normjax import _errors
 from normjax.surgery._paths import At, Variables, norms, with_stats
 
 START = {"mean": 0, "var": 1, "count": 0}
 
 
+@_errors.named("normjax.surgery.reset")
 def reset(variables: Variables, *, at: At = None) -> Variables:
     """Running statistics as a new layer has them.
 
@@ -41,7 +43,7 @@ def reset(variables: Variables, *, at: At = None) -> Variables:
         >>> surgery.reset({"batch_stats": {"bn": stats}})["batch_stats"]["bn"]["var"]
         Array([1.], dtype=float32)
     """
-    found = norms("normjax.surgery.reset", variables, at)
+    found = norms(variables, at)
 
     def start(node: Mapping[str, Any]) -> dict[str, Any]:
         return {n: jnp.full_like(node[n], value) for n, value in START.items() if n in node}

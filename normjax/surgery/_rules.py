@@ -36,14 +36,13 @@ class Place(NamedTuple):
 
 
 def import_arrays(
-    called: str,
     name_mapping: NameMapping,
     variables: Any,
     state: Mapping[str, Any],
     rules: Sequence[Rule],
 ) -> Any:
     """The variables with the arrays of `state` in their places."""
-    places = _places(called, name_mapping, variables, rules)
+    places = _places(name_mapping, variables, rules)
     named = [place for place in places if place.name is not None]
     names = {str(place.name): place.path for place in reversed(named)}
     missing = {name: path for name, path in reversed(names.items()) if name not in state}
@@ -51,7 +50,7 @@ def import_arrays(
     given = {name: array for name, array in found.items() if array is not None}
     free = _free(name_mapping, places)
     _complain(
-        f"{called}: the state does not fit the variables",
+        "normjax: the state does not fit the variables",
         {
             "missing in the state": [f"{name} (for {path})" for name, path in missing.items()],
             "left over in it": [str(n) for n in state if n not in names and not free(str(n))],
@@ -73,34 +72,32 @@ def import_arrays(
 
 
 def export_arrays(
-    called: str, name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
+    name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
     """The arrays of the variables by the names of the other library."""
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
-    for place in _places(called, name_mapping, variables, rules):
+    for place in _places(name_mapping, variables, rules):
         if place.name is None:
             continue
         array = _numbers(place.leaf)
         if array is None:
             raise ValueError(
-                f"{called}: {place.path} is {type(place.leaf).__name__}, expected an array. Pass "
+                f"normjax: {place.path} is {type(place.leaf).__name__}, expected an array. Pass "
                 "variables that model.init returned or that were trained."
             )
         found.setdefault(place.name, []).append(
             (place.layout.part or 0, place.layout.outward(array))
         )
     # In order: files are written from memory without regard to strides.
-    return {
-        name: np.asarray(_joined(called, name, parts), order="C") for name, parts in found.items()
-    }
+    return {name: np.asarray(_joined(name, parts), order="C") for name, parts in found.items()}
 
 
-def _joined(called: str, name: str, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+def _joined(name: str, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
     """The array of a name; query, key and value one below the other where it holds all three."""
     arrays = [array for _, array in sorted(parts, key=lambda part: part[0])]
     if len({array.shape for array in arrays}) > 1:
         raise ValueError(
-            f"{called}: query, key and value of {name} have shapes "
+            f"normjax: query, key and value of {name} have shapes "
             f"{', '.join(str(array.shape) for array in arrays)}, expected one shape, since they "
             "are one array there."
         )
@@ -175,21 +172,19 @@ def as_numpy(array: Any) -> np.ndarray:
     return np.array(jnp.from_dlpack(tensor.contiguous()) if is_brain else tensor.numpy())
 
 
-def _places(
-    called: str, name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
-) -> list[Place]:
+def _places(name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]) -> list[Place]:
     """The place of every leaf; an error if there is a leaf or a rule without the other."""
     if not isinstance(variables, Mapping):
         raise TypeError(
-            f"{called}: variables is {type(variables).__name__}, expected the collections of a "
+            f"normjax: variables is {type(variables).__name__}, expected the collections of a "
             "Flax model, as {'params': ..., 'batch_stats': ...}. Pass what model.init returns."
         )
-    rules = _checked(called, name_mapping, rules)
+    rules = _checked(name_mapping, rules)
     patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     paths = [_written(path) for path, _ in leaves]
     places = [
-        _place(called, name_mapping, patterns, path, leaf)
+        _place(name_mapping, patterns, path, leaf)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
     ]
     named = [place for place in places if place.name is not None]
@@ -198,7 +193,7 @@ def _places(
     modules = {re.sub(r"\d+", "*", "/".join(path.split("/")[1:-1])) for path in paths}
     hint = "" if "params" in variables else " Pass all that model.init returns, 'params' included."
     _complain(
-        f"{called}: the rules do not fit the variables",
+        "normjax: the rules do not fit the variables",
         {
             "rules that match nothing": [
                 str(rule) for rule in rules if rule not in [place.rule for place in places]
@@ -223,12 +218,12 @@ def _written(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def _checked(called: str, name_mapping: NameMapping, rules: Any) -> list[Rule]:
+def _checked(name_mapping: NameMapping, rules: Any) -> list[Rule]:
     """The rules as a list of three names each."""
     wanted = "(module of Flax, module of the other library, kind)"
     if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
         raise TypeError(
-            f"{called}: rules is {type(rules).__name__}, expected a list of rules {wanted}. Pass "
+            f"normjax: rules is {type(rules).__name__}, expected a list of rules {wanted}. Pass "
             f"for example [('Conv_{{i}}', 'conv{{i+1}}', 'conv')]."
         )
     rules = list(rules)
@@ -236,19 +231,18 @@ def _checked(called: str, name_mapping: NameMapping, rules: Any) -> list[Rule]:
         is_list = isinstance(rule, (tuple, list)) and len(rule) == 3
         if not is_list or not all(isinstance(part, str) for part in rule):
             raise TypeError(
-                f"{called}: rules holds {rule!r}, expected three strings, {wanted}. Pass a list "
+                f"normjax: rules holds {rule!r}, expected three strings, {wanted}. Pass a list "
                 "of such rules, also for a single one."
             )
         if rule[2] not in (*name_mapping.kinds, KEEP):
             raise ValueError(
-                f"{called}: the rule {rule} has kind {rule[2]!r}, expected one of "
+                f"normjax: the rule {rule} has kind {rule[2]!r}, expected one of "
                 f"{', '.join(name_mapping.kinds)} or {KEEP}."
             )
     return [(here, there, kind) for here, there, kind in rules]
 
 
 def _place(
-    called: str,
     name_mapping: NameMapping,
     patterns: Sequence[tuple[Rule, re.Pattern[str]]],
     path: str,
@@ -268,11 +262,11 @@ def _place(
             held_by_a_layer = depth == 0 and name_mapping.owns(last)
             if rule[2] == KEEP:
                 if depth < 2 and not held_by_a_layer:
-                    return Place(leaf, path, rule, _name(called, rule, match.groupdict()))
+                    return Place(leaf, path, rule, _name(rule, match.groupdict()))
             elif depth == 0 and last == "kernel":
                 continue  # The layout of a kernel differs, so it is never a bare parameter.
             elif entry := name_mapping.kinds[rule[2]].get((collection, leaf_name)):
-                module = _name(called, rule, match.groupdict())
+                module = _name(rule, match.groupdict())
                 return Place(
                     leaf, path, rule, module, name_mapping.join(module, entry[0]), entry[1]
                 )
@@ -324,7 +318,7 @@ def _regex(pattern: str) -> str:
     return "".join(part(i, text) for i, text in enumerate(re.split(r"\{(\w+)\}", pattern)))
 
 
-def _name(called: str, rule: Rule, values: Mapping[str, str]) -> str:
+def _name(rule: Rule, values: Mapping[str, str]) -> str:
     """The other library's module; {i+1} counts on from what {i} matched."""
 
     def fill(match: re.Match[str]) -> str:
@@ -333,7 +327,7 @@ def _name(called: str, rule: Rule, values: Mapping[str, str]) -> str:
         if value is None or (shift and not value.isdecimal()):
             got = f"which {rule[0]!r} does not have" if value is None else f"and {name}={value!r}"
             raise ValueError(
-                f"{called}: the rule {rule} asks for {match[0]}, {got}, expected a name of the "
+                f"normjax: the rule {rule} asks for {match[0]}, {got}, expected a name of the "
                 "pattern of Flax, and a number where it is counted on."
             )
         return str(int(value) + int(shift)) if shift else value

@@ -21,13 +21,13 @@ DTYPES = {
 }
 
 
-def read(called: str, path: str) -> dict[str, np.ndarray]:
+def read(path: str) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file."""
     is_file = Path(path).is_file()
     data = Path(path).read_bytes() if is_file else b""
     if data.startswith(PICKLES):
         raise ValueError(
-            f"{called}: {path!r} is not a safetensors file but a pickle of PyTorch, which is never "
+            f"normjax: {path!r} is not a safetensors file but a pickle of PyTorch, which is never "
             "read here, since a pickle may run any code. Pass torch.load(path, weights_only=True), "
             "or the state dict in it."
         )
@@ -35,25 +35,25 @@ def read(called: str, path: str) -> dict[str, np.ndarray]:
         import safetensors
     except ImportError:
         raise ImportError(
-            f"{called}: {path!r} is a path, which needs safetensors. Install it with "
+            f"normjax: {path!r} is a path, which needs safetensors. Install it with "
             "pip install 'normjax[safetensors]', or pass a mapping of names to arrays."
         ) from None
     if not is_file:
         raise FileNotFoundError(
-            f"{called}: {path!r} is no file, expected a safetensors file. Pass its path, or a "
+            f"normjax: {path!r} is no file, expected a safetensors file. Pass its path, or a "
             "mapping of names to arrays."
         )
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{called}: {path!r} is not a safetensors file but something else ({error}), expected "
+            f"normjax: {path!r} is not a safetensors file but something else ({error}), expected "
             "a file of safetensors.torch.save_file(model.state_dict(), path)."
         ) from None
     unknown = sorted({entry["dtype"] for _, entry in entries} - set(DTYPES))
     if unknown:
         raise ValueError(
-            f"{called}: {path!r} holds arrays of {', '.join(unknown)}, expected one of "
+            f"normjax: {path!r} holds arrays of {', '.join(unknown)}, expected one of "
             f"{', '.join(DTYPES)}. Convert them in PyTorch first, for example by .float()."
         )
     return {

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from normjax import _errors
 from normjax.surgery._layouts import (
     ANY,
     EMBEDDING,
@@ -119,6 +120,7 @@ TORCH = NameMapping(
 )
 
 
+@_errors.named("surgery.import_torch")
 def import_torch(
     variables: Tree, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
 ) -> Tree:
@@ -202,17 +204,17 @@ def import_torch(
         >>> filled["params"]["layers_0"]["kernel"].shape
         (2, 3)
     """
-    called = "surgery.import_torch"
     if isinstance(state, (str, PathLike)):
-        state = read(called, fspath(state))
+        state = read(fspath(state))
     if not isinstance(state, Mapping):
         raise TypeError(
-            f"{called}: state is {type(state).__name__}, expected a mapping of names to arrays or "
+            f"normjax: state is {type(state).__name__}, expected a mapping of names to arrays or "
             "the path of a safetensors file. Pass model.state_dict()."
         )
-    return import_arrays(called, TORCH, variables, state, rules)
+    return import_arrays(TORCH, variables, state, rules)
 
 
+@_errors.named("surgery.export_torch")
 def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """The state dict of the PyTorch twin, from the variables of a Flax model.
 
@@ -249,9 +251,10 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         >>> surgery.export_torch(variables, [("head", "fc", "linear")])["fc.weight"].shape
         (3, 2)
     """
-    return export_arrays("surgery.export_torch", TORCH, variables, rules)
+    return export_arrays(TORCH, variables, rules)
 
 
+@_errors.named("surgery.torch_fields")
 def torch_fields(module: Any) -> dict[str, Any]:
     """The fields of the linen module that acts as a norm of PyTorch.
 
@@ -291,26 +294,26 @@ def torch_fields(module: Any) -> dict[str, Any]:
         >>> surgery.torch_fields(BatchNorm2d(momentum=0.1, eps=1e-5, weight=1, bias=1))["momentum"]
         0.9
     """
-    called = f"surgery.torch_fields: module is {type(module).__name__}"
+    got = f"normjax: module is {type(module).__name__}"
     # Bases are compared by name: PyTorch is never imported here.
     bases = [base.__name__.strip("_123d") for base in type(module).__mro__]
     kind = next((base for base in bases if base in NORMS), None)
     if kind is None:
         raise TypeError(
-            f"{called}, expected a BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm "
+            f"{got}, expected a BatchNorm, SyncBatchNorm, LayerNorm, GroupNorm, InstanceNorm "
             "or RMSNorm of torch.nn, or a module that extends one. Pass the norm itself, for "
             "example model.bn1."
         )
     tracks = getattr(module, "track_running_stats", kind in BATCH_NORMS)
     if kind in BATCH_NORMS and not tracks:
         raise ValueError(
-            f"{called} with track_running_stats=False, expected True: without running statistics "
+            f"{got} with track_running_stats=False, expected True: without running statistics "
             "it takes those of the batch in evaluation too, for which there is no field. Call "
             "normjax.linen.BatchNorm with train=True in evaluation too."
         )
     if kind == "InstanceNorm" and tracks:
         raise ValueError(
-            f"{called} with track_running_stats=True, expected False: in evaluation it is a batch "
+            f"{got} with track_running_stats=True, expected False: in evaluation it is a batch "
             "norm by running statistics, which normjax.linen.InstanceNorm does not keep. For "
             "evaluation alone, use normjax.linen.BatchNorm and the kind batch_norm."
         )
@@ -318,7 +321,7 @@ def torch_fields(module: Any) -> dict[str, Any]:
         return _fields(kind, module)
     except AttributeError as error:
         raise TypeError(
-            f"{called}, which lacks a field of {kind} of torch.nn ({error}). Give the fields of "
+            f"{got}, which lacks a field of {kind} of torch.nn ({error}). Give the fields of "
             "normjax.linen yourself."
         ) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normjax import _errors
 from normjax.surgery._rules import Rule
 
 RESNET: list[Rule] = [
@@ -94,6 +95,7 @@ FAMILIES = {
 }
 
 
+@_errors.named("surgery.torchvision_rules")
 def torchvision_rules(family: str) -> list[Rule]:
     """The rules of `import_torch` for a family of models of torchvision.
 
@@ -128,7 +130,7 @@ def torchvision_rules(family: str) -> list[Rule]:
     """
     if family not in tuple(FAMILIES):
         raise ValueError(
-            f"surgery.torchvision_rules: family is {family!r}, expected one of "
+            f"normjax: family is {family!r}, expected one of "
             f"{', '.join(FAMILIES)}. For another model, write its rules after one of these."
         )
     return list(FAMILIES[family])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from operator import length_hint
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ def walk(
 ) -> Records:
     """The merged records of the chosen layers over all batches; `each` is shown every batch."""
     called, step = compiled.measure.called, compiled.step
-    found = norms(called, variables, at)
-    expect_batches(called, batches)
+    bar = called.rsplit(".", 1)[-1] if progress and sys.stderr.isatty() else None
+    found = norms(variables, at)
+    expect_batches(batches)
     centers = {path: _finite(node["mean"]) for path, node in found.items()}
     tree, finite, first, centered = _Tree(), [], None, False
-    for number, batch in enumerate(_bar(called, batches, limit, progress)):
-        _expect_arrays(called, number, batch)
+    for number, batch in enumerate(_bar(batches, limit, bar)):
+        _expect_arrays(number, batch)
         shapes = jax.tree.map(np.shape, batch)
         first = shapes if first is None else first
         try:
@@ -44,21 +45,23 @@ def walk(
                 centered = all(np.any(r.moments.count) for r in there.values() if np.any(r.batches))
             seen = step(variables, centers, batch)
         except Exception as error:
-            _reword(called, error, number, batch, shapes, first)
+            _reword(error, number, batch, shapes, first)
+            error.add_note(f"{called}: in batch {number} (counted from 0), of shapes {shapes}.")
+            raise
         tree.add(seen.records)
         finite.append(seen.finite)
         each(seen, batch)
     if first is None:
         raise ValueError(
-            f"{called}: the batches are empty, expected at least one. An iterator that was walked "
+            "normjax: the batches are empty, expected at least one. An iterator that was walked "
             "through before is empty, too: pass a list, or make it anew."
         )
     records = tree.whole()
-    _expect_finite(called, records, finite)
+    _expect_finite(records, finite)
     return records
 
 
-def expect_batches(called: str, batches: Any) -> None:
+def expect_batches(batches: Any) -> None:
     """One batch is not several, though Python would walk through it."""
     if hasattr(batches, "shape") or hasattr(batches, "__array__"):
         kind, means = f"an array of shape {np.shape(batches)}", "its rows one by one"
@@ -72,15 +75,15 @@ def expect_batches(called: str, batches: Any) -> None:
         return
     else:
         raise TypeError(
-            f"{called}: batches is {type(batches).__name__}, expected an iterable of batches."
+            f"normjax: batches is {type(batches).__name__}, expected an iterable of batches."
         )
     raise TypeError(
-        f"{called}: batches is {kind}, expected an iterable of batches; this would take {means}. "
+        f"normjax: batches is {kind}, expected an iterable of batches; this would take {means}. "
         "Pass [batch] for one batch, or a list or a generator of batches."
     )
 
 
-def _expect_arrays(called: str, number: int, batch: Any) -> None:
+def _expect_arrays(number: int, batch: Any) -> None:
     """A batch is made of arrays, which the compiled call takes."""
     for leaf in jax.tree.leaves(batch):
         known = isinstance(leaf, jax.Array | int | float | complex) or hasattr(
@@ -90,40 +93,36 @@ def _expect_arrays(called: str, number: int, batch: Any) -> None:
         if not known and not numbers:
             kind = type(leaf)
             raise TypeError(
-                f"{called}: batch {number} (counted from 0) holds a {kind.__module__}."
+                f"normjax: batch {number} (counted from 0) holds a {kind.__module__}."
                 f"{kind.__qualname__}, expected arrays of NumPy or JAX. Pass a generator: "
                 "(np.asarray(images) for images, _ in loader)."
             )
 
 
-def _reword(
-    called: str, error: Exception, number: int, batch: Any, shapes: Any, first: Any
-) -> NoReturn:
-    """Raises an error of the call with what it was called with, and what to do."""
+def _reword(error: Exception, number: int, batch: Any, shapes: Any, first: Any) -> None:
+    """Raises what can be said better: what was called with what, and what to do."""
     where = f"batch {number} (counted from 0)"
     if shapes != first:
         raise ValueError(
-            f"{called}: {where} has the shapes {shapes}, the first one had {first}, and the model "
+            f"normjax: {where} has the shapes {shapes}, the first one had {first}, and the model "
             f"does not take it: {error}"
         ) from error
     ours = str(error).startswith("normjax")
     unknown = re.search(r"unexpected keyword argument '(train|mutable)'", str(error))
     if isinstance(error, TypeError) and not ours and unknown:
         raise TypeError(
-            f"{called}: call was called with train=True and mutable=['batch_stats'] and does not "
+            f"normjax: call was called with train=True and mutable=['batch_stats'] and does not "
             f"take them: {error} Pass a function that does, such as\n{CALL}"
         ) from error
     bare = isinstance(error, TypeError | AttributeError | ValueError) and not ours
     if bare and isinstance(batch, tuple | list | Mapping):
         kind = type(batch).__name__
         raise TypeError(
-            f"{called}: call does not take {where}, a {kind} of the shapes {shapes}: "
+            f"normjax: call does not take {where}, a {kind} of the shapes {shapes}: "
             f"{type(error).__name__}: {error}. A batch is given to call as it is. If the model "
             "takes a part of it, take that part in call, model.apply(variables, batch[0], ...), "
             "or pass a generator, (images for images, labels in batches)."
         ) from error
-    error.add_note(f"{called}: in {where}, of shapes {shapes}.")
-    raise error
 
 
 def _finite(mean: Any) -> Any:
@@ -157,7 +156,7 @@ def _join(first: Records, second: Records) -> Records:
     return {path: record.merged(second[path]) for path, record in first.items()}
 
 
-def _expect_finite(called: str, records: Records, finite: list[Any]) -> None:
+def _expect_finite(records: Records, finite: list[Any]) -> None:
     """Records that are finite."""
     if not np.all(finite):
         bad = [
@@ -166,21 +165,20 @@ def _expect_finite(called: str, records: Records, finite: list[Any]) -> None:
             if not np.isfinite(np.asarray(r.moments.m2)).all()
         ]
         raise ValueError(
-            f"{called}: what reaches the batch norms {bad} is not finite, or has squares beyond "
+            f"normjax: what reaches the batch norms {bad} is not finite, or has squares beyond "
             f"float32, first in batch {int(np.argmin(finite))} (counted from 0). Leave such "
             "examples out, or mask them; the variables are as they were."
         )
 
 
-def _bar(called: str, batches: Iterable[Any], limit: int | None, progress: bool) -> Iterator[Any]:
-    """The batches, up to the limit, with a bar on a terminal."""
+def _bar(batches: Iterable[Any], limit: int | None, name: str | None) -> Iterator[Any]:
+    """The batches, up to the limit, with a bar of this name, or none."""
     if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{called}: limit={limit!r}, expected a number of batches, or None.")
+        raise ValueError(f"normjax: limit={limit!r}, expected a number of batches, or None.")
     chosen = islice(iter(batches), limit)
     known = [n for n in (length_hint(batches), limit) if n]
     total = min(known, default=None)
-    name = called.rsplit(".", 1)[-1]
-    if not progress or not sys.stderr.isatty():
+    if name is None:
         yield from chosen
         return
     try:

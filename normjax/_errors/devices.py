@@ -17,25 +17,23 @@ from jax import lax
 
 
 def axis_size(
-    called: str,
     axis_name: str | Sequence[str],
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> int:
     """How many devices share statistics at least; a number, not an operation."""
-    _names(called, axis_name)
+    _names(axis_name)
     try:
         whole = lax.psum(1, axis_name)
     except NameError:
-        raise NameError(f"{called}: {_unbound(axis_name)}") from None
+        raise NameError(f"normjax: {_unbound(axis_name)}") from None
     if axis_index_groups is None:
         return whole
-    _partition(called, axis_name, axis_index_groups, whole)
+    _partition(axis_name, axis_index_groups, whole)
     return min(map(len, axis_index_groups))
 
 
 @contextmanager
 def grouped(
-    called: str,
     axis_name: str | Sequence[str] | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
 ) -> Iterator[None]:
@@ -44,7 +42,7 @@ def grouped(
         yield
     except NotImplementedError:
         raise NotImplementedError(
-            f"{called}: axis_index_groups={axis_index_groups!r} is not implemented in JAX for the "
+            f"normjax: axis_index_groups={axis_index_groups!r} is not implemented in JAX for the "
             f"way in which axis_name={axis_name!r} is bound: jax.vmap has no groups, and "
             "jax.shard_map with check_vma=True none of unequal size. Use jax.pmap or "
             "jax.shard_map(..., check_vma=False), or bind two axes (groups, members of a group) "
@@ -52,18 +50,18 @@ def grouped(
         ) from None
 
 
-def groups(called: str, axis_name: object, axis_index_groups: object) -> None:
+def groups(axis_name: object, axis_index_groups: object) -> None:
     """Groups are groups of an axis."""
     if axis_name is not None:
-        _names(called, axis_name)
+        _names(axis_name)
     elif axis_index_groups is not None:
         raise ValueError(
-            f"{called}: axis_index_groups={axis_index_groups!r} without an axis_name, expected "
+            f"normjax: axis_index_groups={axis_index_groups!r} without an axis_name, expected "
             "both or neither. Pass the name of the axis whose devices are grouped."
         )
 
 
-def _names(called: str, axis_name: Any) -> None:
+def _names(axis_name: Any) -> None:
     """Names are hashable; JAX would read a number as an axis of the array, by its position."""
     try:
         hash(axis_name if not isinstance(axis_name, list) else tuple(axis_name))
@@ -72,7 +70,7 @@ def _names(called: str, axis_name: Any) -> None:
         numbers = True
     if numbers:
         raise TypeError(
-            f"{called}: axis_name={axis_name!r}, expected the name or a list of names of mapped "
+            f"normjax: axis_name={axis_name!r}, expected the name or a list of names of mapped "
             'axes, for example axis_name="batch" of jax.vmap(..., axis_name="batch"). To choose '
             "axes of x by their position pass axis= or feature_axis=."
         )
@@ -82,9 +80,9 @@ def _listed(axis_name: Any) -> list[Any]:
     return list(axis_name) if isinstance(axis_name, (list, tuple)) else [axis_name]
 
 
-def _partition(called: str, axis_name: object, axis_index_groups: object, size: int) -> None:
+def _partition(axis_name: object, axis_index_groups: object, size: int) -> None:
     """Each device is in one group; XLA takes some lists that say otherwise and returns anything."""
-    got = f"{called}: axis_index_groups={axis_index_groups!r}"
+    got = f"normjax: axis_index_groups={axis_index_groups!r}"
     try:
         found = Counter(index(i) for group in axis_index_groups for i in group)  # type: ignore
         empty = not all(map(len, axis_index_groups))  # type: ignore[call-overload]

@@ -10,31 +10,24 @@ import numpy as np
 from jax.typing import DTypeLike
 
 # What other libraries call them.
-_DTYPES = {
-    "fp16": "float16",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-    "f32": "float32",
-    "fp64": "float64",
-    "f64": "float64",
-}
+_DTYPES = {f"{short}{bits}": f"float{bits}" for short in ("f", "fp") for bits in (16, 32, 64)}
+_DTYPES["bf16"] = "bfloat16"
 
 
-def output_dtype(called: str, dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
+def output_dtype(dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
     """The dtype of the result: that of x unless one was asked for."""
     if dtype is None:
         return of_x
-    result = floating_dtype(called, "dtype", dtype)
+    result = floating_dtype("dtype", dtype)
     if jnp.issubdtype(of_x, jnp.complexfloating) > jnp.issubdtype(result, jnp.complexfloating):
         raise TypeError(
-            f"{called}: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
+            f"normjax: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
             "Pass a complex dtype, or x.real."
         )
     return result
 
 
-def floating_dtype(called: str, name: str, dtype: DTypeLike) -> np.dtype:
+def floating_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     """A floating or complex dtype, however it was named."""
     result = None
     # An array has a dtype and is none.
@@ -45,7 +38,7 @@ def floating_dtype(called: str, name: str, dtype: DTypeLike) -> np.dtype:
     if result is None or not jnp.issubdtype(result, jnp.inexact) or result.itemsize > _size(result):
         meant = _DTYPES.get(dtype) if isinstance(dtype, str) else None
         raise TypeError(
-            f"{called}: {name}={dtype if result is None else result}, expected a floating or "
+            f"normjax: {name}={dtype if result is None else result}, expected a floating or "
             "complex dtype of JAX, for example jnp.float32 or jnp.bfloat16."
             + (f" Did you mean {meant!r}?" if meant else "")
         )

@@ -1,0 +1,23 @@
+"""Axes made canonical; every error of shape, dtype, range and mode is worded here alone.
+
+Each message says what was called, what it got, what it expected and what to do. What was called is
+added by the door of a public function, `named`.
+"""
+
+# ruff: noqa: F401, I001
+
+from normjax._errors.arrays import (
+    Features, affine, axes, axis, broadcast, common_shape, entries, feature_vector, features,
+    group_axes, inexact, mask, matrix, nonzero, number_of_groups, same_shape_and_dtype, scalar,
+    shape, something, window,
+)  # fmt: skip
+from normjax._errors.devices import axis_size, grouped, groups
+from normjax._errors.door import keywords, named
+from normjax._errors.dtypes import floating_dtype, output_dtype
+from normjax._errors.options import (
+    activation, bound, ddof, epsilon, finite, initializer, layer, mode, momentum, moves,
+    only_matrix, positive, slope, steps, switch, text, variable_names, virtual_batches,
+)  # fmt: skip
+from normjax._errors.state import (
+    batch_stats, collection, count, moments, running_layer, same_shape, some_layer, stored_count,
+)  # fmt: skip

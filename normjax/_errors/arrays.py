@@ -1,0 +1,384 @@
+"""Errors of arrays: axes made canonical, shapes, dtypes, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from operator import index
+from typing import Any, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+class Features(NamedTuple):
+    """Which axes of an x are its features.
+
+    Attributes:
+        x: the shape of x.
+        given: the axes as the caller wrote them.
+        axes: as sorted, non-negative integers.
+        shape: their sizes.
+        reduced: the other axes, without that of the batch where each example is by itself.
+    """
+
+    x: tuple[int, ...]
+    given: int | Iterable[int]
+    axes: tuple[int, ...]
+    shape: tuple[int, ...]
+    reduced: tuple[int, ...]
+
+
+def features(
+    shape: tuple[int, ...], given: int | Iterable[int], *, batch: bool = False
+) -> Features:
+    """The features of an x of this shape, whose first axis is that of the batch if so said."""
+    kept = axes("feature_axis", given, shape)
+    if batch and 0 in kept:
+        raise ValueError(
+            f"normjax: The channel axes cannot include the leading dimension as this is assumed "
+            f"to be the batch axis. Got feature_axis={given!r} for x with shape {shape}, expected "
+            "axes other than 0. Move the batch there."
+        )
+    reduced = [a for a in range(int(batch), len(shape)) if a not in kept]
+    return Features(shape, given, kept, tuple([shape[a] for a in kept]), tuple(reduced))
+
+
+def inexact(name: str, value: ArrayLike, *, real: bool = False) -> Array:
+    """An array that can be averaged: floating or complex, floating alone if `real`."""
+    # What is an array of JAX needs no conversion, which takes longer than all checks of it.
+    floating = "an array of floating numbers"
+    array = value if isinstance(value, Array) else as_array(name, value, floating)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        raise TypeError(
+            f"normjax: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
+            f"Convert it first: jnp.asarray({name}, jnp.float32)."
+        )
+    if real and array.dtype.kind == "c":
+        raise TypeError(
+            f"normjax: {name} has dtype {array.dtype}, expected a real dtype, since the result "
+            f"is real or {name} is real by its nature. Pass {name}.real, or a complex x."
+        )
+    return array
+
+
+def as_array(name: str, value: ArrayLike, expected: str) -> Array:
+    """What JAX takes for an array. It would stack a list of arrays, one for each device perhaps."""
+    if isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"normjax: {name} is a {type(value).__name__} of length {len(value)}, expected "
+            f"{expected}. Pass one array; make one of numbers by jnp.asarray({name})."
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        dtype = getattr(value, "dtype", None)
+        got = type(value).__name__ if dtype is None else f"an array of dtype {dtype}"
+        raise TypeError(f"normjax: {name} is {got}, expected {expected}.") from None
+
+
+def axes(name: str, given: int | Iterable[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes as sorted, non-negative, distinct integers; none is a choice too, as in Flax."""
+    rank = len(shape)
+    try:
+        wanted = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
+    except TypeError:
+        raise TypeError(
+            f"normjax: {name}={given!r}, expected an integer or a sequence of integers."
+        ) from None
+    canonical: set[int] = set()
+    for axis in wanted:
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"normjax: {name}={given!r} is out of range for x with shape {shape}, which has "
+                f"{rank} {'axis' if rank == 1 else 'axes'}. Choose from {-rank} to {rank - 1}."
+                if rank
+                else f"normjax: x is a scalar, expected an array with at least the axis "
+                f"{name}={given!r}. Give x that axis, for example x[None]."
+            )
+        canonical.add(axis % rank)
+    if len(canonical) < len(wanted):
+        raise ValueError(
+            f"normjax: {name}={given!r} names an axis of x with shape {shape} twice. "
+            "Name each axis once."
+        )
+    return tuple(sorted(canonical))
+
+
+def axis(name: str, given: int, shape: tuple[int, ...]) -> int:
+    """One axis alone, as a non-negative integer."""
+    if isinstance(given, Iterable):
+        raise TypeError(f"normjax: {name}={given!r}, expected one integer.")
+    return axes(name, given, shape)[0]
+
+
+def feature_vector(name: str, value: ArrayLike, features: Features, *, real: bool) -> Array:
+    """A parameter or statistic with one value for each feature."""
+    array = inexact(name, value, real=real)
+    if array.shape != features.shape:
+        _refuse_shape(name, array.shape, features)
+    return array
+
+
+def affine(name: str, value: ArrayLike | None, features: Features, *, real: bool) -> Any:
+    """A scale or bias in the rank of x: one for each feature, or for each of each example."""
+    if value is None:
+        return None
+    array, kept = inexact(name, value, real=real), features.axes
+    if array.shape != features.shape:
+        if 0 in kept or array.shape != (*features.x[:1], *features.shape):
+            _refuse_shape(name, array.shape, features)
+        kept = (0, *kept)
+    return array.reshape([n if a in kept else 1 for a, n in enumerate(features.x)])
+
+
+def _refuse_shape(name: str, got: tuple[int, ...], features: Features) -> NoReturn:
+    remedy = "If the features of x lie on another axis, pass feature_axis=."
+    # As text, since symbolic sizes have no order.
+    if sorted(map(str, got)) == sorted(map(str, features.shape)):
+        remedy = "Several feature axes keep the order that they have in x."
+    raise ValueError(
+        f"normjax: {name} has shape {got}, expected {features.shape}, the size of "
+        f"feature_axis={features.given!r} of x with shape {features.x}. {remedy}"
+    )
+
+
+def expect_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], rest: str) -> None:
+    """An array of one shape alone; `rest` says whose that is and what to do."""
+    if got != expected:
+        raise ValueError(f"normjax: {name} has shape {got}, expected {expected}{rest}")
+
+
+def expect_kind(name: str, value: object, kind: type, expected: str) -> None:
+    """An instance of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"normjax: {name} is {type(value).__name__}, expected {expected}")
+
+
+def something(shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x") -> None:
+    """Nothing has no statistics."""
+    if 0 in [shape[a] for a in reduced]:
+        raise ValueError(
+            f"normjax: {name} with shape {shape} has no element over the axes {reduced}, expected "
+            "at least one to take statistics of. Leave empty inputs out."
+        )
+
+
+def group_axes(
+    given: int | Iterable[int] | None, feature_axis: int, shape: tuple[int, ...]
+) -> None:
+    """Flax lists the feature axis among those that are reduced; a list without it is a mistake."""
+    if given is None:
+        return
+    feature = axis("feature_axis", feature_axis, shape)
+    if feature not in axes("reduction_axes", given, shape):
+        which = "final dimension" if feature == len(shape) - 1 else f"axis {feature}"
+        raise ValueError(
+            f"normjax: The reduction axes must include the {which} as this is assumed to be the "
+            f"feature axis. Got reduction_axes={given!r} and feature_axis={feature_axis} for x of "
+            f"shape {shape}, expected {feature} among the first. Add it."
+        )
+
+
+def number_of_groups(num_groups: int | None, group_size: int | None, features: int) -> int:
+    """Exactly one of both is given, and divides the features."""
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            f"normjax: Either `num_groups` or `group_size` should be specified. If `group_size` "
+            "is to be specified, pass `num_groups=None` as argument to override the default "
+            f"`num_groups` value of 32. Got num_groups={num_groups} and group_size={group_size}, "
+            "expected one of them (only the modules have a default). Pass None for the other."
+        )
+    name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
+    try:
+        given = whole(given)
+    except TypeError:
+        raise TypeError(
+            f"normjax: {name}={given!r}, expected a whole number that divides the {features} "
+            "features of x. Pass an integer."
+        ) from None
+    # Of a symbolic size it is known whether a number divides it, but not which ones do.
+    candidates = range(1, features + 1) if isinstance(features, int) else {1, given}
+    divisors = [n for n in candidates if n and features % n == 0]
+    if given not in divisors:
+        kind = (
+            f"Number of groups ({given}) does not divide the number of channels ({features})."
+            if group_size is None
+            else f"Number of channels ({features}) is not multiple of the group size ({given})."
+        )
+        raise ValueError(f"normjax: {kind} Expected {name} to be one of {divisors}.")
+    return given if group_size is None else features // given
+
+
+def broadcast(
+    name: str, value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype, *, real: bool
+) -> Array:
+    """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
+    value = np.asarray(value, dtype) if type(value) in (int, float) else value
+    array = inexact(name, value, real=real)
+    if not fits(array.shape, shape):
+        _refuse_broadcast(name, array.shape, shape)
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def scalar(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
+    """One real number, learned or not, in `dtype`."""
+    array = inexact(name, float(value) if type(value) is int else value, real=True)
+    expect_shape(name, array.shape, (), ", one number for all of x.")
+    return array.astype(dtype)
+
+
+def mask(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+    """A boolean mask of the rank of x, whose broadcast has one reading only."""
+    if value is None:
+        return None
+    array = as_array("mask", value, "an array of booleans, True where an entry counts")
+    if array.dtype != bool:
+        raise TypeError(
+            f"normjax: mask has dtype {array.dtype}, expected bool, True where an entry counts. "
+            "Pass mask=mask.astype(bool) if nonzero means that it counts."
+        )
+    got = array.shape
+    numpy_reading = fits(got, shape)
+    # What people mean by a short mask is one entry for each example, along the leading axes.
+    leading = got + (1,) * (len(shape) - len(got))
+    leading_reading = len(got) < len(shape) and fits(leading, shape)
+    over_examples = f"mask.reshape({leading})"
+    if numpy_reading and leading_reading and any(n != 1 for n in got):
+        over_features = (1,) * (len(shape) - len(got)) + got
+        raise ValueError(
+            f"normjax: mask has shape {got}, which has two readings for x with shape {shape}: "
+            f"over the leading axes or over the trailing ones. Pass {over_examples} for the "
+            f"first or mask.reshape({over_features}) for the second."
+        )
+    if not numpy_reading and leading_reading:
+        remedy = f"If it has one entry for each index of the leading axes, pass {over_examples}."
+        _refuse_broadcast("mask", got, shape, remedy)
+    if not numpy_reading:
+        _refuse_broadcast("mask", got, shape)
+    return array.reshape((1,) * (len(shape) - len(got)) + got)
+
+
+def _refuse_broadcast(
+    name: str,
+    got: tuple[int, ...],
+    shape: tuple[int, ...],
+    remedy: str = "Give it the rank of x, with size 1 on every axis that it shares.",
+) -> NoReturn:
+    raise ValueError(
+        f"normjax: {name} has shape {got}, which does not broadcast to x with shape {shape}. "
+        + remedy
+    )
+
+
+def nonzero(value: ArrayLike | None) -> Array | None:
+    """A mask of Flax, in which any nonzero is True."""
+    if value is None:
+        return None
+    expected = "an array of booleans or numbers, nonzero where an entry counts"
+    array = as_array("mask", value, expected)
+    if array.dtype != bool and not jnp.issubdtype(array.dtype, jnp.number):
+        raise TypeError(f"normjax: mask has dtype {array.dtype}, expected {expected}.")
+    return array.astype(bool)
+
+
+def fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    """Whether an array of the one shape broadcasts to the other."""
+    pairs = zip(reversed(small), reversed(large), strict=False)
+    return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
+
+
+def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The one shape of moments to be merged; () stands for any."""
+    found = {shape for shape in shapes if shape}
+    if len(found) > 1:
+        raise ValueError(
+            f"normjax: got moments of the shapes {sorted(found, key=str)}, expected equal ones. "
+            "Measure all pieces over the same features."
+        )
+    return found.pop() if found else ()
+
+
+def entries(
+    shape: tuple[int, ...],
+    reduced: tuple[int, ...],
+    shared: int,
+    asked: str = "train=True",
+    instead: str = "pass train=False.",
+) -> None:
+    """Training needs at least two values for each feature, counted over all devices."""
+    local = prod([shape[a] for a in reduced])
+    # A symbolic size, as in an export for any batch, is not known to be too small.
+    if not isinstance(local, int) or local * shared > 1:
+        return
+    where = f"over the axes {reduced}{f' of {shared} devices' if shared > 1 else ''}"
+    reason = ", since one value normalizes to 0 whatever it is" if local else ""
+    raise ValueError(
+        f"normjax: x with shape {shape} has {'one' if local else 'no'} value for each feature "
+        f"{where}, expected at least two with {asked}{reason}. Use a larger batch"
+        f"{'' if reduced else ', along a leading batch axis'}, share statistics over devices with "
+        f"axis_name, or {instead}"
+    )
+
+
+def matrix(shape: tuple[int, ...], stats: Any, kind: type, n_steps: int) -> None:
+    """A weight that has singular values, and a state to start from."""
+    start = f"{kind.__name__}(jax.random.normal(key, (1, w.shape[-1])), jnp.ones(()))"
+    expect_kind("stats", stats, kind, f"{kind.__name__}. Start from {start}.")
+    if len(shape) < 2:
+        raise ValueError(
+            f"normjax: w has shape {shape}, expected a rank of at least 2, since a vector has no "
+            "singular values. Leave biases and scales as they are."
+        )
+    something(shape, tuple(range(len(shape))), name="w")
+    for name, expected in {"u": (1, shape[-1]), "sigma": ()}.items():
+        got = inexact(f"stats.{name}", getattr(stats, name), real=True).shape
+        rest = f" for w with shape {shape}. Start from {start}."
+        expect_shape(f"stats.{name}", got, expected, rest)
+    if not isinstance(n_steps, (int, np.integer)) or n_steps < 1:
+        raise ValueError(
+            f"normjax: n_steps={n_steps}, expected at least 1: without a step sigma is unknown."
+        )
+
+
+def same_shape_and_dtype(x: ArrayLike, residual: ArrayLike) -> tuple[Array, Array]:
+    """Two terms of one shape and dtype: a broadcast here would hide a mistake."""
+    x, residual = inexact("x", x), inexact("residual", residual)
+    rest = ", that of x. Broadcast it first if that is meant."
+    expect_shape("residual", residual.shape, x.shape, rest)
+    if x.dtype != residual.dtype:
+        raise TypeError(
+            f"normjax: residual has dtype {residual.dtype}, expected {x.dtype}, that of x. "
+            "Convert one of them first."
+        )
+    return x, residual
+
+
+def window(size: int) -> None:
+    """A window holds a feature at least."""
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"normjax: size={size!r}, expected a whole number of at least 1.")
+
+
+def shape(given: int | Iterable[int]) -> tuple[int, ...]:
+    """The shape of an array that is to be made."""
+    try:
+        sizes = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
+        possible = min(sizes, default=0) >= 0
+    except TypeError:
+        possible = False
+    if not possible:
+        raise TypeError(
+            f"normjax: shape={given!r}, expected a whole number of at least 0 or a sequence of "
+            "such, the sizes of the feature axes."
+        )
+    return sizes
+
+
+def whole(value: Any) -> int:
+    """An integer; a bool, which Python takes for one, is a mistake."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError
+    return index(value)

@@ -1,0 +1,99 @@
+"""Errors in the words of the caller: what was called, and options as they are named there.
+
+Every message of the library starts with `normjax`. The door of a public function puts the name of
+what was called in its place, so that no function within needs to know it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Class = TypeVar("Class", bound=type)
+
+_INFERRED = "no features needed: their shape is inferred from the input. Leave it out."
+_OF_PYTORCH = {
+    "eps": "it is called epsilon, as in Flax. Pass epsilon=.",
+    "num_features": _INFERRED,
+    "num_channels": _INFERRED,
+    "normalized_shape": _INFERRED,
+}
+
+
+def named(
+    called: str, *, runs_model: bool = False, **names: str
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The door of a function: errors of the library that leave it name it `called`.
+
+    The outermost door has the last word, unless it `runs_model`: what a model of the user raises
+    is named already. `names` maps options of the functions within to those of the caller, where
+    they differ. An error of another library, or of a function that the user passed, is left as it
+    is.
+    """
+    inner = re.compile(r"normjax\b(?!\.)" if runs_model else r"normjax[\w.]*")
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def door(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except Exception as error:
+                own = isinstance(error, TypeError) and not runs_model
+                if own and (foreign := _of_pytorch(kwargs)):
+                    raise TypeError(f"{called}: got {foreign}") from None
+                _rename(error, inner, called, names)
+                raise
+
+        return door
+
+    return decorate
+
+
+def keywords(cls: Class) -> Class:
+    """The door of a class of Flax: its constructor refuses arguments of PyTorch in a sentence.
+
+    Fields, signature and type are what they were. Flax takes the 64 of LayerNorm(64) for epsilon;
+    the first field of most classes is no whole number.
+    """
+    construct: Any = cls.__init__  # type: ignore[misc]
+    first = fields(cls)[0].name
+
+    @named(f"normjax.linen.{cls.__name__}")
+    @wraps(construct)
+    def checked(*args: Any, **kwargs: Any) -> None:
+        if first != "num_groups" and len(args) > 1 and type(args[1]) is int:
+            got = f"{args[1]} as the first argument, which is {first}"
+            raise TypeError(f"normjax: got {got}; {_INFERRED}")
+        construct(*args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+def _of_pytorch(given: dict[str, Any]) -> str | None:
+    """The first argument of PyTorch, which nothing here has, and what to do."""
+    found = [name for name in _OF_PYTORCH if name in given]
+    if not found:
+        return None
+    return f"{found[0]}={given[found[0]]!r}, an argument of PyTorch; {_OF_PYTORCH[found[0]]}"
+
+
+def _rename(error: Exception, inner: re.Pattern[str], outer: str, names: dict[str, str]) -> None:
+    message = error.args[0] if error.args else None
+    if not isinstance(message, str) or not (found := inner.match(message)):
+        return
+    text = message[found.end() :]
+    if names:
+        # An option is written as name=value, a part of it as name.part; or "name has".
+        options = "|".join(map(re.escape, names))
+        pattern = rf"(?<![\w./'])({options})(?==|\.\w| has | is | with | lie )"
+        text = re.sub(pattern, lambda match: names[match[1]], text)
+    error.args = (outer + text, *error.args[1:])
+    if isinstance(error, ImportError):
+        # The one class that does not show its arguments.
+        error.msg = outer + text

@@ -1,0 +1,106 @@
+"""Errors of state: running statistics, moments, counts, and the collections that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from normjax._errors.arrays import as_array, expect_kind, expect_shape, inexact
+
+
+def batch_stats(given: Any, kind: Any, expected: str) -> None:
+    """Statistics are read by name, never by position."""
+    remedy = 'from Flax by BatchStats(**variables["batch_stats"]).'
+    expected = f"{expected}. Make it by BatchStats.make(features), or {remedy}"
+    expect_kind("stats", given, kind, expected)
+    _arrays("stats", {"mean": given.mean, "var": given.var}, jnp.inexact)
+    if given.count is not None:
+        _count_vector(given.count, np.shape(given.mean))
+
+
+def _count_vector(value: ArrayLike, expected: tuple[int, ...]) -> None:
+    """How many batches each feature has taken in: whole numbers, in any real dtype."""
+    array = as_array("stats.count", value, "an array of whole numbers")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        array = inexact("stats.count", array, real=True)
+    remedy = "Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
+    expect_shape("stats.count", array.shape, expected, f", that of stats.mean. {remedy}")
+
+
+def _arrays(name: str, leaves: dict[str, Any], kind: Any) -> None:
+    """What is averaged is read from arrays of numbers."""
+    for field, leaf in leaves.items():
+        array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
+        if not array or not jnp.issubdtype(leaf.dtype, kind):
+            got = f"has dtype {leaf.dtype}" if array else f"is {type(leaf).__name__}"
+            raise TypeError(
+                f"normjax: {name}.{field} {got}, expected an array of floating numbers. "
+                f"Convert it first: jnp.asarray({name}.{field}, jnp.float32)."
+            )
+
+
+def moments(given: Any, kind: Any) -> None:
+    """Moments are more than a mean and a variance: without a count they do not merge."""
+    remedy = "Make it by normjax.measure(x, axis), and merge pieces by normjax.merge."
+    expect_kind("moments", given, kind, f"Moments. {remedy}")
+    # Moments(0, 0, 0) is the neutral element for any features, and counts may be whole numbers.
+    leaves = given._asdict().items()
+    arrays = {name: leaf for name, leaf in leaves if type(leaf) not in (int, float)}
+    _arrays("moments", arrays, jnp.number)
+
+
+def same_shape(stats: Any, moments: Any) -> None:
+    """Running statistics move by the moments of their own features."""
+    got, expected = np.shape(moments.mean), np.shape(stats.mean)
+    remedy = "Measure over all axes but those of the features, or start from BatchStats.make"
+    expect_shape("moments.mean", got, expected, f", that of stats.mean. {remedy}({got}).")
+
+
+def collection(name: str, given: object) -> None:
+    """A collection of variables is a tree of dictionaries."""
+    remedy = f'Pass variables["{name.split("/")[0]}"], whole.'
+    expect_kind(name, given, Mapping, f"a dictionary. {remedy}")
+
+
+def running_layer(path: str, found: bool) -> None:
+    """What was kept in one tree has its place in the other."""
+    if not found:
+        raise ValueError(
+            f"normjax: batch_moments has an entry at '{path or '/'}', and batch_stats has no "
+            "running mean and variance there. Pass both collections of one model, whole."
+        )
+
+
+def some_layer(layers: dict[str, Any], given: list[str]) -> None:
+    """A tree without a batch norm is most likely the wrong tree."""
+    if not layers:
+        raise ValueError(
+            f"normjax: no running mean and variance in batch_stats with the entries {given}. "
+            'Pass variables["batch_stats"].'
+        )
+
+
+def count(given: Array | None, momentum: ArrayLike | None, debias: bool) -> None:
+    """Averages over all batches need to know how many there were."""
+    if given is None and (momentum is None or debias):
+        asked = "momentum=None" if momentum is None else "debias=True"
+        raise ValueError(
+            f"normjax: {asked} needs stats.count, the number of batches taken in, and got None. "
+            "Start from BatchStats.make(features, counted=True)."
+        )
+
+
+def stored_count(held: bool) -> None:
+    """A missing count taken as 0 would throw away the statistics that were loaded."""
+    if not held:
+        raise ValueError(
+            "normjax: momentum=None and debias=True need batch_stats/count, and the variables "
+            "have mean and var alone, as Flax writes them. Add count, of the shape of mean, with "
+            "the number of batches that they have seen; or use a momentum without debias."
+        )
