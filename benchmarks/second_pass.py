@@ -9,9 +9,10 @@ second, exact one where that was far from the mean of the batch, for any of its 
 
     (mean - running mean)^2 > 2 (var + epsilon)
 
-On a GPU, group and instance norm do the same around the mean of a sample of x. Here the condition
-is evaluated beside the layers, from what each of them is given, by exact moments. That a compiled
-program takes the same branches is tested in tests/test_second_pass.py.
+On a GPU, group and instance norm do the same around the mean of a sample of x, and on a TPU group
+norm around zero, for the mean and variance of its groups. Here the condition is evaluated beside
+the layers, from what each of them is given, by exact moments. That a compiled program takes the
+same branches is tested in tests/test_second_pass.py.
 """
 
 from __future__ import annotations
@@ -101,7 +102,18 @@ def of_sample(x: Any) -> Guard | None:
     return Guard.make(jnp.mean(x, axes), jnp.var(x, axes), sample, rounding)
 
 
-def watched(apply: Callable[..., Any], *args: Any, **how: Any) -> tuple[Any, dict[str, Guard]]:
+def of_groups(module: nn.Module, x: Any) -> Guard:
+    """Of group norm on a TPU."""
+    groups = module.num_groups or x.shape[-1] // module.group_size
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
+    axes = (*range(1, x.ndim - 1), x.ndim)
+    mean, var = jnp.mean(grouped, axes), jnp.var(grouped, axes)
+    return Guard.make(mean, var, jnp.zeros_like(mean), module.epsilon)
+
+
+def watched(
+    apply: Callable[..., Any], platform: str, *args: Any, **how: Any
+) -> tuple[Any, dict[str, Guard]]:
     """What `apply` returns, and what the guard of each layer sees, by the name of the layer."""
     seen: dict[str, Guard] = {}
 
@@ -110,7 +122,9 @@ def watched(apply: Callable[..., Any], *args: Any, **how: Any) -> tuple[Any, dic
         if context.method_name == "__call__" and isinstance(module, nn.Module):
             if isinstance(module, normjax.linen.BatchNorm):
                 guard = of_batch_norm(module, args[0], how.get("mask"))
-            elif isinstance(module, WITHIN):
+            elif platform == "tpu" and isinstance(module, normjax.linen.GroupNorm):
+                guard = of_groups(module, args[0])
+            elif platform == "gpu" and isinstance(module, WITHIN):
                 guard = of_sample(args[0])
         if guard is not None:
             seen["/".join(module.path)] = jax.lax.stop_gradient(guard)
@@ -121,7 +135,9 @@ def watched(apply: Callable[..., Any], *args: Any, **how: Any) -> tuple[Any, dic
 
 
 @cache
-def watched_step(loss: Callable[..., Any], optimizer: optax.GradientTransformation) -> Any:
+def watched_step(
+    loss: Callable[..., Any], platform: str, optimizer: optax.GradientTransformation
+) -> Any:
     """A compiled training step, from a state and a batch to the next state and the guards."""
 
     @jax.jit
@@ -129,7 +145,7 @@ def watched_step(loss: Callable[..., Any], optimizer: optax.GradientTransformati
         params, stats, kept = state
 
         def watched_loss(params: Any) -> tuple[Any, Any]:
-            (value, moved), seen = watched(loss, params, stats, *batch)
+            (value, moved), seen = watched(loss, platform, params, stats, *batch)
             return value, (moved, seen)
 
         gradient, (moved, seen) = jax.grad(watched_loss, has_aux=True)(params)
@@ -150,6 +166,7 @@ class Run(NamedTuple):
         optimizer: the optimizer.
         start: parameters and statistics.
         batches: from a number of steps to as many batches.
+        platform: whose guards are watched; those of batch norm are the same on both.
     """
 
     title: str
@@ -159,10 +176,11 @@ class Run(NamedTuple):
     optimizer: optax.GradientTransformation
     start: tuple[Any, Any]
     batches: Callable[[int], Iterator[tuple[Any, ...]]]
+    platform: str = "gpu"
 
     def train(self) -> tuple[Any, dict[str, Guard]]:
         """The state at the end, and what each layer saw: arrays with an entry for each step."""
-        step, seen = watched_step(self.loss, self.optimizer), []
+        step, seen = watched_step(self.loss, self.platform, self.optimizer), []
         state: Any = (*self.start, self.optimizer.init(self.start[0]))
         for batch in self.batches(self.steps):
             state, guards = step(state, *batch)
@@ -344,11 +362,13 @@ def unet_runs(scale: float) -> Iterator[Run]:
     """Noise is predicted from noisy digits of 32 x 32 pixels."""
     images, _, labels, _ = digits.load_data(0)
     large = np.repeat(np.repeat(images, 4, 1), 4, 2)
+    group_norm = partial(normjax.linen.GroupNorm, num_groups=8)
     norms = {
-        "group norm": partial(normjax.linen.GroupNorm, num_groups=8),
-        "instance norm": normjax.linen.InstanceNorm,
+        "group norm, GPU": (group_norm, "gpu"),
+        "group norm, TPU": (group_norm, "tpu"),
+        "instance norm, GPU": (normjax.linen.InstanceNorm, "gpu"),
     }
-    for name, norm in norms.items():
+    for name, (norm, platform) in norms.items():
         model = UNet(norm)
 
         def loss(params, stats, images, labels, noise, model=model):
@@ -363,9 +383,8 @@ def unet_runs(scale: float) -> Iterator[Run]:
                 yield images, labels_, noise.astype(np.float32)
 
         start = jax.jit(model.init)(jax.random.key(0), large[:1])["params"], {}
-        yield Run(
-            f"U-Net, {name}", None, round(300 * scale), loss, optax.adam(1e-3), start, batches
-        )
+        steps, optimizer = round(300 * scale), optax.adam(1e-3)
+        yield Run(f"U-Net, {name}", None, steps, loss, optimizer, start, batches, platform)
 
 
 RUNS = {"digits": digits_runs, "deep": deep_runs, "finetune": finetune_runs, "unet": unet_runs}
@@ -455,9 +474,9 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
         f"{date.today()}, {machine.processor()}, jax {jax.__version__}. Counted in training runs "
         "in float32 by `python -m benchmarks.second_pass`: of all steps of all layers, the share "
         "in which for some feature (mean - pivot)^2 > 2 (var + epsilon). The pivot of batch norm "
-        "is its running mean; that of group and instance norm, on a GPU alone, the mean of a "
-        "sample of x, and nothing is added to the variance. The largest ratio is that of the two "
-        "sides without the 2."
+        "is its running mean; that of group and instance norm on a GPU the mean of a sample of x, "
+        "and nothing is added to the variance; that of the groups of group norm on a TPU is 0. "
+        "The largest ratio is that of the two sides without the 2."
     )
     yield ""
     yield from table(rows)

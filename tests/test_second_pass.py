@@ -10,9 +10,8 @@ import optax
 import pytest
 
 import normjax.linen
-from normjax._core import measure
+from normjax._core import algorithms
 from normjax._core.lowering import VARIABLE
-from normjax._core.platforms import gpu
 
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
@@ -58,6 +57,10 @@ def batch(x):
     return normjax.linen.BatchNorm(momentum=0.5)(x, train=True)
 
 
+def group(x):
+    return normjax.linen.GroupNorm(num_groups=None, group_size=2)(x)
+
+
 def instance(x):
     return normjax.linen.InstanceNorm()(x)
 
@@ -71,11 +74,11 @@ def combed(x):
 
 @pytest.fixture
 def branches(monkeypatch):
-    """For a form and the module that decides: lists, in which each decision is put."""
+    """For a form: a list, in which each decision is put."""
 
-    def watch(form, module):
+    def watch(form):
         found = []
-        decide = module.around_pivot_is_exact
+        decide = algorithms.around_pivot_is_exact
 
         def noted(*args):
             exact = decide(*args)
@@ -83,7 +86,7 @@ def branches(monkeypatch):
             return exact
 
         monkeypatch.setenv(VARIABLE, form)
-        monkeypatch.setattr(module, "around_pivot_is_exact", noted)
+        monkeypatch.setattr(algorithms, "around_pivot_is_exact", noted)
         jax.clear_caches()
         return found
 
@@ -92,17 +95,18 @@ def branches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "module", "norm", "shift", "some"),
+    ("form", "norm", "shift", "some"),
     [
-        ("tpu", measure, batch, 2.0, True),
-        ("gpu", measure, batch, 2.0, True),
-        ("gpu", gpu, instance, 0.0, False),
-        ("gpu", gpu, combed, 0.0, True),
+        ("tpu", batch, 2.0, True),
+        ("gpu", batch, 2.0, True),
+        ("gpu", instance, 0.0, False),
+        ("gpu", combed, 0.0, True),
+        ("tpu", group, 3.0, True),
     ],
 )
-def test_the_count_is_that_of_the_program(branches, lenient, form, module, norm, shift, some):
-    found, steps, layers = branches(form, module), 20, 3
-    trained = run(norm, steps, shift)
+def test_the_count_is_that_of_the_program(branches, lenient, form, norm, shift, some):
+    found, steps, layers = branches(form), 20, 3
+    trained = run(norm, steps, shift)._replace(platform=form)
     # Those of init.
     jax.effects_barrier()
     found.clear()
@@ -119,6 +123,8 @@ def test_conditionals_are_one_a_layer(lenient):
     assert [given.conditionals(form) for form in ("cpu", "gpu", "tpu")] == [0, 3, 3]
     given = run(instance, 1, 0.0)
     assert [given.conditionals(form) for form in ("cpu", "gpu", "tpu")] == [0, 3, 0]
+    given = run(group, 1, 0.0)
+    assert [given.conditionals(form) for form in ("cpu", "gpu", "tpu")] == [0, 3, 3]
 
 
 def test_the_table(lenient):
@@ -144,7 +150,7 @@ def test_every_run_can_be_had(lenient, name):
     layers = {"digits": 6, "deep": 20, "finetune": 6, "unet": 10}
     first = next(second_pass.RUNS[name](0.01))
     (batch,) = first.batches(1)
-    watched = partial(second_pass.watched, first.loss)
+    watched = partial(second_pass.watched, first.loss, first.platform)
     (value, _), seen = jax.eval_shape(watched, *first.start, *batch)
     assert value.shape == ()
     assert len(seen) == layers[name]
