@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
 from normjax import BatchStats, batch_norm, group_norm, measure, rms_norm, synchronize
-from normjax._core.lowering import VARIABLE
+from normjax._core.lowering import PLATFORMS, VARIABLE
 
 C = 24
 VECTOR = 4 * C
@@ -163,12 +163,14 @@ def test_a_synchronized_batch_norm_keeps_to_its_budget(way, devices):
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("way", ["shard_map", "pmap", "jit, batch", "jit, space"])
+@pytest.mark.parametrize("way", ["shard_map", "pmap", "jit, batch", "jit, space", "jit, features"])
 def test_around_the_running_mean_once_is_enough(way, platform, monkeypatch):
     monkeypatch.setenv(VARIABLE, platform)
     jax.clear_caches()
     run, budget = WAYS[way]
-    once = budget._replace(forward=1, forward_bytes=min(budget.forward_bytes, 2 * VECTOR + HASH))
+    # Where features are sharded, whether to measure again.
+    most = min(budget.forward_bytes, 2 * VECTOR + HASH) or 1
+    once = budget._replace(forward=1, forward_bytes=most)
     assert not excess(run, once)
     jax.clear_caches()
 
@@ -227,11 +229,19 @@ def test_a_mean_that_is_zero_by_definition_is_not_communicated():
     assert traffic(jax.jit(shared), jnp.ones((16, C))) == ({"all-reduce": 1}, 4 * 16)
 
 
-def test_groups_that_are_whole_on_a_device_exchange_nothing():
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_groups_that_are_whole_on_a_device_exchange_nothing(platform, monkeypatch):
+    """But for one byte on a GPU or TPU: whether to measure again, which all decide together."""
+    monkeypatch.setenv(VARIABLE, platform)
+    jax.clear_caches()
     step = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(group_norm(x, num_groups=8)))))
+    most = int(platform != "cpu")
     for place in ((None, None, "d"), ("d",)):
-        x = jax.device_put(jnp.ones((16, 8, C)), NamedSharding(mesh(4), P(*place)))
-        assert traffic(step, x).number == 0
+        # Large enough for a GPU to take a sample.
+        x = jax.device_put(jnp.ones((16, 128, C)), NamedSharding(mesh(4), P(*place)))
+        found = traffic(step, x)
+        assert (found.number, found.bytes) == (most, most)
+    jax.clear_caches()
 
 
 def test_sharded_inputs_stay_where_they_are():

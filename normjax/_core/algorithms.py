@@ -76,8 +76,10 @@ def merged(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, 
         share = b[0] / jnp.maximum(count, one)
         distance = (b[1] - a[1]) + (b[2] - a[2])
         mean, mean_rest = _add(a[1], distance * share)
-        # One factor after the other: their square may overflow where the weight is 0.
-        m2, m2_rest = _add(a[3], b[3] + (distance * (a[0] * share)) * distance)
+        weight = a[0] * share
+        # The square of the distance to nothing may overflow.
+        between = jnp.where(weight > 0, weight * distance * distance, zero)
+        m2, m2_rest = _add(a[3], b[3] + between)
         return count, mean, a[2] + mean_rest, m2, a[4] + b[4] + m2_rest
 
     nothing = jnp.zeros_like(x)

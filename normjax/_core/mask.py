@@ -22,8 +22,8 @@ def counted(
     """
     if mask is None:
         # A NumPy constant: summing it over devices then costs no communication.
-        return _product([shape[a] for a in axes], dtype)
-    repeats = _product([shape[a] for a in axes if mask.shape[a] == 1], dtype)
+        return product_of_sizes([shape[a] for a in axes], dtype)
+    repeats = product_of_sizes([shape[a] for a in axes if mask.shape[a] == 1], dtype)
     return _ones(mask, axes, dtype) * repeats
 
 
@@ -33,7 +33,7 @@ def safe_count(count: Count) -> Count:
     return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
 
 
-def _product(sizes: list[int], dtype: np.dtype) -> Count:
+def product_of_sizes(sizes: list[int], dtype: np.dtype) -> Count:
     """The product of `sizes`: a constant, or a scalar where one of them is symbolic."""
     entries = prod(sizes)
     return dtype.type(entries) if isinstance(entries, int) else jnp.asarray(entries, dtype)

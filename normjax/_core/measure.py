@@ -24,7 +24,7 @@ from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_o
 from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
 from normjax._core.linear import diagonal
 from normjax._core.lowering import by_platform
-from normjax._core.mask import Count, counted, deviation, safe_count, select
+from normjax._core.mask import Count, counted, deviation, product_of_sizes, safe_count, select
 from normjax._core.moments import Moments, collapse, synchronized
 from normjax._core.platforms import PLATFORMS, cpu, gpu, tpu
 from normjax._core.platforms.cpu import isolate, materialize
@@ -58,7 +58,7 @@ class FeatureGroups(NamedTuple):
     def pooled_count(self, count: Count, features: int) -> Count:
         """How many entries the group of each feature has."""
         if np.ndim(count) == 0:
-            return count * np.asarray(features // self.groups, count.dtype)[()]
+            return count * product_of_sizes([features // self.groups], count.dtype)
         shape = [features if a == self.axis else n for a, n in enumerate(count.shape)]
         return self.total(jnp.broadcast_to(count, shape))
 
