@@ -144,7 +144,7 @@ def next_stats(
 
 
 # Compiled, since Python takes longer for each of these operations than the device. Momentum is an
-# operand: that of a schedule would be compiled anew for each step.
+# operand: that of a schedule would be compiled again for each step.
 @partial(jax.jit, static_argnames="debias", inline=True)
 def _next(
     stats: BatchStats, moments: Moments, weights: Any, ddof: Any, *, debias: bool

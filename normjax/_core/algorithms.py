@@ -130,9 +130,8 @@ def sums_around(
     x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
     """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero."""
-    apart = deviation(upcast(x), pivot, mask)
-    first = jnp.sum(apart, axes, keepdims=True)
-    return first, jnp.sum(abs_square(apart), axes, keepdims=True)
+    d = deviation(upcast(x), pivot, mask)
+    return jnp.sum(d, axes, keepdims=True), jnp.sum(abs_square(d), axes, keepdims=True)
 
 
 def moved(first: Array, second: Array, pivot: ArrayLike, count: Count) -> tuple[Array, Array]:

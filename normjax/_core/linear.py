@@ -54,7 +54,7 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     """function(t, *kept) for a t broadcast to `shape`, by default its own.
 
     The function is elementwise and linear in t, of the dtype of t: a product or a selection. Its
-    transpose computes anew from what is kept, x in its own dtype and vectors in the rank of x;
+    transpose computes it again from what is kept, x in its own dtype and vectors in the rank of x;
     autodiff of the product would keep the factor, x - mean for example, in float32.
     """
     leaves, structure = jax.tree.flatten(kept)

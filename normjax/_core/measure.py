@@ -300,7 +300,7 @@ def _shared_around(
 ) -> Moments:
     """One exchange: the devices know the pivot before they have measured anything.
 
-    If it was far from the mean, or if they have not all known the same one, they measure anew and
+    If it was far from the mean, or if they have not all known the same one, they measure again and
     exchange means before squares. All decide alike, from nothing but what was exchanged.
     """
     axes, name = reduction.axes, reduction.axis_name
@@ -318,11 +318,11 @@ def _shared_around(
     if same is not None:
         exact = exact & agreed(same, lax.psum(1, name))
 
-    def anew() -> tuple[Array, Array]:
+    def again() -> tuple[Array, Array]:
         own = Moments(count, *two_pass(x, mask, count, axes))
         return synchronized(own, name)[1:]
 
-    return Moments(whole, *lax.cond(exact, lambda: (mean, m2), anew))
+    return Moments(whole, *lax.cond(exact, lambda: (mean, m2), again))
 
 
 def _chosen(form: Any, operands: Any) -> list[Array]:
@@ -372,7 +372,7 @@ def _around(
     platform: str, x: Array, mask: Any, count: Count, pivot: Array, floor: Array, *,
     axes: tuple[int, ...], kept: bool,
 ) -> Any:  # fmt: skip
-    """One pass around the pivot where that is cheaper; measured anew where it was far."""
+    """One pass around the pivot where that is cheaper; measured again where it was far."""
     if platform == "cpu":
         return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
     sums = PLATFORMS[platform].sums_around(x, mask, pivot, axes)

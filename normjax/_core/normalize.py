@@ -89,7 +89,7 @@ def normalize(
         An array of the shape of `x`, in `dtype`.
 
     Guarantees:
-        wide inside: computed in float32 or wider whatever the dtype of `x`.
+        float32 inside: computed in float32 or wider whatever the dtype of `x`.
         offset costs nothing: the mean is subtracted before anything is multiplied.
         light backward: `x` in its own dtype and vectors are kept, nothing else.
 
@@ -176,7 +176,7 @@ def tangent(
     activation = output.activation
 
     def activated(dy: Array, x: Array, mask: Any, *leaves: Any) -> Array:
-        # y is computed anew from x: kept, it would be one more array of the size of x.
+        # y is computed again from x: kept, it would be one more array of the size of x.
         x, leaves = isolate((x, leaves), number=4)
         own = Vectors(*leaves)
         y = _differentiable(x, mask, own, Output(common_dtype(x, *own)))

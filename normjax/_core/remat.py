@@ -19,7 +19,7 @@ def norm_inputs_saveable(primitive: Any, *values: Any, **params: Any) -> Any:
         nn.remat(Block, policy=normjax.norm_inputs_saveable)
 
     Of convolution, norm and activation the convolution's output is kept; the backward pass
-    normalizes and activates it anew, which is elementwise, and convolves and measures nothing
+    normalizes and activates it again, which is elementwise, and convolves and measures nothing
     twice. For any activation and any norm of this library. It pays where activations fill the
     memory.
 

@@ -137,7 +137,7 @@ def batch_norm(
 
 
 class Arguments(NamedTuple):
-    """Those of `batch_norm` and its kin, as they were given."""
+    """Those of the functions of batch norm, as they were given."""
 
     x: Any
     stats: Any

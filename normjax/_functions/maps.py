@@ -1,4 +1,4 @@
-"""Maps whose derivative is computed anew from their input, which is all that is kept of them."""
+"""Maps whose derivative is computed from their input, which is all that they keep."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def _squashed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 @jax.custom_jvp
 def thresholded(y: Array, floor: Array, inputs: Inputs, var: Array) -> Array:
-    """max(y, floor) in the dtype of y, for a wide floor, whose gradient is summed wide.
+    """max(y, floor) in the dtype of y; the gradient of floor is summed in the dtype of floor.
 
-    `inputs` and the mean square are what y was normalized from, and is anew in the derivative.
+    The derivative computes y again, from `inputs` and their mean square `var`.
     """
     return jnp.maximum(y, floor.astype(y.dtype))
 
@@ -107,7 +107,7 @@ class Window(NamedTuple):
 def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Array:
     """x (k + alpha mean)^-beta, with the mean of the squares in the window.
 
-    The other numbers in the rank of x, and as wide as its squares.
+    alpha, beta and k have the rank of x, and the dtype in which its squares are summed.
     """
     base = k + alpha / window.size * window.total(upcast(x) ** 2)
     return (upcast(x) * base**-beta).astype(x.dtype)
@@ -137,7 +137,7 @@ def _damped_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Array, Arr
 
     d_base = dx
     if not isinstance(dx, SymbolicZero):
-        # One wide dx for both terms: what they send back to it meets wide, and is rounded once.
+        # Upcast once for both terms, whose cotangents are then added before they are rounded.
         dx = upcast(dx)
         doubled = diagonal(lambda t, x: 2 * t * upcast(x), dx, x)
         d_base = window.total(doubled) * (alpha / window.size)

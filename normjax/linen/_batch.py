@@ -46,7 +46,7 @@ class BatchNorm(nn.Module):
     `use_running_average`, the opposite), and it accumulates: while `batch_moments` is
     mutable and `batch_stats` is not, `train=True` merges the moments of its input into
     `batch_moments/moments`; while both are, the running statistics move once by what was kept
-    and this batch, and the kept moments start anew.
+    and this batch, and the kept moments start again.
 
     Attributes:
         use_running_average: normalize by the running statistics; `not train`. Here or at call.

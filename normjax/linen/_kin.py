@@ -1,4 +1,4 @@
-"""Modules of the kin of sample norms: residual sums, filter response norm, dynamic tanh."""
+"""Modules related to norms within an example: residual sums, filter response norm, dynamic tanh."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A CPU: two passes over x, and what keeps XLA's compiler from fusing them badly.
 
 It fuses into a sum whatever that sum alone consumes, and writes to memory what a second consumer
-shares: x - mean in float32, a half precision x made wide, a vector broadcast to the shape of x. A
+shares: x - mean in float32, a half precision x upcast, a vector broadcast to the shape of x. A
 step of layer norm took 2 to 4 times as long so and 75 MB instead of 0.1
-(benchmarks/results/speed.md). `isolate` keeps consumers apart, `materialize` has a vector computed
+(benchmarks/results/speed.md). `isolate` keeps consumers separate, `materialize` has a vector computed
 once. On other platforms both are the identity.
 """
 
@@ -62,8 +62,8 @@ def sums_around(
 ) -> tuple[Array, Array]:
     """sum(x - pivot) and sum(|x - pivot|^2), by way of the exact moments."""
     mean, m2 = measure(x, mask, count, axes=axes, centered=True, kept=kept)
-    apart = mean - pivot
-    return apart * jnp.asarray(count).astype(apart.dtype), m2 + abs_square(apart) * count
+    shift = mean - pivot
+    return shift * jnp.asarray(count).astype(shift.dtype), m2 + abs_square(shift) * count
 
 
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
@@ -102,7 +102,7 @@ def materialize(vector: Array) -> Array:
     """A vector as it is, and in memory before a pass over x reads it; so is the cotangent of it.
 
     On the CPU. XLA fuses a cheap vector into the pass over x that broadcasts it, and computes it
-    anew at every entry. Where that takes a division of indices, as from groups to features, the
+    again at every entry. Where that takes a division of indices, as from groups to features, the
     loop no longer vectorizes: a step of group norm in bfloat16 took 3 times as long. It does not
     fuse what it takes for expensive, for example a division; so this divides by a hidden one.
     """

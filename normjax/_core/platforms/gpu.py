@@ -71,8 +71,8 @@ def sums_around(
     x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
 ) -> tuple[Array, Array]:
     """sum(x - pivot) and sum(|x - pivot|^2) in one pass."""
-    apart = deviation(upcast(x), pivot, mask)
-    first, second = totals((apart, abs_square(apart)), axes)
+    d = deviation(upcast(x), pivot, mask)
+    first, second = totals((d, abs_square(d)), axes)
     return first, second
 
 
