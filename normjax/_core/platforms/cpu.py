@@ -3,7 +3,7 @@
 It fuses into a sum whatever that sum alone consumes, and writes to memory what a second consumer
 shares: x - mean in float32, a half precision x upcast, a vector broadcast to the shape of x. A
 step of layer norm took 2 to 4 times as long so and 75 MB instead of 0.1
-(benchmarks/results/speed.md). `isolate` keeps consumers separate, `materialize` has a vector computed
+(benchmarks/results/speed.md). `isolate` keeps consumers separate, `materialize` computes a vector
 once. On other platforms both are the identity.
 """
 
