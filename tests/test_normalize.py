@@ -34,7 +34,7 @@ def test_a_scale_for_each_example_broadcasts(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_normalize_guarantee_wide_inside(rng, dtype):
+def test_normalize_guarantee_float32_inside(rng, dtype):
     x = jnp.asarray(rng.normal(100, 1, (64, 3)), dtype)
     scale = jnp.asarray([0.5, 1, 2], dtype)
     exact = np.asarray(x, np.float64)
