@@ -158,7 +158,7 @@ def expect_kind(name: str, value: object, kind: type, expected: str) -> None:
 
 
 def something(shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x") -> None:
-    """Nothing has no statistics."""
+    """Statistics need at least one element."""
     if 0 in [shape[a] for a in reduced]:
         raise ValueError(
             f"normjax: {name} with shape {shape} has no element over the axes {reduced}, expected "
