@@ -154,6 +154,27 @@ def test_promise_6_scan(name, case):
     np.testing.assert_allclose(ys[1], compiled(name)(xs[1], mask), atol=64 * EPS["float32"])
 
 
+@every_function
+def test_promise_6_second_derivatives_of_a_scan(case):
+    """Where JAX differentiates what a derivative rule has traced, and not by a rule again."""
+    call, x, mask = case
+    v = np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+
+    def scanned(x):
+        return jax.lax.scan(lambda t, _: (t, jnp.sum(jnp.sin(call(t, mask)))), x, None, 1)[1][0]
+
+    def alone(x):
+        return jnp.sum(jnp.sin(call(x, mask)))
+
+    @jax.jit
+    def products(x, v):
+        return [jax.jvp(jax.grad(f), (x,), (v,))[1] for f in (scanned, alone)]
+
+    got, want = products(x, v)
+    size = max(1, np.max(np.abs(want)))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * size)
+
+
 @pytest.mark.parametrize("name", NORMS | PLAIN)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_promise_7_only_x_and_vectors_are_kept(name, dtype, rng, saved_arrays):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from normjax import group_norm, instance_norm, layer_norm, rms_norm
+from normjax import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from tests import reference
 from tests.reference import EPS
 
@@ -286,6 +286,22 @@ SIZES = [(1.8e18, True), (1.9e18, False), (1e20, False)]
 def test_layer_norm_edge_deviations_beyond_1_8e19_sqrt_n(size, inside):
     y = layer_norm(jnp.asarray(size * SIGNS, jnp.float32), bias=jnp.ones(100))
     np.testing.assert_allclose(y, 1 + SIGNS * inside, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("far", [0, 1], ids=["scattered", "constant"])
+def test_squares_beyond_the_range_are_infinite_and_no_nan(rng, far):
+    """So y is the bias, and a feature that is not constant loses nothing else."""
+    x = 1e30 * (far + (1 - far) * rng.normal(size=(3, 40, 8)))
+    x = jnp.asarray(x / 7, jnp.float32)
+    for norm in (
+        layer_norm,
+        instance_norm,
+        partial(group_norm, num_groups=2),
+        lambda x: batch_norm(x, None, train=True)[0],
+    ):
+        y, pullback = jax.vjp(norm, x)
+        np.testing.assert_array_equal(y, 0)
+        assert np.all(np.isfinite(pullback(jnp.ones_like(x))[0]))
 
 
 @pytest.mark.parametrize(("size", "inside"), SIZES)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 # JAX 0.7 asks for no mesh when it lowers, and has no such name.
 _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", nullcontext)
@@ -26,8 +26,9 @@ Function = Callable[..., Sequence[Array]]
 def by_platform(function: Function, *operands: Array) -> list[Array]:
     """`function(platform, *operands)`, traced for each platform when it is lowered for it.
 
-    The function has the same results for all of them, but for rounding. It has no derivative: it
-    is for use in functions that have a derivative rule of their own.
+    The function has the same results for all of them, but for rounding. It is for use in functions
+    that have a derivative rule of their own. Where JAX passes over that rule, as in a second
+    derivative of a scan, the derivative is that of the CPU's form, whose operations all have one.
     """
     # The types of the results say how they lie on a mesh, and along which mapped axes they vary.
     types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
@@ -52,6 +53,20 @@ def _run(*operands: Array, **how: Any) -> list[Array]:
         return jax.jit(partial(_by_platform_p.bind, **how))(*operands)
 
 
+def _jvp(primals: Any, tangents: Any, *, function: Function, **how: Any) -> Any:
+    moves = [not isinstance(t, ad.Zero) for t in tangents]
+
+    def of_moving(*moving: Array) -> Sequence[Array]:
+        given = iter(moving)
+        return function(
+            "cpu", *(next(given) if m else v for m, v in zip(moves, primals, strict=True))
+        )
+
+    own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (primals, tangents))
+    out = _by_platform_p.bind(*primals, function=function, **how)
+    return out, list(jax.jvp(of_moving, own, d_own)[1])
+
+
 def _batched(operands: Any, axes: Any, *, function: Function, **_: Any) -> Any:
     def each(platform: str, *operands: Array) -> Sequence[Array]:
         return jax.vmap(partial(function, platform), axes)(*operands)
@@ -72,6 +87,7 @@ _by_platform_p = Primitive("by_platform")
 _by_platform_p.multiple_results = True
 _by_platform_p.def_impl(_run)
 _by_platform_p.def_abstract_eval(lambda *_, types, **__: types)
+ad.primitive_jvps[_by_platform_p] = _jvp
 batching.primitive_batchers[_by_platform_p] = _batched
 # An accelerator that is not known here has reductions like those of a GPU.
 mlir.register_lowering(_by_platform_p, _lowering("gpu"))

@@ -191,7 +191,9 @@ def _pool(moments: Moments, total: Callable) -> Moments:
     # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
     lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
-    squares = moments_of_norm(squares - abs_square(rest) * entries)
+    # Beyond the range of the dtype it is infinite, and not the difference of two infinities.
+    corrected = squares - abs_square(rest) * entries
+    squares = moments_of_norm(jnp.where(jnp.isfinite(squares), corrected, squares))
     # Below 0 is rounding alone. It is taken off as a constant, since a selection or a maximum
     # would take a derivative with it, of which the second one is not 0 there.
     return Moments(pooled_count, rough + rest, squares - lax.stop_gradient(jnp.minimum(squares, 0)))

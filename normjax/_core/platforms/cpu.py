@@ -54,7 +54,9 @@ def measure(
         rest = jnp.where(squares > 0, rough - pivot, jnp.zeros((), dtype))
     else:
         rest = total(deviation(first.astype(dtype), center, mask)) / divisor.astype(dtype)
-    return pivot + rest, jnp.maximum(squares - abs_square(rest) * divisor, 0)
+    m2 = jnp.maximum(squares - abs_square(rest) * divisor, 0)
+    # Beyond the range of the dtype it is infinite, and not the difference of two infinities.
+    return pivot + rest, jnp.where(jnp.isfinite(squares), m2, squares)
 
 
 def sums_around(
