@@ -7,6 +7,7 @@ is False. A platform chooses by what a pass over memory costs there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -157,14 +158,8 @@ def around_or_two_pass(
     floor: ArrayLike, axes: tuple[int, ...],
 ) -> tuple[Array, Array]:  # fmt: skip
     """Of sums around a pivot where they are exact for all features, else by two passes over x."""
-    constant: Any = count if isinstance(count, np.generic) else None
-    given = count if constant is None else None
-
-    def again(x: Array, mask: Array | None, given: Array | None) -> tuple[Array, Array]:
-        return two_pass(x, mask, constant if given is None else given, axes)
-
-    near = moved(*sums, pivot, count)
-    return unless_far(near, pivot, count, floor, again, (x, mask, given))
+    near, again = moved(*sums, pivot, count), partial(two_pass, axes=axes)
+    return unless_far(near, pivot, count, floor, again, (x, mask, count))
 
 
 def _conditional(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -120,25 +120,27 @@ def line(
     (a, b), place = _placed(x.shape, [a, b], [*kept, *jax.tree.leaves(beside)])
     shape, axes = x.shape, _reduced(a.shape, x.shape)
 
-    def deviated(t: Array, *leaves: Any) -> Array:
-        x, mask, center = jax.tree.unflatten(structure, leaves)
-        center, x = isolate((center, x), number=2)
-        return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
-
     def both(a: Array, b: Array, *leaves: Any) -> list[Array]:
         a, b = (jnp.broadcast_to(v, shape, out_sharding=place) for v in (a, b))
-        return [a, deviated(b, *leaves)]
+        return [a, deviated(b, *jax.tree.unflatten(structure, leaves))]
 
     def sums(t: Array, u: Array, *leaves: Any) -> list[Array]:
-        return [jnp.sum(v, axes, keepdims=True) for v in (t, deviated(u, *leaves))]
+        u = deviated(u, *jax.tree.unflatten(structure, leaves))
+        return [jnp.sum(v, axes, keepdims=True) for v in (t, u)]
 
     def lowered(platform: str, t: Array, u: Array, *leaves: Any) -> Sequence[Array]:
         x, mask, center = jax.tree.unflatten(structure, leaves)
         if platform == "gpu" and mask is None and gpu.are_rows(x, axes):
             return gpu.sums_of_rows(t, u, x, center, axes)
-        return PLATFORMS[platform].totals((t, deviated(u, *leaves)), axes)
+        return PLATFORMS[platform].totals((t, deviated(u, x, mask, center)), axes)
 
     return _linear([a, b], kept, Map(both), Map(sums, lowered))
+
+
+def deviated(t: Array, x: Array, mask: Array | None, center: Array | None) -> Array:
+    """t (x - center) in the dtype of t. Where x is masked and not finite it is taken as 0."""
+    center, x = isolate((center, x), number=2)
+    return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
 
 
 def _placed(

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype, common_dtype, real_dtype
-from normjax._core.linear import broadcast_together, diagonal, line, rounded_sum
+from normjax._core.linear import broadcast_together, deviated, diagonal, line, rounded_sum
 from normjax._core.mask import deviation, select_finite
 from normjax._core.platforms.cpu import isolate, materialize
 
@@ -217,15 +217,11 @@ def _affine_tangent(
     slope, shift = _one_per_row(slope), _one_per_row(shift)
     beside = x, mask, vectors
 
-    def deviated(t: Array, mask: Any, mean: Any, x: Array) -> Array:
-        mean, x = isolate((mean, x), number=2)
-        return deviation(select_finite(x, x, mask).astype(number), mean) * t
-
     def standardized(t: Array, mask: Any, inv: Array, mean: Any, x: Array) -> Array:
         # t times the vector comes first: the CPU takes up to 5 times as long for a sum over rows
         # of a product of two arrays that is then multiplied by a vector.
         inv, mean, x = isolate((inv, mean, x))
-        return deviated(t * inv, mask, mean, x)
+        return deviated(t * inv, x, mask, mean)
 
     def admitted(t: Array, mask: Any, x: Array) -> Array:
         return select_finite(t, x, mask)
@@ -236,7 +232,7 @@ def _affine_tangent(
     if shift is not None and slope is not None and mean is not None:
         shift, slope = line(shift, slope, x, mask, mean, vectors)
     elif slope is not None:
-        slope = diagonal(deviated, slope, mask, mean, x, shape=x.shape)
+        slope = diagonal(deviated, slope, x, mask, mean, shape=x.shape)
     # Together, since the sums of their cotangents are taken in one pass.
     shift, d_scale, d_bias = _broadcast(x.shape, (shift, d_scale, d_bias), beside)
     within = [product(dx, isolate(inv)), slope, shift]

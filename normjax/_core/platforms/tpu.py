@@ -16,7 +16,7 @@ from jax import Array
 from normjax._core.algorithms import merged, squares, sums_around, two_pass
 from normjax._core.mask import Count
 
-__all__ = ["measure", "sums_around"]
+__all__ = ["measure", "sums_around", "totals"]
 
 
 def measure(
