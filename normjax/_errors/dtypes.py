@@ -19,7 +19,7 @@ def output_dtype(dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
     if dtype is None:
         return of_x
     result = floating_dtype("dtype", dtype)
-    if jnp.issubdtype(of_x, jnp.complexfloating) > jnp.issubdtype(result, jnp.complexfloating):
+    if of_x.kind == "c" and result.kind != "c":
         raise TypeError(
             f"normjax: dtype={result} would drop the imaginary part of x with dtype {of_x}. "
             "Pass a complex dtype, or x.real."
@@ -29,22 +29,19 @@ def output_dtype(dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
 
 def floating_dtype(name: str, dtype: DTypeLike) -> np.dtype:
     """A floating or complex dtype, however it was named."""
-    result = None
+    found = None
     # An array has a dtype and is none.
     if not isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
         with suppress(TypeError, ValueError):
-            result = jnp.dtype(dtype)
-    # NumPy reads "f16" as 16 bytes, which JAX has for complex numbers alone.
-    if result is None or not jnp.issubdtype(result, jnp.inexact) or result.itemsize > _size(result):
-        meant = _DTYPES.get(dtype) if isinstance(dtype, str) else None
-        raise TypeError(
-            f"normjax: {name}={dtype if result is None else result}, expected a floating or "
-            "complex dtype of JAX, for example jnp.float32 or jnp.bfloat16."
-            + (f" Did you mean {meant!r}?" if meant else "")
-        )
-    return result
-
-
-def _size(dtype: np.dtype) -> int:
-    """Bytes of the widest number of its kind."""
-    return 16 if jnp.issubdtype(dtype, jnp.complexfloating) else 8
+            found = jnp.dtype(dtype)
+    if found is not None and jnp.issubdtype(found, jnp.inexact):
+        # NumPy reads "f16" as 16 bytes, which JAX has for complex numbers alone.
+        widest = 16 if found.kind == "c" else 8
+        if found.itemsize <= widest:
+            return found
+    meant = _DTYPES.get(dtype) if isinstance(dtype, str) else None
+    raise TypeError(
+        f"normjax: {name}={dtype if found is None else found}, expected a floating or complex "
+        "dtype of JAX, for example jnp.float32 or jnp.bfloat16."
+        + (f" Did you mean {meant!r}?" if meant else "")
+    )
