@@ -17,8 +17,7 @@ from jax import lax
 
 
 def axis_size(
-    axis_name: str | Sequence[str],
-    axis_index_groups: Sequence[Sequence[int]] | None,
+    axis_name: str | Sequence[str], axis_index_groups: Sequence[Sequence[int]] | None
 ) -> int:
     """How many devices share statistics at least; a number, not an operation."""
     _names(axis_name)
@@ -34,8 +33,7 @@ def axis_size(
 
 @contextmanager
 def grouped(
-    axis_name: str | Sequence[str] | None,
-    axis_index_groups: Sequence[Sequence[int]] | None,
+    axis_name: str | Sequence[str] | None, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> Iterator[None]:
     """Words what JAX raises when it cannot share over groups of `axis_name`."""
     try:
@@ -63,9 +61,10 @@ def groups(axis_name: object, axis_index_groups: object) -> None:
 
 def _names(axis_name: Any) -> None:
     """Names are hashable; JAX would read a number as an axis of the array, by its position."""
+    names = _listed(axis_name)
     try:
-        hash(axis_name if not isinstance(axis_name, list) else tuple(axis_name))
-        numbers = any(isinstance(name, (Number, np.bool_)) for name in _listed(axis_name))
+        hash(tuple(names))
+        numbers = any(isinstance(name, (Number, np.bool_)) for name in names)
     except TypeError:
         numbers = True
     if numbers:
@@ -109,12 +108,9 @@ def _partition(axis_name: object, axis_index_groups: object, size: int) -> None:
 def _unbound(axis_name: str | Sequence[str]) -> str:
     """What is asked for, what there is, and what was most likely meant."""
     bound = bound_names()
-    names = _listed(axis_name)
-    missing = [name for name in names if name not in bound]
-    got = (
-        f"axis_name={axis_name!r} is not bound here; bound are: "
-        f"{', '.join(map(repr, bound)) or 'none'}. "
-    )
+    missing = [name for name in _listed(axis_name) if name not in bound]
+    known = ", ".join(map(repr, bound)) or "none"
+    got = f"axis_name={axis_name!r} is not bound here; bound are: {known}. "
     for name in missing:
         if near := get_close_matches(str(name), [b for b in bound if isinstance(b, str)], 1):
             return got + f"Did you mean {near[0]!r}?"

@@ -77,10 +77,10 @@ def keywords(cls: Class) -> Class:
 
 def _of_pytorch(given: dict[str, Any]) -> str | None:
     """The first argument of PyTorch, which nothing here has, and what to do."""
-    found = [name for name in _OF_PYTORCH if name in given]
-    if not found:
-        return None
-    return f"{found[0]}={given[found[0]]!r}, an argument of PyTorch; {_OF_PYTORCH[found[0]]}"
+    for name, remedy in _OF_PYTORCH.items():
+        if name in given:
+            return f"{name}={given[name]!r}, an argument of PyTorch; {remedy}"
+    return None
 
 
 def _rename(error: Exception, inner: re.Pattern[str], outer: str, names: dict[str, str]) -> None:
