@@ -20,17 +20,14 @@ def batch_stats(given: Any, kind: Any, expected: str) -> None:
     expected = f"{expected}. Make it by BatchStats.make(features), or {remedy}"
     expect_kind("stats", given, kind, expected)
     _arrays("stats", {"mean": given.mean, "var": given.var}, jnp.inexact)
-    if given.count is not None:
-        _count_vector(given.count, np.shape(given.mean))
-
-
-def _count_vector(value: ArrayLike, expected: tuple[int, ...]) -> None:
-    """How many batches each feature has taken in: whole numbers, in any real dtype."""
-    array = as_array("stats.count", value, "an array of whole numbers")
+    if given.count is None:
+        return
+    array = as_array("stats.count", given.count, "an array of whole numbers")
     if not jnp.issubdtype(array.dtype, jnp.integer):
         array = inexact("stats.count", array, real=True)
     remedy = "Give each feature its count: jnp.full_like(stats.mean, n, jnp.int32)."
-    expect_shape("stats.count", array.shape, expected, f", that of stats.mean. {remedy}")
+    rest = f", that of stats.mean. {remedy}"
+    expect_shape("stats.count", array.shape, np.shape(given.mean), rest)
 
 
 def _arrays(name: str, leaves: dict[str, Any], kind: Any) -> None:
