@@ -7,7 +7,7 @@ added by the door of a public function, `named`.
 # ruff: noqa: F401, I001
 
 from normjax._errors.arrays import (
-    Features, affine, axes, axis, broadcast, common_shape, entries, feature_vector, features,
+    Features, affine, axes, axis, broadcast, common_shape, feature_vector, features,
     group_axes, inexact, mask, matrix, nonzero, number_of_groups, same_shape_and_dtype, scalar,
     shape, something, window,
 )  # fmt: skip
@@ -15,7 +15,7 @@ from normjax._errors.devices import axis_size, grouped, groups
 from normjax._errors.door import keywords, named
 from normjax._errors.dtypes import floating_dtype, output_dtype
 from normjax._errors.options import (
-    activation, bound, ddof, epsilon, finite, initializer, layer, mode, momentum, moves,
+    activation, bound, ddof, entries, epsilon, finite, initializer, layer, mode, momentum, moves,
     only_matrix, positive, slope, steps, switch, text, variable_names, virtual_batches,
 )  # fmt: skip
 from normjax._errors.state import (

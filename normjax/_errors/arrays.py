@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import prod
 from operator import index
 from typing import Any, NamedTuple, NoReturn
 
@@ -12,33 +11,26 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+Shape = tuple[int, ...]
+Axes = int | Iterable[int]
+
 
 class Features(NamedTuple):
-    """Which axes of an x are its features.
+    """Which axes of an x are its features."""
 
-    Attributes:
-        x: the shape of x.
-        given: the axes as the caller wrote them.
-        axes: as sorted, non-negative integers.
-        shape: their sizes.
-        reduced: the other axes, without that of the batch where each example is by itself.
-    """
-
-    x: tuple[int, ...]
-    given: int | Iterable[int]
-    axes: tuple[int, ...]
-    shape: tuple[int, ...]
-    reduced: tuple[int, ...]
+    x: Shape  # the shape of x
+    given: Axes  # the axes as the caller wrote them
+    axes: Shape  # as sorted, non-negative integers
+    shape: Shape  # their sizes
+    reduced: Shape  # the other axes, without that of the batch where each example is by itself
 
 
-def features(
-    shape: tuple[int, ...], given: int | Iterable[int], *, batch: bool = False
-) -> Features:
+def features(shape: Shape, given: Axes, *, batch: bool = False) -> Features:
     """The features of an x of this shape, whose first axis is that of the batch if so said."""
     kept = axes("feature_axis", given, shape)
     if batch and 0 in kept:
         raise ValueError(
-            f"normjax: The channel axes cannot include the leading dimension as this is assumed "
+            "normjax: The channel axes cannot include the leading dimension as this is assumed "
             f"to be the batch axis. Got feature_axis={given!r} for x with shape {shape}, expected "
             "axes other than 0. Move the batch there."
         )
@@ -49,19 +41,19 @@ def features(
 def inexact(name: str, value: ArrayLike, *, real: bool = False) -> Array:
     """An array that can be averaged: floating or complex, floating alone if `real`."""
     # What is an array of JAX needs no conversion, which takes longer than all checks of it.
-    floating = "an array of floating numbers"
-    array = value if isinstance(value, Array) else as_array(name, value, floating)
-    if not jnp.issubdtype(array.dtype, jnp.inexact):
+    if not isinstance(value, Array):
+        value = as_array(name, value, "an array of floating numbers")
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
         raise TypeError(
-            f"normjax: {name} has dtype {array.dtype}, expected a floating or complex dtype. "
+            f"normjax: {name} has dtype {value.dtype}, expected a floating or complex dtype. "
             f"Convert it first: jnp.asarray({name}, jnp.float32)."
         )
-    if real and array.dtype.kind == "c":
+    if real and value.dtype.kind == "c":
         raise TypeError(
-            f"normjax: {name} has dtype {array.dtype}, expected a real dtype, since the result "
+            f"normjax: {name} has dtype {value.dtype}, expected a real dtype, since the result "
             f"is real or {name} is real by its nature. Pass {name}.real, or a complex x."
         )
-    return array
+    return value
 
 
 def as_array(name: str, value: ArrayLike, expected: str) -> Array:
@@ -79,35 +71,33 @@ def as_array(name: str, value: ArrayLike, expected: str) -> Array:
         raise TypeError(f"normjax: {name} is {got}, expected {expected}.") from None
 
 
-def axes(name: str, given: int | Iterable[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+def axes(name: str, given: Axes, shape: Shape) -> Shape:
     """Axes as sorted, non-negative, distinct integers; none is a choice too, as in Flax."""
-    rank = len(shape)
-    try:
-        wanted = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
-    except TypeError:
-        raise TypeError(
-            f"normjax: {name}={given!r}, expected an integer or a sequence of integers."
-        ) from None
-    canonical: set[int] = set()
+    if isinstance(given, tuple) and not given:
+        return given
+    rank, canonical = len(shape), set()
+    wanted = whole_numbers(name, given, "an integer or a sequence of integers.")
+    if wanted and not rank:
+        raise ValueError(
+            f"normjax: x is a scalar, expected an array with at least the axis {name}={given!r}. "
+            "Give x that axis, for example x[None]."
+        )
     for axis in wanted:
         if not -rank <= axis < rank:
             raise ValueError(
                 f"normjax: {name}={given!r} is out of range for x with shape {shape}, which has "
                 f"{rank} {'axis' if rank == 1 else 'axes'}. Choose from {-rank} to {rank - 1}."
-                if rank
-                else f"normjax: x is a scalar, expected an array with at least the axis "
-                f"{name}={given!r}. Give x that axis, for example x[None]."
             )
         canonical.add(axis % rank)
     if len(canonical) < len(wanted):
         raise ValueError(
-            f"normjax: {name}={given!r} names an axis of x with shape {shape} twice. "
-            "Name each axis once."
+            f"normjax: {name}={given!r} names an axis of x with shape {shape} twice. Name each "
+            "axis once."
         )
     return tuple(sorted(canonical))
 
 
-def axis(name: str, given: int, shape: tuple[int, ...]) -> int:
+def axis(name: str, given: int, shape: Shape) -> int:
     """One axis alone, as a non-negative integer."""
     if isinstance(given, Iterable):
         raise TypeError(f"normjax: {name}={given!r}, expected one integer.")
@@ -134,7 +124,7 @@ def affine(name: str, value: ArrayLike | None, features: Features, *, real: bool
     return array.reshape([n if a in kept else 1 for a, n in enumerate(features.x)])
 
 
-def _refuse_shape(name: str, got: tuple[int, ...], features: Features) -> NoReturn:
+def _refuse_shape(name: str, got: Shape, features: Features) -> NoReturn:
     remedy = "If the features of x lie on another axis, pass feature_axis=."
     # As text, since symbolic sizes have no order.
     if sorted(map(str, got)) == sorted(map(str, features.shape)):
@@ -145,7 +135,7 @@ def _refuse_shape(name: str, got: tuple[int, ...], features: Features) -> NoRetu
     )
 
 
-def expect_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...], rest: str) -> None:
+def expect_shape(name: str, got: Shape, expected: Shape, rest: str) -> None:
     """An array of one shape alone; `rest` says whose that is and what to do."""
     if got != expected:
         raise ValueError(f"normjax: {name} has shape {got}, expected {expected}{rest}")
@@ -157,7 +147,7 @@ def expect_kind(name: str, value: object, kind: type, expected: str) -> None:
         raise TypeError(f"normjax: {name} is {type(value).__name__}, expected {expected}")
 
 
-def something(shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "x") -> None:
+def something(shape: Shape, reduced: Shape, *, name: str = "x") -> None:
     """Statistics need at least one element."""
     if 0 in [shape[a] for a in reduced]:
         raise ValueError(
@@ -166,9 +156,7 @@ def something(shape: tuple[int, ...], reduced: tuple[int, ...], *, name: str = "
         )
 
 
-def group_axes(
-    given: int | Iterable[int] | None, feature_axis: int, shape: tuple[int, ...]
-) -> None:
+def group_axes(given: Axes | None, feature_axis: int, shape: Shape) -> None:
     """Flax lists the feature axis among those that are reduced; a list without it is a mistake."""
     if given is None:
         return
@@ -192,29 +180,20 @@ def number_of_groups(num_groups: int | None, group_size: int | None, features: i
             "expected one of them (only the modules have a default). Pass None for the other."
         )
     name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-    try:
-        given = whole(given)
-    except TypeError:
-        raise TypeError(
-            f"normjax: {name}={given!r}, expected a whole number that divides the {features} "
-            "features of x. Pass an integer."
-        ) from None
+    expected = f"a whole number that divides the {features} features of x. Pass an integer."
+    given = whole(name, given, expected)
     # Of a symbolic size it is known whether a number divides it, but not which ones do.
     candidates = range(1, features + 1) if isinstance(features, int) else {1, given}
     divisors = [n for n in candidates if n and features % n == 0]
     if given not in divisors:
-        kind = (
-            f"Number of groups ({given}) does not divide the number of channels ({features})."
-            if group_size is None
-            else f"Number of channels ({features}) is not multiple of the group size ({given})."
-        )
-        raise ValueError(f"normjax: {kind} Expected {name} to be one of {divisors}.")
+        fault = f"Number of groups ({given}) does not divide the number of channels ({features})."
+        if group_size is not None:
+            fault = f"Number of channels ({features}) is not multiple of the group size ({given})."
+        raise ValueError(f"normjax: {fault} Expected {name} to be one of {divisors}.")
     return given if group_size is None else features // given
 
 
-def broadcast(
-    name: str, value: ArrayLike, shape: tuple[int, ...], dtype: np.dtype, *, real: bool
-) -> Array:
+def broadcast(name: str, value: ArrayLike, shape: Shape, dtype: np.dtype, *, real: bool) -> Array:
     """An array that broadcasts to x, its rank raised to that of x; a Python number has `dtype`."""
     value = np.asarray(value, dtype) if type(value) in (int, float) else value
     array = inexact(name, value, real=real)
@@ -230,7 +209,7 @@ def scalar(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
     return array.astype(dtype)
 
 
-def mask(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
+def mask(value: ArrayLike | None, shape: Shape) -> Array | None:
     """A boolean mask of the rank of x, whose broadcast has one reading only."""
     if value is None:
         return None
@@ -240,36 +219,29 @@ def mask(value: ArrayLike | None, shape: tuple[int, ...]) -> Array | None:
             f"normjax: mask has dtype {array.dtype}, expected bool, True where an entry counts. "
             "Pass mask=mask.astype(bool) if nonzero means that it counts."
         )
-    got = array.shape
+    got, ones = array.shape, (1,) * (len(shape) - array.ndim)
     numpy_reading = fits(got, shape)
     # What people mean by a short mask is one entry for each example, along the leading axes.
-    leading = got + (1,) * (len(shape) - len(got))
+    leading, trailing = got + ones, ones + got
     leading_reading = len(got) < len(shape) and fits(leading, shape)
-    over_examples = f"mask.reshape({leading})"
     if numpy_reading and leading_reading and any(n != 1 for n in got):
-        over_features = (1,) * (len(shape) - len(got)) + got
         raise ValueError(
             f"normjax: mask has shape {got}, which has two readings for x with shape {shape}: "
-            f"over the leading axes or over the trailing ones. Pass {over_examples} for the "
-            f"first or mask.reshape({over_features}) for the second."
+            f"over the leading axes or over the trailing ones. Pass mask.reshape({leading}) for "
+            f"the first or mask.reshape({trailing}) for the second."
         )
-    if not numpy_reading and leading_reading:
-        remedy = f"If it has one entry for each index of the leading axes, pass {over_examples}."
-        _refuse_broadcast("mask", got, shape, remedy)
     if not numpy_reading:
-        _refuse_broadcast("mask", got, shape)
-    return array.reshape((1,) * (len(shape) - len(got)) + got)
+        _refuse_broadcast("mask", got, shape, leading if leading_reading else None)
+    return array.reshape(trailing)
 
 
-def _refuse_broadcast(
-    name: str,
-    got: tuple[int, ...],
-    shape: tuple[int, ...],
-    remedy: str = "Give it the rank of x, with size 1 on every axis that it shares.",
-) -> NoReturn:
+def _refuse_broadcast(name: str, got: Shape, x: Shape, leading: Shape | None = None) -> NoReturn:
+    remedy = "Give it the rank of x, with size 1 on every axis that it shares."
+    if leading is not None:
+        entries = "one entry for each index of the leading axes"
+        remedy = f"If it has {entries}, pass {name}.reshape({leading})."
     raise ValueError(
-        f"normjax: {name} has shape {got}, which does not broadcast to x with shape {shape}. "
-        + remedy
+        f"normjax: {name} has shape {got}, which does not broadcast to x with shape {x}. {remedy}"
     )
 
 
@@ -284,13 +256,13 @@ def nonzero(value: ArrayLike | None) -> Array | None:
     return array.astype(bool)
 
 
-def fits(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+def fits(small: Shape, large: Shape) -> bool:
     """Whether an array of the one shape broadcasts to the other."""
     pairs = zip(reversed(small), reversed(large), strict=False)
     return len(small) <= len(large) and all(s in (1, n) for s, n in pairs)
 
 
-def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
     """The one shape of moments to be merged; () stands for any."""
     found = {shape for shape in shapes if shape}
     if len(found) > 1:
@@ -301,29 +273,7 @@ def common_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return found.pop() if found else ()
 
 
-def entries(
-    shape: tuple[int, ...],
-    reduced: tuple[int, ...],
-    shared: int,
-    asked: str = "train=True",
-    instead: str = "pass train=False.",
-) -> None:
-    """Training needs at least two values for each feature, counted over all devices."""
-    local = prod([shape[a] for a in reduced])
-    # A symbolic size, as in an export for any batch, is not known to be too small.
-    if not isinstance(local, int) or local * shared > 1:
-        return
-    where = f"over the axes {reduced}{f' of {shared} devices' if shared > 1 else ''}"
-    reason = ", since one value normalizes to 0 whatever it is" if local else ""
-    raise ValueError(
-        f"normjax: x with shape {shape} has {'one' if local else 'no'} value for each feature "
-        f"{where}, expected at least two with {asked}{reason}. Use a larger batch"
-        f"{'' if reduced else ', along a leading batch axis'}, share statistics over devices with "
-        f"axis_name, or {instead}"
-    )
-
-
-def matrix(shape: tuple[int, ...], stats: Any, kind: type, n_steps: int) -> None:
+def matrix(shape: Shape, stats: Any, kind: type, n_steps: int) -> None:
     """A weight that has singular values, and a state to start from."""
     start = f"{kind.__name__}(jax.random.normal(key, (1, w.shape[-1])), jnp.ones(()))"
     expect_kind("stats", stats, kind, f"{kind.__name__}. Start from {start}.")
@@ -362,23 +312,31 @@ def window(size: int) -> None:
         raise ValueError(f"normjax: size={size!r}, expected a whole number of at least 1.")
 
 
-def shape(given: int | Iterable[int]) -> tuple[int, ...]:
+def shape(given: Axes) -> Shape:
     """The shape of an array that is to be made."""
-    try:
-        sizes = tuple(map(whole, given if isinstance(given, Iterable) else (given,)))
-        possible = min(sizes, default=0) >= 0
-    except TypeError:
-        possible = False
-    if not possible:
-        raise TypeError(
-            f"normjax: shape={given!r}, expected a whole number of at least 0 or a sequence of "
-            "such, the sizes of the feature axes."
-        )
+    expected = "a whole number of at least 0 or a sequence of such, the sizes of the feature axes."
+    sizes = whole_numbers("shape", given, expected)
+    if min(sizes, default=0) < 0:
+        raise TypeError(f"normjax: shape={given!r}, expected {expected}")
     return sizes
 
 
-def whole(value: Any) -> int:
-    """An integer; a bool, which Python takes for one, is a mistake."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError
-    return index(value)
+def whole_numbers(name: str, given: Axes, expected: str) -> tuple[int, ...]:
+    """One integer or several; a bool, which Python takes for an integer, is a mistake."""
+    try:
+        listed = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not {bool, np.bool_}.isdisjoint(map(type, listed)):
+            raise TypeError
+        return tuple(map(index, listed))
+    except TypeError:
+        raise TypeError(f"normjax: {name}={given!r}, expected {expected}") from None
+
+
+def whole(name: str, value: Any, expected: str) -> int:
+    """One integer alone, which an array of rank 0 is too."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return index(value)
+    except TypeError:
+        raise TypeError(f"normjax: {name}={value!r}, expected {expected}") from None

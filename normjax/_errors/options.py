@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Hashable
-from math import inf, ulp
+from math import inf, prod, ulp
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from normjax._errors.arrays import fits, whole
+from normjax._errors.arrays import Shape, fits, whole
 
 # The largest number that is finite, and the smallest one above 0.
 MAX, LEAST = sys.float_info.max, ulp(0.0)
@@ -27,8 +27,7 @@ def number(
     if type(value) not in (int, float):
         is_array = isinstance(value, (np.integer, np.floating, np.ndarray, jax.Array))
         if not is_array or np.ndim(value) or not _is_real(value.dtype):
-            shaped = is_array and np.ndim(value)
-            got = f"an array of shape {np.shape(value)}" if shaped else repr(value)
+            got = _shown(value) if is_array else repr(value)
             raise TypeError(f"normjax: {name} is {got}, expected {expected}.")
         if isinstance(value, jax.core.Tracer):
             return value
@@ -40,6 +39,12 @@ def number(
 
 def _is_real(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+
+
+def _shown(value: object) -> str:
+    """A value in a message; an array by its shape."""
+    shape = getattr(value, "shape", ())
+    return f"an array of shape {shape}" if shape else repr(value)
 
 
 def finite(name: str, value: Any) -> Any:
@@ -104,11 +109,8 @@ def momentum(value: ArrayLike | None, debias: bool) -> None:
         )
 
 
-def ddof(value: Any, shape: tuple[int, ...] = ()) -> Any:
-    """The correction of the running variance, as a Python number unless it is traced.
-
-    With a shape of features there may be one for each.
-    """
+def ddof(value: Any, shape: Shape = ()) -> Any:
+    """The correction of the running variance, one for each feature too if `shape` is theirs."""
     if shape and isinstance(value, jax.Array) and value.ndim and fits(value.shape, shape):
         return value
     expected = (
@@ -120,12 +122,12 @@ def ddof(value: Any, shape: tuple[int, ...] = ()) -> Any:
 
 def switch(name: str, value: object) -> bool:
     """A mode is decided while tracing, so it cannot be a traced value."""
-    if not isinstance(value, (bool, np.bool_)):
-        traced = isinstance(value, jax.core.Tracer)
-        got = "traced by jit" if traced else _shown(value)
-        remedy = f'Mark it static: jax.jit(..., static_argnames="{name}").' if traced else ""
-        raise TypeError(f"normjax: {name} is {got}, expected True or False. {remedy}".rstrip())
-    return bool(value)
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        remedy = f'Mark it static: jax.jit(..., static_argnames="{name}").'
+        raise TypeError(f"normjax: {name} is traced by jit, expected True or False. {remedy}")
+    raise TypeError(f"normjax: {name} is {_shown(value)}, expected True or False.")
 
 
 class Mode(NamedTuple):
@@ -153,12 +155,8 @@ def mode(train: bool | None, built_with: bool | None, use_running_average: bool 
     given = {place: value for place, value in places.items() if value is not None}
     if len(given) > 1:
         both = " and ".join(f"{place} = {value}" for place, value in given.items())
-        twice = (
-            f'Parameter "{name}" was passed to the constructor and at call time. Should be passed '
-            "just once. "
-            if train is None
-            else ""
-        )
+        passed = "was passed to the constructor and at call time. Should be passed just once."
+        twice = f'Parameter "{name}" {passed} ' if train is None else ""
         raise ValueError(
             f"normjax: {twice}Got {both}, which are one switch (train = not {name}), expected it "
             f"once. Give one of them. {_BY_POSITION}"
@@ -180,10 +178,24 @@ def mode(train: bool | None, built_with: bool | None, use_running_average: bool 
     return Mode(decided if train is not None else not decided, asked, instead)
 
 
-def _shown(value: object) -> str:
-    """A value in a message; an array by its shape."""
-    shape = getattr(value, "shape", ())
-    return f"an array of shape {shape}" if shape else repr(value)
+_TRAIN = Mode(True, "train=True", "pass train=False.")
+
+
+def entries(shape: Shape, reduced: Shape, shared: int, mode: Mode = _TRAIN) -> None:
+    """Training needs at least two values for each feature, counted over all devices."""
+    local = prod([shape[a] for a in reduced])
+    # A symbolic size, as in an export for any batch, is not known to be too small.
+    if not isinstance(local, int) or local * shared > 1:
+        return
+    found = "one" if local else "no"
+    devices = f" of {shared} devices" if shared > 1 else ""
+    reason = ", since one value normalizes to 0 whatever it is" if local else ""
+    along = "" if reduced else ", along a leading batch axis"
+    raise ValueError(
+        f"normjax: x with shape {shape} has {found} value for each feature over the axes "
+        f"{reduced}{devices}, expected at least two with {mode.asked}{reason}. Use a larger batch"
+        f"{along}, share statistics over devices with axis_name, or {mode.instead}"
+    )
 
 
 def initializer(name: str, value: object) -> None:
@@ -209,23 +221,16 @@ def variable_names(value: Any) -> None:
     """Names of variables; a text is a collection too, of its letters."""
     named = isinstance(value, Collection) and not isinstance(value, (str, np.ndarray, jax.Array))
     if value is not None and not (named and all(isinstance(name, str) for name in value)):
-        remedy = (
-            f"Pass {{{value!r}}}." if isinstance(value, str) else 'Pass for example {"kernel"}.'
-        )
+        names = f"{{{value!r}}}" if isinstance(value, str) else 'for example {"kernel"}'
         raise TypeError(
             f"normjax: variable_filter={value!r}, expected a collection of names, or None for all "
-            f"variables. {remedy}"
+            f"variables. Pass {names}."
         )
 
 
 def steps(value: Any) -> int:
     """Steps of the power iteration around a layer; as in Flax none at all are allowed."""
-    try:
-        return whole(value)
-    except TypeError:
-        raise TypeError(
-            f"normjax: n_steps={value!r}, expected a whole number, for example 1."
-        ) from None
+    return whole("n_steps", value, "a whole number, for example 1.")
 
 
 def text(name: str, value: object) -> None:
@@ -263,9 +268,7 @@ def bound(name: str, given: Any, smallest: float, stats: Any) -> Array | np.ndar
     return array
 
 
-def virtual_batches(
-    size: int | None, shape: tuple[int, ...], reduced: tuple[int, ...]
-) -> int | None:
+def virtual_batches(size: int | None, shape: Shape, reduced: Shape) -> int | None:
     """How many virtual batches the examples along axis 0 are cut into."""
     if size is None:
         return None
@@ -280,17 +283,17 @@ def virtual_batches(
 
 def moves(train: bool | None, update_stats: bool | None) -> bool:
     """update_stats is the switch if it is given, train if it is alone."""
-    if train is None and update_stats is None:
-        raise ValueError(
-            "normjax: neither train nor update_stats was given, expected one. Pass train=True "
-            "to move the power iteration, or train=False."
-        )
     if update_stats is not None:
         return switch("update_stats", update_stats)
-    return switch("train", train)
+    if train is not None:
+        return switch("train", train)
+    raise ValueError(
+        "normjax: neither train nor update_stats was given, expected one. Pass train=True to move "
+        "the power iteration, or train=False."
+    )
 
 
-def only_matrix(path: str, shape: tuple[int, ...]) -> None:
+def only_matrix(path: str, shape: Shape) -> None:
     """Asked for by error_on_non_matrix."""
     if len(shape) > 2:
         raise ValueError(

@@ -285,7 +285,7 @@ def _step(module: Any, function: Callable, options: dict[str, Any], call: Call) 
     if train:
         # The function checks it too, but does not know by which name the mode was asked for.
         shared = 1 if axis_name is None else _errors.axis_size(axis_name, groups)
-        _errors.entries(x.shape, axes.reduced, shared, mode.asked, mode.instead)
+        _errors.entries(x.shape, axes.reduced, shared, mode)
     # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
     keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
     nothing = Moments.make(features)
