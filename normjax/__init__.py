@@ -40,16 +40,17 @@ from normjax._stats import BatchStats, move, update_stats
 
 if TYPE_CHECKING:
     from normjax import linen as linen
+    from normjax import nnx as nnx
     from normjax import surgery as surgery
 else:
 
     def __getattr__(name: str):
-        if name in ("linen", "surgery"):
+        if name in ("linen", "nnx", "surgery"):
             return import_module(f"normjax.{name}")
         raise AttributeError(f"module 'normjax' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), "linen", "surgery"})
+        return sorted({*globals(), "linen", "nnx", "surgery"})
 
 
 __version__ = "0.1.0"

@@ -17,7 +17,17 @@ import normjax.surgery
 PACKAGE = Path(__file__).parents[1] / "normjax"
 
 # The rooms in the order in which data goes through them; each imports earlier ones only.
-ROOMS = ["_errors", "_core", "_stats", "_functions", "__init__", "linen", "surgery"]
+ROOMS = [
+    "_errors",
+    "_core",
+    "_stats",
+    "_functions",
+    "_modules",
+    "__init__",
+    "linen",
+    "nnx",
+    "surgery",
+]
 # And the files of the core.
 CORE = [
     "dtypes",
@@ -33,7 +43,7 @@ CORE = [
     "normalize",
     "standardize",
 ]
-SHELLS = ["linen"]
+SHELLS = ["linen", "nnx"]
 
 
 def rooms(package=PACKAGE):

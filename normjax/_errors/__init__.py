@@ -14,9 +14,12 @@ from normjax._errors.arrays import (
 from normjax._errors.devices import axis_size, grouped, groups
 from normjax._errors.door import keywords, named
 from normjax._errors.dtypes import floating_dtype, output_dtype
+from normjax._errors.modules import (
+    groups_of_features, mode_of, num_features, of_weight, restored, some_batch_norm, some_moments,
+)  # fmt: skip
 from normjax._errors.options import (
-    activation, bound, ddof, entries, epsilon, finite, initializer, layer, mode, momentum, moves,
-    only_matrix, positive, slope, steps, switch, text, variable_names, virtual_batches,
+    Mode, activation, bound, ddof, entries, epsilon, finite, initializer, layer, mode, momentum,
+    moves, only_matrix, positive, slope, steps, switch, text, variable_names, virtual_batches,
 )  # fmt: skip
 from normjax._errors.state import (
     batch_stats, collection, count, moments, running_layer, same_shape, some_layer, stored_count,

@@ -170,8 +170,10 @@ def group_axes(given: Axes | None, feature_axis: int, shape: Shape) -> None:
         )
 
 
-def number_of_groups(num_groups: int | None, group_size: int | None, features: int) -> int:
-    """Exactly one of both is given, and divides the features."""
+def number_of_groups(
+    num_groups: int | None, group_size: int | None, features: int, noun: str = "channels"
+) -> int:
+    """Exactly one of both is given, and divides the features, which Flax calls in two ways."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             f"normjax: Either `num_groups` or `group_size` should be specified. If `group_size` "
@@ -188,7 +190,7 @@ def number_of_groups(num_groups: int | None, group_size: int | None, features: i
     if given not in divisors:
         fault = f"Number of groups ({given}) does not divide the number of channels ({features})."
         if group_size is not None:
-            fault = f"Number of channels ({features}) is not multiple of the group size ({given})."
+            fault = f"Number of {noun} ({features}) is not multiple of the group size ({given})."
         raise ValueError(f"normjax: {fault} Expected {name} to be one of {divisors}.")
     return given if group_size is None else features // given
 

@@ -10,19 +10,16 @@ import re
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
+# The first fields of classes of linen that are whole numbers.
+WHOLE = ("num_groups", "size")
 _INFERRED = "no features needed: their shape is inferred from the input. Leave it out."
-_OF_PYTORCH = {
-    "eps": "it is called epsilon, as in Flax. Pass epsilon=.",
-    "num_features": _INFERRED,
-    "num_channels": _INFERRED,
-    "normalized_shape": _INFERRED,
-}
 
 
 def named(
@@ -44,7 +41,7 @@ def named(
                 return function(*args, **kwargs)
             except Exception as error:
                 own = isinstance(error, TypeError) and not runs_model
-                if own and (foreign := _of_pytorch(kwargs)):
+                if own and (foreign := _of_pytorch(function, kwargs)):
                     raise TypeError(f"{called}: got {foreign}") from None
                 _rename(error, inner, called, names)
                 raise
@@ -57,16 +54,17 @@ def named(
 def keywords(cls: Class) -> Class:
     """The door of a class of Flax: its constructor refuses arguments of PyTorch in a sentence.
 
-    Fields, signature and type are what they were. Flax takes the 64 of LayerNorm(64) for epsilon;
-    the first field of most classes is no whole number.
+    Fields, signature and type are what they were. In linen, Flax takes the 64 of LayerNorm(64) for
+    epsilon; the first field of most classes is no whole number.
     """
     construct: Any = cls.__init__  # type: ignore[misc]
     first = fields(cls)[0].name
+    room = cls.__module__.split(".")[1]
 
-    @named(f"normjax.linen.{cls.__name__}")
+    @named(f"normjax.{room}.{cls.__name__}")
     @wraps(construct)
     def checked(*args: Any, **kwargs: Any) -> None:
-        if first != "num_groups" and len(args) > 1 and type(args[1]) is int:
+        if room == "linen" and first not in WHOLE and len(args) > 1 and type(args[1]) is int:
             got = f"{args[1]} as the first argument, which is {first}"
             raise TypeError(f"normjax: got {got}; {_INFERRED}")
         construct(*args, **kwargs)
@@ -75,10 +73,20 @@ def keywords(cls: Class) -> Class:
     return cls
 
 
-def _of_pytorch(given: dict[str, Any]) -> str | None:
-    """The first argument of PyTorch, which nothing here has, and what to do."""
-    for name, remedy in _OF_PYTORCH.items():
-        if name in given:
+def _of_pytorch(function: Callable[..., Any], given: dict[str, Any]) -> str | None:
+    """The first argument of PyTorch, which the function does not have, and what to do."""
+    known = signature(function).parameters
+    features = _INFERRED
+    if "num_features" in known:
+        features = "it is called num_features. Pass num_features=."
+    remedies = {
+        "eps": "it is called epsilon, as in Flax. Pass epsilon=.",
+        "num_features": features,
+        "num_channels": features,
+        "normalized_shape": features,
+    }
+    for name, remedy in remedies.items():
+        if name in given and name not in known:
             return f"{name}={given[name]!r}, an argument of PyTorch; {remedy}"
     return None
 

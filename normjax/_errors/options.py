@@ -207,13 +207,13 @@ def initializer(name: str, value: object) -> None:
         )
 
 
-def layer(value: object, kind: type) -> None:
+def layer(value: object, kind: type, framework: str, example: str) -> None:
     """A wrapper has a layer within."""
     if not isinstance(value, kind):
         got = value.__name__ if isinstance(value, type) else type(value).__name__
         raise TypeError(
-            f"normjax: layer_instance is {got}, expected an instance of a flax.linen module. Pass "
-            "the layer whose weights are normalized, for example nn.Dense(3)."
+            f"normjax: layer_instance is {got}, expected an instance of a {framework} module. "
+            f"Pass the layer whose weights are normalized, for example {example}."
         )
 
 
@@ -293,10 +293,10 @@ def moves(train: bool | None, update_stats: bool | None) -> bool:
     )
 
 
-def only_matrix(path: str, shape: Shape) -> None:
-    """Asked for by error_on_non_matrix."""
+def only_matrix(subject: str, path: str, shape: Shape) -> None:
+    """Asked for by error_on_non_matrix. `subject` is what Flax says."""
     if len(shape) > 2:
         raise ValueError(
-            f"normjax: Input is {len(shape)}D but error_on_non_matrix is True: {path} has shape "
-            f"{shape}. Pass error_on_non_matrix=False to take its last axis as the features."
+            f"normjax: {subject} is {len(shape)}D but error_on_non_matrix is True: {path} has "
+            f"shape {shape}. Pass error_on_non_matrix=False to take its last axis as the features."
         )

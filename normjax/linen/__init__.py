@@ -5,9 +5,15 @@ They carry `params` and `batch_stats` in and out, and hold no arithmetic.
 
 from normjax.linen._accumulate import empty_batch_moments, move_batch_stats
 from normjax.linen._batch import BatchNorm, BatchNormAct, BatchRenorm, ImmutableBatchStatsError
-from normjax.linen._kin import AddLayerNorm, AddRMSNorm, DynamicTanh, FilterResponseNorm
-from normjax.linen._sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from normjax.linen._others import (
+    AddLayerNorm,
+    AddRMSNorm,
+    DynamicTanh,
+    FilterResponseNorm,
+    LocalResponseNorm,
+)
 from normjax.linen._weight import SpectralNorm, WeightNorm, WeightStandardized
+from normjax.linen._within import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 
 __all__ = [
     "AddLayerNorm",
@@ -21,6 +27,7 @@ __all__ = [
     "ImmutableBatchStatsError",
     "InstanceNorm",
     "LayerNorm",
+    "LocalResponseNorm",
     "RMSNorm",
     "SpectralNorm",
     "WeightNorm",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,11 +14,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _errors
-from normjax._core.moments import Moments, merge
-from normjax._functions import LeakyReLU, batch, renorm
-from normjax._functions.batch import Arguments
+from normjax._core.moments import Moments
+from normjax._functions import LeakyReLU
+from normjax._modules import batch
+from normjax._modules.shell import Call
 from normjax._stats import BatchStats
-from normjax.linen._params import MissingStatsError, affine, as_mask, output_dtype
+from normjax.linen._shell import MissingStatsError, shell
 
 
 class ImmutableBatchStatsError(ModifyScopeVariableError):
@@ -36,8 +37,61 @@ class ImmutableBatchStatsError(ModifyScopeVariableError):
         )
 
 
+class _BatchNorm(nn.Module):
+    """Fields and call of all batch norms."""
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    ddof: float = 0
+    debias: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        train: bool | None = None,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`; with `train=True` by the batch, moving `batch_stats`.
+
+        Args:
+            x: floating or complex array; of rank 1 it is one example.
+            use_running_average: the mode by Flax's name, `not train`. A mode passed by position
+                is this one, as in Flax: write `layer(x, train=train)`, never `layer(x, train)`.
+            train: the mode. Exactly one of both names is given, at construction or here.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: of (C,) or (N, C), in place of the parameters, which are then not made.
+
+        Returns:
+            An array of the shape of `x`. In `init`, as in Flax, the statistics are not moved and
+            `axis_name` is not used.
+
+        Raises:
+            ImmutableBatchStatsError: `train=True` and neither `batch_stats` nor `batch_moments`
+                is mutable.
+            ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
+        """
+        return _run(self, use_running_average, train, Call(x, mask, scale, bias))
+
+
 @_errors.keywords
-class BatchNorm(nn.Module):
+class BatchNorm(_BatchNorm):
     """`normjax.batch_norm` as a module; a drop-in for `flax.linen.BatchNorm`.
 
     The same fields in the same order with the same defaults, the same variables
@@ -77,58 +131,7 @@ class BatchNorm(nn.Module):
         Array([0.1, 2. ], dtype=float32)
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float | None = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    ddof: float = 0
-    debias: bool = False
     virtual_batch_size: int | None = None
-
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        train: bool | None = None,
-        mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-    ) -> Array:
-        """Normalizes `x`; with `train=True` by the batch, moving `batch_stats`.
-
-        Args:
-            x: floating or complex array; of rank 1 it is one example.
-            use_running_average: the mode by Flax's name, `not train`. A mode passed by position
-                is this one, as in Flax: write `layer(x, train=train)`, never `layer(x, train)`.
-            train: the mode. Exactly one of both names is given, at construction or here.
-            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: of (C,) or (N, C), in place of the parameters, which are then not made.
-
-        Returns:
-            An array of the shape of `x`. In `init`, as in Flax, the statistics are not moved and
-            `axis_name` is not used.
-
-        Raises:
-            ImmutableBatchStatsError: `train=True` and neither `batch_stats` nor `batch_moments`
-                is mutable.
-            ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
-        """
-        options = dict(virtual_batch_size=self.virtual_batch_size)
-        return _run(
-            self, batch.run, options, Call(x, use_running_average, train, mask, scale, bias)
-        )
 
 
 @_errors.keywords
@@ -154,26 +157,9 @@ class BatchNormAct(BatchNorm):
 
     activation: Callable[[Array], Array] = LeakyReLU()
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        train: bool | None = None,
-        mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-    ) -> Array:
-        """Normalizes and activates `x`; arguments, result and errors as in `BatchNorm`."""
-        options = dict(virtual_batch_size=self.virtual_batch_size, activation=self.activation)
-        return _run(
-            self, batch.run, options, Call(x, use_running_average, train, mask, scale, bias)
-        )
-
 
 @_errors.keywords
-class BatchRenorm(nn.Module):
+class BatchRenorm(_BatchNorm):
     """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
     Attributes are those of `BatchNorm`, the variables too, so a checkpoint of one loads in the
@@ -190,130 +176,56 @@ class BatchRenorm(nn.Module):
         Array([-1.,  3.], dtype=float32)
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    momentum: float | None = 0.99
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    ddof: float = 0
-    debias: bool = False
     r_max: float | Callable[[Array], ArrayLike] = 3.0
     d_max: float | Callable[[Array], ArrayLike] = 5.0
 
-    @nn.compact
-    def __call__(
-        self,
-        x: ArrayLike,
-        use_running_average: bool | None = None,
-        *,
-        train: bool | None = None,
-        mask: ArrayLike | None = None,
-        scale: ArrayLike | None = None,
-        bias: ArrayLike | None = None,
-    ) -> Array:
-        """Normalizes `x`; arguments, result and errors as in `BatchNorm`."""
-        # In init there are no statistics to correct towards, as there are none to keep.
-        call = Call(x, use_running_average, train, mask, scale, bias)
-        if self.is_initializing():
-            return _run(self, batch.run, {}, call)
-        return _run(self, renorm.run, dict(r_max=self.r_max, d_max=self.d_max), call)
 
-
-class Call(NamedTuple):
-    """What a module is called with."""
-
-    x: Any
-    use_running_average: Any
-    train: Any
-    mask: Any
-    scale: Any
-    bias: Any
-
-
-def _run(module: Any, function: Callable, options: dict[str, Any], call: Call) -> Array:
+def _run(module: Any, use_running_average: bool | None, train: bool | None, call: Call) -> Array:
     """The module's step, whose errors name the module."""
     called = f"normjax.linen.{type(module).__name__}"
     step = _errors.named(called, feature_axis="axis", stats="batch_stats")(_step)
-    return step(module, function, options, call)
+    return step(module, use_running_average, train, call)
 
 
-def _step(module: Any, function: Callable, options: dict[str, Any], call: Call) -> Array:
-    """Carries the variables of a module into a function of running statistics, and out."""
-    x, use_running_average, train, mask, scale, bias = call
+def _step(module: Any, use_running_average: bool | None, train: bool | None, call: Call) -> Array:
+    """Carries the variables of a module into a step, and out."""
     mode = _errors.mode(train, module.use_running_average, use_running_average)
-    train = mode.train
-    x = _errors.inexact("x", x)
-    axes = _errors.features(x.shape, module.axis)
-    features, mask = axes.shape, as_mask(mask)
+    call, features = batch.read(module, call)
+    running = _running(module, features.shape, mode)
+    trains = mode.train and not module.is_initializing()
+    moves = trains and module.is_mutable_collection("batch_stats")
+    keeps = trains and module.is_mutable_collection("batch_moments")
+    if trains and not moves and not keeps:
+        raise ImmutableBatchStatsError("/".join(module.path), mode.asked, mode.instead)
+    # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
+    keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
+    kept = None
+    if keeps:
+        kept = module.get_variable("batch_moments", "moments", Moments.make(features.shape))
+    memory = batch.Memory(BatchStats(**{n: v.value for n, v in running.items()}), kept)
 
-    scheduled = any(callable(getattr(module, name, None)) for name in ("r_max", "d_max"))
-    counted = _errors.switch("debias", module.debias) or module.momentum is None or scheduled
+    y, memory = batch.step(shell(module), call, features, mode, memory, moves)
+    if keeps:
+        module.put_variable("batch_moments", "moments", memory.moments)
+    if moves:
+        for name, variable in running.items():
+            variable.value = getattr(memory.stats, name)
+    return y
+
+
+def _running(module: Any, features: tuple[int, ...], mode: _errors.Mode) -> dict[str, Any]:
+    """The variables of the running statistics, made where there are none."""
+    counted = batch.needs_count(module)
     if counted and module.has_variable("batch_stats", "mean"):
         has_count = module.has_variable("batch_stats", "count")
-        _errors.stored_count(has_count or not train)
+        _errors.stored_count(has_count or not mode.train)
         counted = has_count
-
     for name in ("mean", "var"):
         known = module.has_variable("batch_stats", name)
         if not known and not module.is_mutable_collection("batch_stats"):
             raise MissingStatsError(module.path, mode.asked, f"batch_stats/{name}")
-
-    running = {
+    return {
         name: module.variable("batch_stats", name, lambda value=value: value)
         for name, value in BatchStats.make(features, counted=counted)._asdict().items()
         if value is not None
     }
-    scale, bias = affine(module, features, scale, bias)
-
-    stats: BatchStats | None = BatchStats(**{n: v.value for n, v in running.items()})
-    axis_name, groups = module.axis_name, module.axis_index_groups
-    if train and module.is_initializing():
-        # Init makes shapes from any data, a batch of one included: it normalizes by that
-        # batch, keeps no statistics and needs no device axis.
-        train, stats, axis_name, groups = False, None, None, None
-    moves = train and module.is_mutable_collection("batch_stats")
-    keeps = train and module.is_mutable_collection("batch_moments")
-    if train and not moves and not keeps:
-        raise ImmutableBatchStatsError("/".join(module.path), mode.asked, mode.instead)
-    if train:
-        # The function checks it too, but does not know by which name the mode was asked for.
-        shared = 1 if axis_name is None else _errors.axis_size(axis_name, groups)
-        _errors.entries(x.shape, axes.reduced, shared, mode)
-    # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
-    keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
-    nothing = Moments.make(features)
-
-    arguments = Arguments(
-        x=x,
-        stats=stats,
-        scale=scale,
-        bias=bias,
-        train=train,
-        feature_axis=module.axis,
-        momentum=module.momentum,
-        epsilon=module.epsilon,
-        ddof=module.ddof,
-        debias=module.debias,
-        mask=mask,
-        axis_name=axis_name,
-        axis_index_groups=groups,
-        dtype=output_dtype(module, x, scale, bias),
-        **options,
-    )
-    y, moments = function(arguments)
-    if keeps:
-        kept = module.get_variable("batch_moments", "moments", nothing)
-        moments = merge(kept, moments)
-        module.put_variable("batch_moments", "moments", nothing if moves else moments)
-    if moves:
-        stats = arguments.moved(moments)
-        for name, variable in running.items():
-            variable.value = getattr(stats, name)
-    return y

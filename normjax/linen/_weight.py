@@ -14,8 +14,10 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from normjax import _errors
-from normjax._functions import SpectralStats, spectral_norm, standardize_weight, weight_norm
-from normjax.linen._params import MissingStatsError, feature_shape, output_dtype, param
+from normjax._functions import SpectralStats
+from normjax._modules import weight
+from normjax._modules.shell import feature_shape
+from normjax.linen._shell import MissingStatsError, param
 
 
 @_errors.keywords
@@ -55,8 +57,7 @@ class WeightNorm(nn.Module):
             if self.use_scale:
                 shape = feature_shape(self.feature_axes, w.shape)
                 scale = param(self, "scale", shape, f"{path}/scale")
-            normed = weight_norm(w, scale, feature_axis=self.feature_axes, epsilon=self.epsilon)
-            return normed.astype(output_dtype(self, w, scale))
+            return weight.normalized(self, w, scale)
 
         return _call(self, transform, args, kwargs)
 
@@ -111,7 +112,7 @@ class SpectralNorm(nn.Module):
             if w.ndim < 2 or n_steps < 1:
                 return w
             if self.error_on_non_matrix:
-                _errors.only_matrix(path, w.shape)
+                _errors.only_matrix("Input", path, w.shape)
             name, dtype = self.collection_name, self.param_dtype
             known = self.has_variable(name, f"{path}/u")
             if not known and not (self.is_mutable_collection(name) and self.has_rng("params")):
@@ -120,12 +121,10 @@ class SpectralNorm(nn.Module):
             shape = (1, w.shape[-1])
             u = self.variable(name, f"{path}/u", jax.random.normal, key, shape, dtype)
             sigma = self.variable(name, f"{path}/sigma", jnp.ones, (), dtype)
-            stats = SpectralStats(u.value, sigma.value)
-            options: dict[str, Any] = dict(n_steps=n_steps, epsilon=self.epsilon)
-            normed, new = spectral_norm(w, stats, train=moves, **options)
+            normed, stats = weight.by_sigma(self, w, SpectralStats(u.value, sigma.value), moves)
             if moves:
-                u.value, sigma.value = new
-            return normed.astype(output_dtype(self, w, *stats))
+                u.value, sigma.value = stats
+            return normed
 
         return _call(self, transform, args, kwargs, mutable=True)
 
@@ -178,9 +177,7 @@ class WeightStandardized(nn.Module):
             if self.use_gain:
                 shape = feature_shape(self.feature_axes, w.shape)
                 gain = param(self, "gain", shape, f"{path}/gain")
-            options: dict[str, Any] = dict(epsilon=self.epsilon, scaled=self.scaled)
-            normed = standardize_weight(w, gain, feature_axis=self.feature_axes, **options)
-            return normed.astype(output_dtype(self, w, gain))
+            return weight.standardized(self, w, gain)
 
         return _call(self, transform, args, kwargs)
 
@@ -190,7 +187,7 @@ def _call(
     **options: Any,
 ) -> Any:  # fmt: skip
     """Calls the wrapped layer with each of its parameters transformed, by path."""
-    _errors.layer(module.layer_instance, nn.Module)
+    _errors.layer(module.layer_instance, nn.Module, "flax.linen", "nn.Dense(3)")
 
     def by_path(keys: tuple, w: Array) -> Array:
         inner = jax.tree_util.keystr(keys[1:], simple=True, separator="/")

@@ -33,11 +33,8 @@ R = TypeVar("R")
 
 _OURS: Any = normjax.linen.BatchNorm
 
-# Layers with code of their own before those that they extend.
-_OWN: Any = (normjax.linen.BatchNormAct, normjax.linen.BatchRenorm, _OURS)
-
 # The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
-KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, *_OWN)}
+KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, _OURS)}
 
 
 class Layer(NamedTuple):
@@ -321,8 +318,7 @@ def _recognize_kind(
 
 def _run(layer: Layer) -> Any:
     """Runs a changed layer: by the code of normjax, whichever library it comes from."""
-    kind = next((kind for kind in _OWN if isinstance(layer.module, kind)), _OURS)
-    body: Any = inspect.unwrap(kind.__call__)
+    body: Any = inspect.unwrap(_OURS.__call__)
     vectors = {name: _held(layer, getattr(layer, name)) for name in ("scale", "bias")}
     return body(_Edited(layer), layer.x, train=layer.train, mask=layer.mask, **vectors)
 

@@ -12,7 +12,6 @@ from jax import Array, lax
 from normjax import Moments, _errors, measure, merge, synchronize
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import collapse
-from normjax.linen._params import as_mask
 from normjax.surgery._layers import Edit, Layer, not_recognized
 from normjax.surgery._paths import Path, chosen, written
 
@@ -145,7 +144,7 @@ def _see(layer: Layer, center: Array) -> Record:
             "model, or the features lie on another axis than the layer says."
         )
     x = x.astype(accumulation_dtype(x.dtype, center.dtype)) - jnp.expand_dims(center, reduced)
-    moments, within, examples = _measure(x, reduced, as_mask(layer.mask))
+    moments, within, examples = _measure(x, reduced, _errors.nonzero(layer.mask))
     if layer.axis_name is not None:
         options: dict[str, Any] = dict(axis_index_groups=layer.axis_index_groups)
         moments = synchronize(moments, layer.axis_name, **options)

@@ -13,8 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _errors
-from normjax._functions import group_norm, instance_norm, layer_norm, rms_norm
-from normjax.linen._params import affine, as_mask, device_axis, feature_shape, output_dtype
+from normjax._modules import within
+from normjax._modules.shell import Call
+from normjax.linen._shell import shell
 
 
 @_errors.keywords
@@ -63,20 +64,7 @@ class LayerNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, bias = affine(self, features, scale, bias)
-        return layer_norm(
-            x,
-            scale,
-            bias,
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale, bias),
-            **device_axis(self),
-        )
+        return within.layer_norm(shell(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -122,19 +110,7 @@ class RMSNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale: in place of the parameter, which is then not made.
         """
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, _ = affine(self, features, scale, None)
-        return rms_norm(
-            x,
-            scale,
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale),
-            **device_axis(self),
-        )
+        return within.rms_norm(shell(self), Call(x, mask, scale))
 
 
 @_errors.keywords
@@ -186,23 +162,8 @@ class GroupNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _errors.inexact("x", x)
-        _errors.group_axes(self.reduction_axes, self.feature_axis, x.shape)
-        features = (x.shape[_errors.axis("feature_axis", self.feature_axis, x.shape)],)
-        scale, bias = affine(self, features, scale, bias)
-        return group_norm(
-            x,
-            scale,
-            bias,
-            num_groups=self.num_groups,
-            group_size=self.group_size,
-            feature_axis=self.feature_axis,
-            axis=self.reduction_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale, bias),
-            **device_axis(self),
-        )
+        groups = dict(num_groups=self.num_groups, group_size=self.group_size)
+        return within.group_norm(shell(self), Call(x, mask, scale, bias), groups)
 
 
 @_errors.keywords
@@ -250,16 +211,4 @@ class InstanceNorm(nn.Module):
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
             scale, bias: in place of the parameters, which are then not made.
         """
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, bias = affine(self, features, scale, bias)
-        return instance_norm(
-            x,
-            scale,
-            bias,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale, bias),
-            **device_axis(self),
-        )
+        return within.instance_norm(shell(self), Call(x, mask, scale, bias))

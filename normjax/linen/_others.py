@@ -12,8 +12,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _errors
-from normjax._functions import add_layer_norm, add_rms_norm, dynamic_tanh, filter_response_norm
-from normjax.linen._params import affine, as_mask, feature_shape, output_dtype, param
+from normjax._modules import within
+from normjax._modules.shell import Call
+from normjax.linen._shell import shell
 
 
 @_errors.keywords
@@ -52,20 +53,7 @@ class AddLayerNorm(nn.Module):
         bias: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
         """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, bias = affine(self, features, scale, bias)
-        return add_layer_norm(
-            x,
-            residual,
-            scale,
-            bias,
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale, bias),
-        )
+        return within.add_layer_norm(shell(self), Call(x, mask, scale, bias), residual)
 
 
 @_errors.keywords
@@ -101,19 +89,7 @@ class AddRMSNorm(nn.Module):
         scale: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
         """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, _ = affine(self, features, scale, None)
-        return add_rms_norm(
-            x,
-            residual,
-            scale,
-            axis=self.reduction_axes,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale),
-        )
+        return within.add_rms_norm(shell(self), Call(x, mask, scale), residual)
 
 
 @_errors.keywords
@@ -157,22 +133,7 @@ class FilterResponseNorm(nn.Module):
         bias: ArrayLike | None = None,
     ) -> Array:
         """Normalizes and thresholds `x`; `scale` and `bias` stand in for the parameters."""
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        scale, bias = affine(self, features, scale, bias)
-        threshold = None
-        if self.use_threshold:
-            threshold = param(self, "threshold", features)
-        return filter_response_norm(
-            x,
-            scale,
-            bias,
-            threshold,
-            feature_axis=self.feature_axes,
-            epsilon=self.epsilon,
-            mask=as_mask(mask),
-            dtype=output_dtype(self, x, scale, bias),
-        )
+        return within.filter_response_norm(shell(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -206,8 +167,30 @@ class DynamicTanh(nn.Module):
         self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
     ) -> Array:
         """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
-        x = _errors.inexact("x", x)
-        features = feature_shape(self.feature_axes, x.shape)
-        alpha = param(self, "alpha", ())
-        scale, bias = affine(self, features, scale, bias)
-        return dynamic_tanh(x, alpha, scale, bias, feature_axis=self.feature_axes)
+        return within.dynamic_tanh(shell(self), Call(x, scale=scale, bias=bias))
+
+
+@_errors.keywords
+class LocalResponseNorm(nn.Module):
+    """`normjax.local_response_norm` as a module; it has no variables.
+
+    Attributes are the options of the function.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, normjax.linen
+        >>> layer = normjax.linen.LocalResponseNorm(size=3)
+        >>> layer.apply({}, jnp.ones((2, 4))).shape
+        (2, 4)
+    """
+
+    size: int = 5
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
+    feature_axis: int = -1
+
+    @nn.compact
+    @_errors.named("normjax.linen.LocalResponseNorm")
+    def __call__(self, x: ArrayLike) -> Array:
+        """Normalizes `x` by its neighbors along the features."""
+        return within.local_response_norm(self, x)

@@ -1,0 +1,95 @@
+"""Errors of modules of NNX: their mode, the features they were built for, what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+
+from normjax._errors.arrays import Features, number_of_groups
+from normjax._errors.options import Mode, mode, switch
+
+
+def mode_of(held: bool | None, frozen: bool, at_call: dict[str, bool | None]) -> Mode:
+    """The mode at the call, `train` or `use_running_average`, goes before that of the module."""
+    name = "use_running_average"
+    is_asked = any(value is not None for value in at_call.values())
+    if is_asked:
+        found = mode(at_call["train"], None, at_call[name])
+    elif held is None:
+        raise ValueError(
+            f"normjax: no mode was given. No `{name}` argument was provided to BatchNorm. Expected "
+            "one: call model.train() or model.eval(), pass train=True or train=False at the call, "
+            f"or set {name} at construction or by nnx.view."
+        )
+    else:
+        average = switch(name, held)
+        found = Mode(not average, f"{name}={average}", "call model.eval(), or pass train=False.")
+    if not frozen:
+        return found
+    if is_asked and found.train:
+        raise ValueError(
+            f"normjax: {found.asked} asks a frozen layer to train. Leave the mode out at the call, "
+            "or unfreeze the layer: model.set_attributes(frozen=False)."
+        )
+    return found._replace(train=False)
+
+
+def num_features(name: str, held: tuple[int, ...], features: Features) -> None:
+    """A variable has an entry for each feature of x."""
+    if prod(held) != prod(features.shape):
+        raise ValueError(
+            f"normjax: x with shape {features.x} has {prod(features.shape)} features along "
+            f"feature_axis={features.given!r}, expected num_features={prod(held)}, the size of "
+            f"{name}. If the features lie on another axis, pass feature_axis=."
+        )
+
+
+def restored(name: str, value: Any) -> Any:
+    """The value of a variable, which a restored state may have left abstract."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, complex)):
+        raise ValueError(
+            f"normjax: {name} is {type(value).__name__}, expected an array: the state that was "
+            "restored does not hold it. Restore both nnx.Param and nnx.BatchStat."
+        )
+    return value
+
+
+def groups_of_features(
+    num_groups: int | None, group_size: int | None, features: int
+) -> tuple[int, int]:
+    """How many groups of features there are, and how large each is."""
+    groups = number_of_groups(num_groups, group_size, features, "features")
+    return groups, features // groups
+
+
+def some_batch_norm(number: int) -> None:
+    """A model without a batch norm is most likely the wrong model."""
+    if not number:
+        raise ValueError(
+            "normjax: the model has no batch norm of normjax.nnx, expected at least one. Pass the "
+            "whole model."
+        )
+
+
+def some_moments(number: int) -> None:
+    """Statistics move by moments that were kept."""
+    if not number:
+        raise ValueError(
+            "normjax: no batch norm has kept moments, expected at least one that did. Run the "
+            "model in training with accumulate=True: model.set_attributes(accumulate=True)."
+        )
+
+
+def of_weight(held: Mapping[Any, Any] | None, path: tuple[Any, ...]) -> Any:
+    """What a wrapper keeps beside a weight of its layer."""
+    if held is None or path not in held:
+        raise RuntimeError(
+            f"normjax: the layer has the param {path}, for which nothing was made, expected one of "
+            f"{list(held or ())}. Parameters of the layer_instance should not change! Wrap "
+            "the layer when it is complete."
+        )
+    return held[path]

@@ -1,0 +1,242 @@
+"""Batch norm: `Param` and `BatchStat` in and out of `normjax.batch_norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax import Array
+from jax.typing import ArrayLike
+
+from normjax import _errors
+from normjax._core.moments import Moments
+from normjax._functions import LeakyReLU
+from normjax._modules import batch
+from normjax._modules.shell import Call
+from normjax._stats import BatchStats
+from normjax.nnx._shell import Metadata, held, make_affine, shell
+
+
+class BatchMoments(nnx.Variable[Moments]):
+    """Moments of micro-batches, for which the running statistics have not moved yet."""
+
+
+@dataclass(eq=False, repr=False)
+class _BatchNorm(nnx.Module):
+    """Fields and call of all batch norms."""
+
+    num_features: int
+    _: KW_ONLY
+    use_running_average: bool | None = False
+    axis: int | Sequence[int] = -1
+    momentum: float | None = 0.99
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: InitVar[Initializer] = initializers.zeros
+    scale_init: InitVar[Initializer] = initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    promote_dtype: PromoteDtypeFn = promote_dtype
+    rngs: InitVar[nnx.Rngs]
+    bias_metadata: InitVar[Metadata] = None
+    scale_metadata: InitVar[Metadata] = None
+    ddof: float = 0
+    debias: bool = False
+    accumulate: bool = False
+    frozen: bool = False
+
+    def __post_init__(
+        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
+    ) -> None:
+        counted = batch.needs_count(self)
+        for name, value in BatchStats.make(self.num_features, counted=counted)._asdict().items():
+            if value is not None:
+                setattr(self, name, nnx.BatchStat(value))
+        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
+        make_affine(self, rngs, scale=scale, bias=bias)
+        if self.accumulate:
+            self.moments = BatchMoments(Moments.make(self.num_features))
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        train: bool | None = None,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> Array:
+        """Normalizes `x`; in training by the batch, moving the running statistics.
+
+        Args:
+            x: floating or complex array; of rank 1 it is one example.
+            use_running_average: the mode, `not train`; as in Flax it goes before that of the
+                module, which `model.train()` and `model.eval()` set.
+            train: the mode by its other name.
+            mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
+            scale, bias: of (C,) or (N, C), in place of the parameters.
+
+        Returns:
+            An array of the shape of `x`.
+
+        Raises:
+            ValueError: no mode or two modes, `train=True` for a frozen layer, an x of another
+                number of features; and whatever `normjax.batch_norm` raises.
+        """
+        called = f"normjax.nnx.{type(self).__name__}"
+        step = _errors.named(called, feature_axis="axis", stats="BatchStat")(_step)
+        return step(self, use_running_average, train, Call(x, mask, scale, bias))
+
+    def set_view(
+        self, use_running_average: bool | None = None, accumulate: bool | None = None
+    ) -> None:
+        """What `nnx.view` sets.
+
+        Args:
+            use_running_average: if True, the running statistics are used.
+            accumulate: if True, training keeps moments in place of moving the statistics.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if accumulate is not None:
+            self.accumulate = accumulate
+
+
+@_errors.keywords
+@dataclass(eq=False, repr=False)
+class BatchNorm(_BatchNorm):
+    """`normjax.batch_norm` as a module; a drop-in for `flax.nnx.BatchNorm`.
+
+    The same arguments with the same defaults, the same variables (`Param` scale and bias,
+    `BatchStat` mean and var), so states load both ways. Running statistics are used as they are,
+    in float32 or wider, whatever `dtype` is; Flax rounds them to `dtype` first. On top of that it
+    takes `train=True/False` when called, and it accumulates: in training with `accumulate`, the
+    moments of the input are merged into the variable `moments`, and the statistics stay. The first
+    training call without it moves them once, by what was kept and that batch.
+
+    Attributes:
+        num_features: the number of features.
+        use_running_average: normalize by the running statistics. False, training, by default, as
+            in Flax; None asks for a mode at each call, or by `model.train()` and `model.eval()`.
+        axis: the feature axis or axes of the input.
+        momentum: weight of the OLD running value. None: the plain average over all batches; this
+            adds the variable `count`.
+        epsilon: added to the variance.
+        dtype: of the result; by default what the input and the variables promote to, as in Flax.
+        param_dtype: of scale and bias.
+        use_bias, use_scale: whether there is a bias, a scale.
+        bias_init, scale_init: their initializers.
+        axis_name: mapped axis to share batch statistics over.
+        axis_index_groups: groups along `axis_name` that share among themselves only.
+        use_fast_variance: no effect, kept for Flax's sake: the exact variance is always used.
+        promote_dtype: a function that is given (x, mean, var, scale, bias) and `dtype`, and returns
+            what is used in their place. The default changes nothing but the dtype of the result.
+        rngs: for the initializers.
+        bias_metadata, scale_metadata: metadata of the parameters, such as their sharding.
+        ddof: correction of the running variance, 0 as in Flax, 1 as in PyTorch.
+        debias: correct the running average for its start; this adds the variable `count`.
+        accumulate: training merges moments into the variable `moments`, a `BatchMoments`.
+        frozen: act by the running statistics and learn nothing, whatever the mode of the model.
+        virtual_batch_size: normalize so many neighbors along axis 0 by themselves.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax.nnx
+        >>> from flax import nnx
+        >>> layer = normjax.nnx.BatchNorm(2, momentum=0.9, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[0.0, 10.0], [2.0, 30.0]]))
+        >>> layer.mean[...]
+        Array([0.1, 2. ], dtype=float32)
+    """
+
+    virtual_batch_size: int | None = None
+
+
+@_errors.keywords
+@dataclass(eq=False, repr=False, kw_only=True)
+class BatchNormAct(BatchNorm):
+    """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
+
+    Variables are those of `BatchNorm`, so a state of one loads in the other. For the backward pass
+    it keeps its input alone; see `normjax.batch_norm_act`.
+
+    Attributes are those of `BatchNorm`, and
+        activation: a hashable elementwise function, for example `normjax.LeakyReLU()`,
+            `normjax.ELU()` or `jax.nn.gelu`.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax.nnx
+        >>> from flax import nnx
+        >>> layer = normjax.nnx.BatchNormAct(1, activation=normjax.ELU(), rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[0.0], [4.0]])).round(2).ravel()
+        Array([-0.63,  1.  ], dtype=float32)
+    """
+
+    activation: Callable[[Array], Array] = LeakyReLU()
+
+
+@_errors.keywords
+@dataclass(eq=False, repr=False, kw_only=True)
+class BatchRenorm(_BatchNorm):
+    """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
+
+    Attributes are those of `BatchNorm`, the variables too, so a state of one loads in the other.
+    `r_max` and `d_max` are numbers, or schedules from the steps taken to a number, which add the
+    variable `count`.
+
+    Example:
+        >>> import jax.numpy as jnp, normjax.nnx
+        >>> from flax import nnx
+        >>> layer = normjax.nnx.BatchRenorm(1, r_max=2.0, d_max=1.0, rngs=nnx.Rngs(0))
+        >>> layer(jnp.array([[0.0], [4.0]])).round(2).ravel()
+        Array([-1.,  3.], dtype=float32)
+    """
+
+    r_max: float | Callable[[Array], ArrayLike] = 3.0
+    d_max: float | Callable[[Array], ArrayLike] = 5.0
+
+
+def _step(module: Any, use_running_average: bool | None, train: bool | None, call: Call) -> Array:
+    """Carries the variables of a module into a step, and out."""
+    asked = dict(train=train, use_running_average=use_running_average)
+    mode = _errors.mode_of(module.use_running_average, module.frozen, asked)
+    call, features = batch.read(module, call)
+    stats = _stats(module, features)
+    pending = getattr(module, "moments", None)
+    moves, keeps = mode.train and not module.accumulate, module.accumulate or pending is not None
+    kept = None
+    if mode.train and keeps:
+        kept = Moments.make(features.shape) if pending is None else pending.get_value()
+    read = shell(module, frozen=module.frozen, promotes_stats=True)
+    y, memory = batch.step(read, call, features, mode, batch.Memory(stats, kept), moves)
+    if memory.moments is not None:
+        _keep(module, memory.moments)
+    if moves:
+        for name, value in memory.stats._asdict().items():
+            if value is not None:
+                variable = getattr(module, name)
+                variable.set_value(value.reshape(variable.shape))
+    return y
+
+
+def _stats(module: Any, features: _errors.Features) -> BatchStats:
+    """The running statistics, in the shape of the features."""
+    names = (name for name in BatchStats._fields if hasattr(module, name))
+    return BatchStats(**{name: held(module, name, features) for name in names})
+
+
+def _keep(module: Any, moments: Moments) -> None:
+    if getattr(module, "moments", None) is None:
+        module.moments = BatchMoments(moments)
+    else:
+        module.moments.set_value(moments)

@@ -1,0 +1,50 @@
+"""What every module of NNX does alike: its parameters, and how the functions see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from normjax import _errors
+from normjax._modules.shell import Shell, make_param
+
+Metadata = Mapping[str, Any] | None
+
+
+def shell(module: Any, **options: Any) -> Shell:
+    """A module of NNX, as the functions see it."""
+    rule = getattr(module, "promote_dtype", promote_dtype)
+    # The rule of Flax rounds x and the running statistics before they are used. Without it y has
+    # the dtype that it asks for, and is rounded once.
+    rule = None if rule is promote_dtype else rule
+    return Shell(module, partial(held, module), promote=rule, **options)
+
+
+def held(module: Any, name: str, features: _errors.Features | None = None) -> Any:
+    """The value of a variable, in the shape of the features; without features a number."""
+    value = _errors.restored(name, getattr(module, name).get_value())
+    if features is None:
+        return value
+    _errors.num_features(name, value.shape, features)
+    return value.reshape(features.shape)
+
+
+def make(
+    module: Any, name: str, init: Any, shape: tuple[int, ...], rngs: nnx.Rngs,
+    metadata: Metadata = None,
+) -> nnx.Param:  # fmt: skip
+    """A new parameter of this shape, which `init` makes in the module's `param_dtype`."""
+    value = make_param(init, name, rngs.params(), shape, module.param_dtype)
+    return nnx.Param(value, **(metadata or {}))
+
+
+def make_affine(module: Any, rngs: nnx.Rngs, **given: tuple[Any, Metadata]) -> None:
+    """Gives the module the scale and the bias that it uses, of an initializer and metadata each."""
+    for name, (init, metadata) in given.items():
+        uses, shape = getattr(module, f"use_{name}"), (module.num_features,)
+        value = make(module, name, init, shape, rngs, metadata) if uses else nnx.data(None)
+        setattr(module, name, value)
