@@ -127,14 +127,6 @@ def _mended(total: Array, lost: Array) -> Array:
     return jnp.where(jnp.isfinite(total), total + lost, total)
 
 
-def sums_around(
-    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero."""
-    d = deviation(upcast(x), pivot, mask)
-    return jnp.sum(d, axes, keepdims=True), jnp.sum(abs_square(d), axes, keepdims=True)
-
-
 def moved(first: Array, second: Array, pivot: ArrayLike, count: Count) -> tuple[Array, Array]:
     """mean and m2 of the sums around a pivot."""
     entries = safe_count(count)

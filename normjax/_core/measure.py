@@ -21,7 +21,7 @@ from normjax._core.algorithms import (
     unless_far,
 )
 from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
-from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
+from normjax._core.dtypes import accumulation_dtype, upcast
 from normjax._core.linear import diagonal
 from normjax._core.lowering import by_platform
 from normjax._core.mask import Count, counted, deviation, product_of_sizes, safe_count, select
@@ -156,7 +156,7 @@ def measure(
     centered = _errors.switch("centered", centered)
     mask = _errors.mask(mask, x.shape)
     with jax.named_scope("normjax.measure"):
-        count = count_of(x, mask, axes)
+        count = counted(x, mask, axes)
         both = _jitted_local(x, mask, count, axes, centered, False)
         return squeezed(Moments(count, *both), axes)
 
@@ -169,11 +169,6 @@ def squeezed(moments: Moments, axes: tuple[int, ...]) -> Moments:
         count = jnp.squeeze(count, axes)
         count = count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, mean.shape)
     return Moments(count, mean, m2)
-
-
-def count_of(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Count:
-    """How many entries count, in the rank of x or as a number."""
-    return counted(x.shape, axes, mask, real_dtype(accumulation_dtype(x.dtype)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -189,7 +184,7 @@ def shared_moments(
         kept: whether a derivative reads the moments again.
     """
     axes, name = reduction.axes, reduction.axis_name
-    count = count_of(x, mask, axes)
+    count = counted(x, mask, axes)
     if pivot is not None:
         pivot = lax.stop_gradient(pivot).astype(accumulation_dtype(x.dtype))
         if name is None:
@@ -305,7 +300,7 @@ def _shared_around(
     """
     axes, name = reduction.axes, reduction.axis_name
     assert name is not None
-    count = count_of(x, mask, axes)
+    count = counted(x, mask, axes)
     sums = _chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
     # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
     # in which nothing varies. A constant count is multiplied, not exchanged.

@@ -38,9 +38,7 @@ def measure(
         return (merged if centered else merged_squares)(x, mask, axes)
     if not centered:
         return squares(x, mask, axes)
-    if _last(axes, x.ndim):
-        return two_pass(x, mask, count, axes)
-    sample = _sample(x, mask, axes)
+    sample = None if _last(axes, x.ndim) else _sample(x, mask, axes)
     if sample is None:
         return two_pass(x, mask, count, axes)
     # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
