@@ -6,7 +6,7 @@ is False. A platform chooses by what a pass over memory costs there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -125,6 +125,19 @@ def _add(a: Array, b: Array) -> tuple[Array, Array]:
 def _mended(total: Array, lost: Array) -> Array:
     # What an overflow has lost is no number.
     return jnp.where(jnp.isfinite(total), total + lost, total)
+
+
+def sums_around(
+    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...],
+    totals: Callable[..., Sequence[Array]],
+) -> tuple[Array, Array]:  # fmt: skip
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero.
+
+    `totals` are those of the platform.
+    """
+    d = deviation(upcast(x), pivot, mask)
+    first, second = totals((d, abs_square(d)), axes)
+    return first, second
 
 
 def moved(first: Array, second: Array, pivot: ArrayLike, count: Count) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from normjax._core.algorithms import (
     around_or_two_pass,
     around_pivot_is_exact,
     moved,
+    sums_around,
     two_pass,
     unless_far,
 )
@@ -191,7 +192,7 @@ def shared_moments(
             given = x, mask, count, pivot, floor
             return Moments(count, *_chosen(partial(_around, axes=axes, kept=kept), given))
         if reduction.axis_index_groups is None and not varies(pivot, name):
-            return _shared_around(x, mask, pivot, floor, reduction, kept)
+            return _shared_around(x, mask, count, pivot, floor, reduction, kept)
     if reduction.groups is None:
         moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
     else:
@@ -291,8 +292,9 @@ def _local_jvp(axes: Any, centered: bool, _: bool, primals: Any, tangents: Any) 
 
 
 def _shared_around(
-    x: Array, mask: Array | None, pivot: Array, floor: Array, reduction: Reduction, kept: bool
-) -> Moments:
+    x: Array, mask: Array | None, count: Count, pivot: Array, floor: Array, reduction: Reduction,
+    kept: bool,
+) -> Moments:  # fmt: skip
     """One exchange: the devices know the pivot before they have measured anything.
 
     If it was far from the mean, or if they have not all known the same one, they measure again and
@@ -300,7 +302,6 @@ def _shared_around(
     """
     axes, name = reduction.axes, reduction.axis_name
     assert name is not None
-    count = counted(x, mask, axes)
     sums = _chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
     # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
     # in which nothing varies. A constant count is multiplied, not exchanged.
@@ -358,7 +359,7 @@ def _of_groups(
     # Plain sums fuse into the convolution that makes x, which a merge does not. Its channels have
     # means that are small beside the deviation of a group.
     whole = groups.pooled_count(count, x.shape[groups.axis])
-    first, second = (groups.total(v) for v in tpu.sums_around(x, mask, None, axes))
+    first, second = (groups.total(v) for v in sums_around(x, mask, None, axes, tpu.totals))
     near = moved(first, second, 0.0, whole)
     return unless_far(near, 0.0, whole, floor, merged, (x, mask, count))
 
@@ -370,7 +371,7 @@ def _around(
     """One pass around the pivot where that is cheaper; measured again where it was far."""
     if platform == "cpu":
         return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
-    sums = PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    sums = sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)
     return around_or_two_pass(sums, x, mask, pivot, count, floor, axes)
 
 
@@ -381,4 +382,4 @@ def _sums(
     """The sums around a pivot, in the way of the platform."""
     if platform == "cpu":
         return cpu.sums_around(x, mask, pivot, axes, count, kept)
-    return PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    return sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from normjax._core.algorithms import merged, squares, two_pass
-from normjax._core.dtypes import abs_square, upcast
-from normjax._core.mask import Count, deviation
+from normjax._core.mask import Count
 
 
 def measure(
@@ -25,14 +24,6 @@ def measure(
     if not centered:
         return squares(x, mask, axes)
     return two_pass(x, mask, count, axes) if jnp.iscomplexobj(x) else merged(x, mask, axes)
-
-
-def sums_around(
-    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero."""
-    d = deviation(upcast(x), pivot, mask)
-    return jnp.sum(d, axes, keepdims=True), jnp.sum(abs_square(d), axes, keepdims=True)
 
 
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
