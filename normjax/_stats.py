@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _errors
-from normjax._core.dtypes import accumulation_dtype
+from normjax._core.dtypes import accumulation_dtype, real_dtype
 from normjax._core.moments import Moments
 
 # Statistics come out where they went in, and None where there were none.
@@ -53,7 +53,7 @@ class BatchStats(NamedTuple):
         """
         shape = _errors.shape(shape)
         dtype = accumulation_dtype(_errors.output_dtype(dtype, np.dtype("float32")))
-        real = jnp.finfo(dtype).dtype
+        real = real_dtype(dtype)
         counted = _errors.switch("counted", counted)
         count = jnp.zeros(shape, jnp.int32) if counted else None
         return cls(jnp.zeros(shape, dtype), jnp.ones(shape, real), count)

@@ -6,7 +6,7 @@ is False. A platform chooses by what a pass over memory costs there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -128,11 +128,16 @@ def _mended(total: Array, lost: Array) -> Array:
 
 
 def sums_around(
-    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero."""
+    x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...],
+    totals: Callable[..., Sequence[Array]],
+) -> tuple[Array, Array]:  # fmt: skip
+    """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero.
+
+    `totals` are those of the platform.
+    """
     d = deviation(upcast(x), pivot, mask)
-    return jnp.sum(d, axes, keepdims=True), jnp.sum(abs_square(d), axes, keepdims=True)
+    first, second = totals((d, abs_square(d)), axes)
+    return first, second
 
 
 def moved(first: Array, second: Array, pivot: ArrayLike, count: Count) -> tuple[Array, Array]:

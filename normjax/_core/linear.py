@@ -13,7 +13,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from normjax._core.lowering import by_platform
+from normjax._core.lowering import by_platform, tangents_of
 from normjax._core.mask import deviation, select_finite
 from normjax._core.platforms import PLATFORMS, gpu
 from normjax._core.platforms.cpu import isolate
@@ -208,16 +208,8 @@ def _jvp(primals: Any, tangents: Any, *, number: int, forward: Map, **how: Any) 
     if not all(isinstance(d, ad.Zero) for d in tangents[:number]):
         d_terms = map(ad.instantiate_zeros, tangents[:number])
         results.append(_linear_p.bind(*d_terms, *kept, **how))
-    moves = [not isinstance(d, ad.Zero) for d in d_kept]
-    if any(moves):
-
-        def of_moving(*moving: Array) -> Sequence[Array]:
-            values = iter(moving)
-            own = (next(values) if m else v for m, v in zip(moves, kept, strict=True))
-            return forward.written(*primals[:number], *own)
-
-        own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (kept, d_kept))
-        results.append(jax.jvp(of_moving, own, d_own)[1])
+    if not all(isinstance(d, ad.Zero) for d in d_kept):
+        results.append(tangents_of(partial(forward.written, *primals[:number]), kept, d_kept))
     return _linear_p.bind(*primals, **how), [
         reduce(jnp.add, vs) for vs in zip(*results, strict=True)
     ]

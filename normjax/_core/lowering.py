@@ -53,18 +53,21 @@ def _run(*operands: Array, **how: Any) -> list[Array]:
         return jax.jit(partial(_by_platform_p.bind, **how))(*operands)
 
 
-def _jvp(primals: Any, tangents: Any, *, function: Function, **how: Any) -> Any:
+def tangents_of(function: Function, primals: Any, tangents: Any) -> Sequence[Array]:
+    """Those of function(*primals), by the tangents that are not symbolically zero."""
     moves = [not isinstance(t, ad.Zero) for t in tangents]
 
     def of_moving(*moving: Array) -> Sequence[Array]:
-        given = iter(moving)
-        return function(
-            "cpu", *(next(given) if m else v for m, v in zip(moves, primals, strict=True))
-        )
+        values = iter(moving)
+        return function(*(next(values) if m else v for m, v in zip(moves, primals, strict=True)))
 
     own, d_own = ([v for v, m in zip(vs, moves, strict=True) if m] for vs in (primals, tangents))
+    return jax.jvp(of_moving, own, d_own)[1]
+
+
+def _jvp(primals: Any, tangents: Any, *, function: Function, **how: Any) -> Any:
     out = _by_platform_p.bind(*primals, function=function, **how)
-    return out, list(jax.jvp(of_moving, own, d_own)[1])
+    return out, list(tangents_of(partial(function, "cpu"), primals, tangents))
 
 
 def _batched(operands: Any, axes: Any, *, function: Function, **_: Any) -> Any:

@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from normjax._core.dtypes import accumulation_dtype, real_dtype
+
 Count: TypeAlias = Array | np.ndarray | np.floating
 
 
-def counted(
-    shape: tuple[int, ...], axes: tuple[int, ...], mask: Array | None, dtype: np.dtype
-) -> Count:
-    """How many entries of an array of `shape` count over `axes`, rank kept where there is a mask.
+def counted(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Count:
+    """How many entries of x count over `axes`, in the rank of x where there is a mask.
 
-    Exact where `dtype` holds the number, else rounded.
+    Real, of the accumulation dtype; exact where that holds the number, else rounded.
     """
+    dtype = real_dtype(accumulation_dtype(x.dtype))
     if mask is None:
         # A NumPy constant: summing it over devices then costs no communication.
-        return product_of_sizes([shape[a] for a in axes], dtype)
-    repeats = product_of_sizes([shape[a] for a in axes if mask.shape[a] == 1], dtype)
+        return product_of_sizes([x.shape[a] for a in axes], dtype)
+    repeats = product_of_sizes([x.shape[a] for a in axes if mask.shape[a] == 1], dtype)
     return _ones(mask, axes, dtype) * repeats
 
 

@@ -17,11 +17,12 @@ from normjax._core.algorithms import (
     around_or_two_pass,
     around_pivot_is_exact,
     moved,
+    sums_around,
     two_pass,
     unless_far,
 )
 from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
-from normjax._core.dtypes import accumulation_dtype, real_dtype, upcast
+from normjax._core.dtypes import accumulation_dtype, upcast
 from normjax._core.linear import diagonal
 from normjax._core.lowering import by_platform
 from normjax._core.mask import Count, counted, deviation, product_of_sizes, safe_count, select
@@ -156,7 +157,7 @@ def measure(
     centered = _errors.switch("centered", centered)
     mask = _errors.mask(mask, x.shape)
     with jax.named_scope("normjax.measure"):
-        count = count_of(x, mask, axes)
+        count = counted(x, mask, axes)
         both = _jitted_local(x, mask, count, axes, centered, False)
         return squeezed(Moments(count, *both), axes)
 
@@ -169,11 +170,6 @@ def squeezed(moments: Moments, axes: tuple[int, ...]) -> Moments:
         count = jnp.squeeze(count, axes)
         count = count.reshape(()) if count.size == 1 else jnp.broadcast_to(count, mean.shape)
     return Moments(count, mean, m2)
-
-
-def count_of(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Count:
-    """How many entries count, in the rank of x or as a number."""
-    return counted(x.shape, axes, mask, real_dtype(accumulation_dtype(x.dtype)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4, 5))
@@ -189,14 +185,14 @@ def shared_moments(
         kept: whether a derivative reads the moments again.
     """
     axes, name = reduction.axes, reduction.axis_name
-    count = count_of(x, mask, axes)
+    count = counted(x, mask, axes)
     if pivot is not None:
         pivot = lax.stop_gradient(pivot).astype(accumulation_dtype(x.dtype))
         if name is None:
             given = x, mask, count, pivot, floor
             return Moments(count, *_chosen(partial(_around, axes=axes, kept=kept), given))
         if reduction.axis_index_groups is None and not varies(pivot, name):
-            return _shared_around(x, mask, pivot, floor, reduction, kept)
+            return _shared_around(x, mask, count, pivot, floor, reduction, kept)
     if reduction.groups is None:
         moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
     else:
@@ -296,8 +292,9 @@ def _local_jvp(axes: Any, centered: bool, _: bool, primals: Any, tangents: Any) 
 
 
 def _shared_around(
-    x: Array, mask: Array | None, pivot: Array, floor: Array, reduction: Reduction, kept: bool
-) -> Moments:
+    x: Array, mask: Array | None, count: Count, pivot: Array, floor: Array, reduction: Reduction,
+    kept: bool,
+) -> Moments:  # fmt: skip
     """One exchange: the devices know the pivot before they have measured anything.
 
     If it was far from the mean, or if they have not all known the same one, they measure again and
@@ -305,7 +302,6 @@ def _shared_around(
     """
     axes, name = reduction.axes, reduction.axis_name
     assert name is not None
-    count = count_of(x, mask, axes)
     sums = _chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
     # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
     # in which nothing varies. A constant count is multiplied, not exchanged.
@@ -363,7 +359,7 @@ def _of_groups(
     # Plain sums fuse into the convolution that makes x, which a merge does not. Its channels have
     # means that are small beside the deviation of a group.
     whole = groups.pooled_count(count, x.shape[groups.axis])
-    first, second = (groups.total(v) for v in tpu.sums_around(x, mask, None, axes))
+    first, second = (groups.total(v) for v in sums_around(x, mask, None, axes, tpu.totals))
     near = moved(first, second, 0.0, whole)
     return unless_far(near, 0.0, whole, floor, merged, (x, mask, count))
 
@@ -375,7 +371,7 @@ def _around(
     """One pass around the pivot where that is cheaper; measured again where it was far."""
     if platform == "cpu":
         return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
-    sums = PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    sums = sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)
     return around_or_two_pass(sums, x, mask, pivot, count, floor, axes)
 
 
@@ -386,4 +382,4 @@ def _sums(
     """The sums around a pivot, in the way of the platform."""
     if platform == "cpu":
         return cpu.sums_around(x, mask, pivot, axes, count, kept)
-    return PLATFORMS[platform].sums_around(x, mask, pivot, axes)
+    return sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from normjax import _errors
 from normjax._core.devices import AxisName, Groups, total_over_devices
-from normjax._core.dtypes import abs_square, accumulation_dtype
+from normjax._core.dtypes import abs_square, accumulation_dtype, real_dtype
 from normjax._core.mask import Count, safe_count
 from normjax._core.remat import moments_of_norm
 
@@ -52,7 +52,7 @@ class Moments(NamedTuple):
         """
         shape = _errors.shape(shape)
         dtype = accumulation_dtype(_errors.output_dtype(dtype, np.dtype("float32")))
-        real = jnp.finfo(dtype).dtype
+        real = real_dtype(dtype)
         return cls(jnp.zeros(shape, real), jnp.zeros(shape, dtype), jnp.zeros(shape, real))
 
     @_errors.named("normjax.Moments.variance")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -223,12 +223,9 @@ def _affine_tangent(
         inv, mean, x = isolate((inv, mean, x))
         return deviated(t * inv, x, mask, mean)
 
-    def admitted(t: Array, mask: Any, x: Array) -> Array:
-        return select_finite(t, x, mask)
-
     if dx is not None:
         dx = dx.astype(number)
-        dx = dx if mask is None else diagonal(admitted, dx, mask, x)
+        dx = dx if mask is None else diagonal(select_finite, dx, x, mask)
     if shift is not None and slope is not None and mean is not None:
         shift, slope = line(shift, slope, x, mask, mean, vectors)
     elif slope is not None:
@@ -245,11 +242,11 @@ def _affine_tangent(
     return rounded_sum(x.shape, out, *terms, beside=beside)
 
 
-def _broadcast(shape: tuple[int, ...], tangents: Sequence[Any], beside: Any) -> list[Any]:
+def _broadcast(shape: tuple[int, ...], tangents: tuple[Any, ...], beside: Any) -> tuple[Any, ...]:
     """Tangents to `shape`; None stands for zero."""
-    there = [v for v in tangents if v is not None]
-    wholes = iter(broadcast_together(shape, there, jax.tree.leaves(beside)) if there else ())
-    return [v if v is None else next(wholes) for v in tangents]
+    there, structure = jax.tree.flatten(tangents)
+    wholes = broadcast_together(shape, there, jax.tree.leaves(beside)) if there else []
+    return jax.tree.unflatten(structure, wholes)
 
 
 def _inverse(vectors: Vectors, dtype: np.dtype) -> Array:

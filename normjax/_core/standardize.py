@@ -54,6 +54,17 @@ class Inputs(NamedTuple):
     pivot: Array | None = None
     other: Any = None
 
+    def split(self, axis: int, groups: int) -> Inputs:
+        """With an axis for the groups of neighbors along `axis`, before that of the neighbors."""
+
+        def split(v: Array) -> Array:
+            two = (1, 1) if v.shape[axis] == 1 else (groups, v.shape[axis] // groups)
+            return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
+
+        arrays = self.x, self.mask, self.scale, self.bias, self.pivot
+        x, mask, scale, bias, pivot = jax.tree.map(split, arrays)
+        return Inputs(x, mask, scale, bias, self.epsilon, pivot)
+
 
 class Options(NamedTuple):
     """What is static about a norm; equal ones share a trace.

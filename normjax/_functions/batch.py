@@ -160,40 +160,26 @@ class Arguments(NamedTuple):
 
     def moved(self, moments: Moments | None) -> Any:
         """The statistics one step further; as they are where no batch was measured for them."""
-        if moments is None or self.stats is None or not self.train:
+        if moments is None or self.stats is None:
             return self.stats
         return next_stats(self.stats, moments, self.momentum, self.debias, self.ddof)
 
 
-class Given(NamedTuple):
-    """Checked arguments; vectors in the rank of x."""
-
-    inputs: Inputs
-    options: Options
-    stats: BatchStats | None
-    train: bool
-
-
 def run(arguments: Arguments) -> tuple[Array, Moments | None]:
     """y and the moments of the batch; None in place of moments where it was not measured."""
-    scope = "normjax.batch_norm"
-    if arguments.activation is not None:
-        scope = "normjax.batch_norm_act"
-        # An activation needs an order, which complex numbers have not.
-        x = _errors.inexact("x", arguments.x, real=True)
-        _errors.activation(arguments.activation)
-        arguments = arguments._replace(x=x)
-    given = check(arguments)
-    where = given.options.reduction
-    with jax.named_scope(scope):
-        if given.stats is not None and not given.train:
-            return evaluate(given), None
-        shape = given.inputs.x.shape
-        ghosts = _errors.virtual_batches(arguments.virtual_batch_size, shape, where.axes)
+    inputs, options, stats, train = check(arguments)
+    x, where = inputs.x, options.reduction
+    activated = options.output.activation is not None
+    with jax.named_scope("normjax.batch_norm_act" if activated else "normjax.batch_norm"):
+        if stats is not None and not train:
+            return evaluate(inputs, stats.mean, stats.var, options), None
+        ghosts = _errors.virtual_batches(arguments.virtual_batch_size, x.shape, where.axes)
         if ghosts is not None:
-            given = _split(given, ghosts)
-        enough(given)
-        y, moments = standardize(given.inputs, given.options)
+            inputs = inputs.split(0, ghosts)
+            within = Reduction(tuple(a + 1 for a in where.axes))
+            options = options._replace(reduction=within)
+        enough(inputs, options, train)
+        y, moments = standardize(inputs, options)
         moments = lax.stop_gradient(moments)
         if ghosts is None:
             return y, moments
@@ -201,13 +187,16 @@ def run(arguments: Arguments) -> tuple[Array, Moments | None]:
         if where.axis_name is not None:
             with _errors.grouped(where.axis_name, where.axis_index_groups):
                 moments = synchronized(moments, where.axis_name, where.axis_index_groups)
-        return y.reshape(shape), moments
+        return y.reshape(x.shape), moments
 
 
-def check(arguments: Arguments) -> Given:
-    """Everything that can be wrong is found before anything is computed."""
+def check(arguments: Arguments) -> tuple[Inputs, Options, BatchStats | None, bool]:
+    """Inputs, options, statistics and whether to train; all that can be wrong is found here."""
     a = arguments
-    x = _errors.inexact("x", a.x)
+    # An activation needs an order, which complex numbers have not.
+    x = _errors.inexact("x", a.x, real=a.activation is not None)
+    if a.activation is not None:
+        _errors.activation(a.activation)
     features = _errors.features(x.shape, a.feature_axis)
     train = _errors.switch("train", a.train)
     _errors.momentum(a.momentum, a.debias)
@@ -229,48 +218,25 @@ def check(arguments: Arguments) -> Given:
     mask = _errors.mask(a.mask, x.shape)
     dtype = _errors.output_dtype(a.dtype, x.dtype)
     reduction = Reduction(features.reduced, True, a.axis_name, a.axis_index_groups)
-    return Given(
-        Inputs(x, mask, scale, bias, a.epsilon, pivot),
-        Options(reduction.hashable(), Output(dtype, a.activation)),
-        stats,
-        train,
-    )
+    options = Options(reduction.hashable(), Output(dtype, a.activation))
+    return Inputs(x, mask, scale, bias, a.epsilon, pivot), options, stats, train
 
 
-def enough(given: Given) -> None:
+def enough(inputs: Inputs, options: Options, train: bool) -> None:
     """One value has no variance to train by."""
-    shared, where = 1, given.options.reduction
+    shared, where = 1, options.reduction
     if where.axis_name is not None:
         shared = _errors.axis_size(where.axis_name, where.axis_index_groups)
-    if given.train:
-        _errors.entries(given.inputs.x.shape, where.axes, shared)
-
-
-def evaluate(given: Given) -> Array:
-    """By the running statistics, which no gradient reaches."""
-    assert given.stats is not None
-    return _evaluate(given.inputs, given.stats.mean, given.stats.var, given.options)
+    if train:
+        _errors.entries(inputs.x.shape, where.axes, shared)
 
 
 # Compiled, since Python takes longer to make the vectors than the device.
 @partial(jax.jit, static_argnums=3, inline=True)
-def _evaluate(inputs: Inputs, mean: Array, var: Array, options: Options) -> Array:
+def evaluate(inputs: Inputs, mean: Array, var: Array, options: Options) -> Array:
+    """By the running statistics, which no gradient reaches."""
     x = input_of_norm(inputs.x)
     axes = options.reduction.axes
     mean, var = (jnp.expand_dims(v, axes) for v in lax.stop_gradient((mean, var)))
     vectors = Vectors.make(x.dtype, mean, var, inputs.scale, inputs.bias, inputs.epsilon)
     return normalized(x, inputs.mask, vectors, options.output)
-
-
-def _split(given: Given, ghosts: int) -> Given:
-    """Gives the virtual batches an axis of their own, before that of their examples."""
-
-    def split(v: Any) -> Any:
-        if v is None:
-            return None
-        return v.reshape(*((1, 1) if v.shape[0] == 1 else (ghosts, -1)), *v.shape[1:])
-
-    names = ("x", "mask", "scale", "bias", "pivot")
-    inputs = given.inputs._replace(**{n: split(getattr(given.inputs, n)) for n in names})
-    reduction = Reduction(tuple(a + 1 for a in given.options.reduction.axes))
-    return given._replace(inputs=inputs, options=given.options._replace(reduction=reduction))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import partial
-from typing import Any
 
 import jax
 from jax import Array
@@ -85,27 +83,17 @@ def group_norm(
         reduced = _errors.axes("axis", axis, x.shape)
     groups = _errors.number_of_groups(num_groups, group_size, x.shape[feature])
     scale, bias = affine(x, scale, bias, _errors.features(x.shape, feature))
-    mask = _errors.mask(mask, x.shape)
+    inputs = Inputs(x, _errors.mask(mask, x.shape), scale, bias, epsilon)
     where = axis_name, axis_index_groups
     spatial = tuple(a for a in reduced if a != feature)
     with jax.named_scope("normjax.group_norm"):
         if not spatial:
-            split = partial(_split, axis=feature, groups=groups)
-            inputs = Inputs(split(x), split(mask), split(scale), split(bias), epsilon)
             reduction = Reduction((feature + 1,), True, *where)
-            return within(inputs, reduction, dtype).reshape(x.shape)
+            return within(inputs.split(feature, groups), reduction, dtype).reshape(x.shape)
         # Merging what was measured for each feature is faster than measuring groups: x need not be
         # seen in another shape, and sums over a few neighbors at a time are slow.
         reduction = Reduction(spatial, True, *where, FeatureGroups(feature, groups))
-        return within(Inputs(x, mask, scale, bias, epsilon), reduction, dtype)
-
-
-def _split(v: Any, axis: int, groups: int) -> Any:
-    """Gives the groups an axis of their own, before that of the features of a group."""
-    if v is None:
-        return None
-    two = (1, 1) if v.shape[axis] == 1 else (groups, v.shape[axis] // groups)
-    return v.reshape((*v.shape[:axis], *two, *v.shape[axis + 1 :]))
+        return within(inputs, reduction, dtype)
 
 
 @_errors.named("normjax.instance_norm")

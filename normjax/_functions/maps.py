@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from normjax._core.dtypes import upcast
 from normjax._core.linear import diagonal, rounded_sum
-from normjax._core.normalize import Output, Vectors, apply
+from normjax._core.normalize import Output, Vectors, apply, given
 from normjax._core.standardize import Inputs
 
 
@@ -117,7 +116,7 @@ def damped(window: Window, x: Array, alpha: Array, beta: Array, k: Array) -> Arr
 def _damped_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # dy = base^-beta (dx - x (beta d_base / base + log(base) d_beta))
     x, alpha, *_ = primals
-    dx, d_alpha, d_beta, d_k = tangents
+    dx, d_alpha, d_beta, d_k = map(given, tangents)
 
     def mean(x: Array) -> Array:
         return window.total(upcast(x) ** 2) / window.size
@@ -136,7 +135,7 @@ def _damped_jvp(window: Window, primals: Any, tangents: Any) -> tuple[Array, Arr
         return -t * upcast(x) * jnp.log(base) * base**-beta
 
     d_base = dx
-    if not isinstance(dx, SymbolicZero):
+    if dx is not None:
         # Upcast once for both terms, whose cotangents are then added before they are rounded.
         dx = upcast(dx)
         doubled = diagonal(lambda t, x: 2 * t * upcast(x), dx, x)
@@ -152,7 +151,7 @@ def _tangent(
     """The sum of `map(t, *kept)` over the tangents that are not zero."""
     terms = [
         diagonal(one, t.astype(dtype), *kept, shape=y.shape)
-        for one, t in zip(maps, tangents, strict=True)
-        if not (t is None or isinstance(t, SymbolicZero))
+        for one, t in zip(maps, map(given, tangents), strict=True)
+        if t is not None
     ]
     return rounded_sum(y.shape, y.dtype, *terms, beside=(y,))

@@ -96,12 +96,12 @@ def run(arguments: Arguments) -> tuple[Array, Moments | None]:
     # Bounds need an order, which complex numbers have not.
     x = _errors.inexact("x", arguments.x, real=True)
     _errors.batch_stats(arguments.stats, BatchStats, "BatchStats")
-    given = check(arguments._replace(x=x))
+    inputs, options, stats, train = check(arguments._replace(x=x))
+    assert stats is not None
     with jax.named_scope("normjax.batch_renorm"):
-        if not given.train:
-            return evaluate(given), None
-        stats, axes = given.stats, given.options.reduction.axes
-        assert stats is not None
+        if not train:
+            return evaluate(inputs, stats.mean, stats.var, options), None
+        axes = options.reduction.axes
         # Schedules are functions of a number of the dtype of the variance.
         dtype = accumulation_dtype(stats.var.dtype)
         counted = stats._replace(count=None if stats.count is None else stats.count.astype(dtype))
@@ -109,9 +109,9 @@ def run(arguments: Arguments) -> tuple[Array, Moments | None]:
         d_max = _errors.bound("d_max", arguments.d_max, 0, counted)
         # A schedule may give a number for each feature.
         bounds = (v if jnp.ndim(v) == 0 else jnp.expand_dims(v, axes) for v in (r_max, d_max))
-        inputs = given.inputs._replace(other=(jnp.expand_dims(stats.var, axes), *bounds))
-        enough(given)
-        y, moments = standardize(inputs, given.options._replace(correction=_correction))
+        inputs = inputs._replace(other=(jnp.expand_dims(stats.var, axes), *bounds))
+        enough(inputs, options, train)
+        y, moments = standardize(inputs, options._replace(correction=_correction))
         return y, lax.stop_gradient(moments)
 
 

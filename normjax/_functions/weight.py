@@ -71,11 +71,10 @@ def weight_norm(
         >>> normjax.weight_norm(jnp.array([[3.0], [4.0]]), jnp.array([10.0])).ravel()
         Array([6., 8.], dtype=float32)
     """
-    w, reduced, scale = _weight(w, "scale", scale, feature_axis)
-    _errors.epsilon(epsilon)
-    options = Options(Reduction(reduced, False), Output(w.dtype), summed=True)
+    inputs, axes = _inputs(w, "scale", scale, feature_axis, epsilon)
+    options = Options(Reduction(axes, False), Output(inputs.x.dtype), summed=True)
     with jax.named_scope("normjax.weight_norm"):
-        return standardize(Inputs(w, scale=scale, epsilon=epsilon), options)[0][0]
+        return standardize(inputs, options)[0][0]
 
 
 @_errors.named("normjax.standardize_weight", x="w")
@@ -123,13 +122,12 @@ def standardize_weight(
         >>> normjax.standardize_weight(jnp.array([[1.0], [3.0]])).round(3).ravel()
         Array([-1.,  1.], dtype=float32)
     """
-    w, reduced, gain = _weight(w, "gain", gain, feature_axis)
-    _errors.epsilon(epsilon)
+    inputs, axes = _inputs(w, "gain", gain, feature_axis, epsilon)
     scaled = _errors.switch("scaled", scaled)
     # n times the biased variance is m2 itself.
-    options = Options(Reduction(reduced), Output(w.dtype), summed=scaled)
+    options = Options(Reduction(axes), Output(inputs.x.dtype), summed=scaled)
     with jax.named_scope("normjax.standardize_weight"):
-        return standardize(Inputs(w, scale=gain, epsilon=epsilon), options)[0][0]
+        return standardize(inputs, options)[0][0]
 
 
 @_errors.named("normjax.spectral_norm", x="w")
@@ -249,21 +247,20 @@ def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
     return jnp.where(jnp.isnan(largest), otherwise, jnp.where(found, unit, vector))
 
 
-def _weight(
-    w: ArrayLike,
-    name: str,
-    scale: ArrayLike | None,
-    feature_axis: int | Collection[int] | None,
-) -> tuple[Array, tuple[int, ...], Array | None]:
-    """The weight, its reduced axes, and the scale in its rank.
+def _inputs(
+    w: ArrayLike, name: str, scale: ArrayLike | None,
+    feature_axis: int | Collection[int] | None, epsilon: ArrayLike,
+) -> tuple[Inputs, tuple[int, ...]]:  # fmt: skip
+    """Checked inputs and reduced axes.
 
     Under an axis more, so that a weight of features alone has something to reduce.
     """
     w = _errors.inexact("w", w)
     features = _errors.features(w.shape, () if feature_axis is None else feature_axis)
     _errors.something(w.shape, features.reduced)
-    lifted = w[None], (0, *(a + 1 for a in features.reduced))
-    if scale is None:
-        return *lifted, None
-    scale = _errors.feature_vector(name, scale, features, real=not jnp.iscomplexobj(w))
-    return *lifted, jnp.expand_dims(scale, lifted[1])
+    w, axes = w[None], (0, *(a + 1 for a in features.reduced))
+    if scale is not None:
+        scale = _errors.feature_vector(name, scale, features, real=not jnp.iscomplexobj(w))
+        scale = jnp.expand_dims(scale, axes)
+    _errors.epsilon(epsilon)
+    return Inputs(w, scale=scale, epsilon=epsilon), axes

@@ -35,14 +35,14 @@ def measure(
     """
     dtype, divisor = accumulation_dtype(x.dtype), safe_count(count)
     total = partial(summed, axes=axes)
+    half = x.dtype in HALF
     # Alone, a sum over what lies in one piece fuses into one pass with all that follows.
-    fused = not kept and x.dtype not in HALF and axes == tuple(range(1, x.ndim))[-len(axes) :]
+    fused = not kept and not half and axes == tuple(range(1, x.ndim))[-len(axes) :]
     once = (x if fused else isolate(x)).astype(dtype)
     if not centered:
         m2 = total(abs_square(select(once, mask)))
         return jnp.zeros_like(m2, dtype), m2
     rough = total(select(once, mask)) / divisor.astype(dtype)
-    half = x.dtype in HALF
     # Half precision is spared one sum: rounded to the dtype of x, the pivot lies on one grid with
     # x, where (mean - pivot)^2 <= var, and a constant is its own pivot.
     info = jnp.finfo(x.dtype)

@@ -24,10 +24,11 @@ from normjax._core.algorithms import (
     merged_products,
     merged_squares,
     squares,
+    sums_around,
     two_pass,
 )
 from normjax._core.dtypes import abs_square, real_dtype, upcast
-from normjax._core.mask import Count, deviation, safe_count, select
+from normjax._core.mask import Count, safe_count, select
 
 
 def measure(
@@ -38,14 +39,12 @@ def measure(
         return (merged if centered else merged_squares)(x, mask, axes)
     if not centered:
         return squares(x, mask, axes)
-    if _last(axes, x.ndim):
-        return two_pass(x, mask, count, axes)
-    sample = _sample(x, mask, axes)
+    sample = None if _last(axes, x.ndim) else _sample(x, mask, axes)
     if sample is None:
         return two_pass(x, mask, count, axes)
     # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
     floor = (8 * float(jnp.finfo(sample.dtype).eps)) ** 2 * abs_square(sample)
-    sums = sums_around(x, mask, sample, axes)
+    sums = sums_around(x, mask, sample, axes, totals)
     return around_or_two_pass(sums, x, mask, sample, count, floor, axes)
 
 
@@ -65,15 +64,6 @@ def sums_of_rows(t: Array, u: Array, x: Array, center: Array, axes: tuple[int, .
     """
     mean, total, products = merged_products(u, x.astype(u.dtype), axes)
     return [jnp.sum(t, axes, keepdims=True), products + total * (mean - center)]
-
-
-def sums_around(
-    x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...]
-) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2) in one pass."""
-    d = deviation(upcast(x), pivot, mask)
-    first, second = totals((d, abs_square(d)), axes)
-    return first, second
 
 
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from normjax._core.algorithms import merged, squares, sums_around, two_pass
+from normjax._core.algorithms import merged, squares, two_pass
 from normjax._core.mask import Count
-
-__all__ = ["measure", "sums_around", "totals"]
 
 
 def measure(
