@@ -44,6 +44,11 @@ class Compiled:
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
 
+    # For errors: what trains, what to look at where it did not, how to take a part of a batch.
+    trains = "call(..., train=True)"
+    remedy = "Pass train on to the model, and look whether it hands it to its layers."
+    takes_part = "take that part in call, model.apply(variables, batch[0], ...)"
+
     def __init__(self, measure: type[Measure], call: Callable):
         self.measure = measure()
         self.reads = tuple(map(_reference, _read_by(call, set())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -17,7 +18,16 @@ from jax import Array
 from normjax import Moments, _errors, normalize
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import collapse
-from normjax.surgery._paths import At, Path, Variables, at_path, like, norms, written
+from normjax.surgery._paths import (
+    At,
+    Path,
+    at_path,
+    is_nnx,
+    like,
+    norms,
+    patterns,
+    written,
+)
 
 CALLED = "normjax.surgery.convert"
 # What Flax calls layers that were given no name: their class and a number.
@@ -28,13 +38,13 @@ USUAL = 32
 
 @_errors.named(CALLED)
 def convert(
-    variables: Variables,
+    variables: Any,
     *,
     num_groups: int | None = None,
     group_size: int | None = None,
     at: At = None,
-    epsilon: float = 1e-5,
-) -> Variables:
+    epsilon: float | None = None,
+) -> Any:
     """Variables for the same model with group norm in the places of batch norm.
 
         scale' = scale S / s,   bias' = bias + scale (M - running mean) / s
@@ -51,7 +61,7 @@ def convert(
             prime number of channels): 16 channels have 8 groups, 35 have 7, 50 have 25. A warning
             names such layers, since the GroupNorm in the code of the model needs the same number.
         at: patterns over the paths of the layers, all if None.
-        epsilon: of the batch norms.
+        epsilon: of the batch norms; by default 1e-5 for variables, and each layer's own in a model.
 
     Returns:
         New variables. Layers that Flax named by their class are called GroupNorm_0, GroupNorm_1
@@ -89,6 +99,12 @@ def convert(
         >>> twin.apply(surgery.convert(variables, num_groups=2), jnp.ones((2, 3))).shape
         (2, 4)
     """
+    if is_nnx(variables):
+        from normjax.surgery._nnx import convert
+
+        groups_of = functools.partial(_groups, num_groups=num_groups, group_size=group_size)
+        return convert.convert(variables, patterns(at), groups_of, _affine, epsilon)
+    epsilon = 1e-5 if epsilon is None else epsilon
     chosen = norms(variables, at)
     groups = _groups(chosen, num_groups, group_size)
     names = _names(chosen, norms(variables), variables.get("params", {}))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from normjax import _errors
+from normjax.surgery._paths import params_of
 
 # The words of Flax, Haiku, Keras and PyTorch; a letter counts only as the whole name.
 KERNELS = {"kernel"}
@@ -48,11 +49,13 @@ def decay_mask(params: Any) -> Any:
     6. Else a matrix, or whatever has two axes longer than 1: yes; a vector: no.
 
     Args:
-        params: pytree of arrays or shapes: linen params, a dict by dotted or slashed names, lists
-            of (w, b) pairs, or a module that is a pytree.
+        params: pytree of arrays or shapes: linen params, `nnx.state(model, nnx.Param)`, a dict by
+            dotted or slashed names, lists of (w, b) pairs, or a module that is a pytree. Of a
+            model of flax.nnx its `nnx.Param` are taken.
 
     Returns:
-        A pytree of Python bools of the same structure; the function itself may be the mask,
+        A pytree of Python bools of the same structure (for NNX a state without variables, as
+        `nnx.Optimizer` hands it to optax); the function itself may be the mask,
         `optax.adamw(1e-3, mask=surgery.decay_mask)`.
 
     Guarantees:
@@ -84,6 +87,7 @@ def decay_mask(params: Any) -> Any:
         >>> surgery.decay_mask(params)
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
+    params = params_of(params)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
     shapes = {path: _shape(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)}

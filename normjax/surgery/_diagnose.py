@@ -13,13 +13,14 @@ import numpy as np
 from flax.core import meta
 
 from normjax import _errors
-from normjax.surgery._compiled import Compiled, Seen, compiled
+from normjax.surgery._compiled import Seen
 from normjax.surgery._guard import never_updated
 from normjax.surgery._judge import judge, judge_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
 from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
 from normjax.surgery._record import Measure, Record
 from normjax.surgery._report import Finding, NormReport, Report
+from normjax.surgery._source import Source, source
 from normjax.surgery._walk import expect_batches, walk
 
 CALLED = "normjax.surgery.diagnose"
@@ -30,9 +31,9 @@ AFFINE = (("scale", "gamma", "weight"), ("bias", "beta", "offset"))
 
 @_errors.named(CALLED, runs_model=True)
 def diagnose(
-    call: Callable,
-    variables: Mapping[str, Any],
-    batches: Iterable[Any],
+    call: Any,
+    variables: Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     at: At = None,
     limit: int | None = None,
@@ -87,20 +88,20 @@ def diagnose(
         >>> [finding.kind for finding in surgery.diagnose(call, variables, [x]).findings]
         ['never updated']
     """
-    run = compiled(_Measure, call)
+    held = source(_Measure, call, variables, batches)
+    run, variables, batches = held.run, held.variables, held.batches
     norms(variables, at)
     expect_batches(batches)
     first, batches = _peek(batches)
     replicas = variables
-    if first is not None:
+    if first is not None and held.model is None:
         variables = _first_replica(call, variables, first[0])
     apart, outputs = _Apart(variables), _Outputs(run, variables)
-    watch: list[_Watch] = []
+    biased: list[dict[str, str]] = []
 
     def each(seen: Seen, batch: Any) -> None:
-        if not watch:
-            watch.append(_Watch())
-            watch[0].trace(call, variables, batch)
+        if not biased:
+            biased.append(_biased(held, variables, batch))
         apart.add(seen.records)
         outputs.add(seen.outputs, batch)
 
@@ -121,7 +122,7 @@ def diagnose(
                 modes_apart=float(np.sqrt(np.mean(apart.squares[path]))),
                 samples=float(np.mean(apart.samples[path])),
                 devices_apart=devices,
-                redundant_bias=watch[0].biased.get(name),
+                redundant_bias=biased[0].get(name),
                 never_updated=never_updated(node),
             )
             reports.append(norm)
@@ -165,6 +166,17 @@ class _Measure(Measure):
     called = CALLED
 
 
+def _biased(held: Source, variables: Any, batch: Any) -> dict[str, str]:
+    """The batch norms that are given the output of a layer with a bias, and that layer."""
+    if held.model is not None:
+        from normjax.surgery._nnx.measure import biased
+
+        return biased(held.model, held.call, batch)
+    watch = _Watch()
+    watch.trace(held.call, variables, batch)
+    return watch.biased
+
+
 class _Watch(Edit):
     """What only a run by modules shows: whose output a layer is given."""
 
@@ -175,7 +187,7 @@ class _Watch(Edit):
         self.biased: dict[str, str] = {}
         self._made: dict[int, tuple[Any, str]] = {}
 
-    def trace(self, call: Callable, variables: Any, batch: Any) -> None:
+    def trace(self, call: Any, variables: Any, batch: Any) -> None:
         """Runs the model on shapes alone."""
         run = lambda v, b: call(v, b, train=True, mutable=["batch_stats"])  # noqa: E731
         with nn.intercept_methods(self._follow), editing(self):
@@ -245,7 +257,7 @@ def _samples(record: Record) -> np.ndarray:
 class _Outputs:
     """How far the outputs of the model differ between the modes."""
 
-    def __init__(self, run: Compiled, variables: Any):
+    def __init__(self, run: Any, variables: Any):
         self.run = functools.partial(run.serve, variables)
         self.batches, self.squares, self.values = 0, 0.0, list[np.ndarray]()
         self.comparable = True

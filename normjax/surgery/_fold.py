@@ -15,6 +15,7 @@ from jax import Array
 from normjax import _errors
 from normjax.surgery._affine import DeferredAffine, Layer, features_of
 from normjax.surgery._constants import Constant, evaluate, evaluation, whole
+from normjax.surgery._paths import is_nnx
 from normjax.surgery._program import Equation, Program, trace
 
 LAYERS = {"conv_general_dilated", "dot_general"}
@@ -136,6 +137,12 @@ def fold(
         >>> jax.jit(serve)(folded, x[:1]).shape
         (1, 6, 6, 4)
     """
+    if is_nnx(call):
+        return fold(lambda model, *given: model(*given), call, variables, *inputs)
+    if is_nnx(variables):
+        from normjax.surgery._nnx.layers import serving
+
+        call, variables = serving(call, variables)
     if isinstance(call, nn.Module) or not callable(call):
         raise TypeError(
             f"normjax: call is {type(call).__name__}, expected a function of the variables "

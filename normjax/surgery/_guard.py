@@ -11,7 +11,7 @@ import numpy as np
 
 from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
-from normjax.surgery._paths import Apply, At, chosen, nodes, patterns, written
+from normjax.surgery._paths import Apply, At, chosen, is_nnx, nodes, patterns, written
 
 
 @_errors.named("normjax.surgery.guard")
@@ -62,6 +62,10 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         Array([-2.,  2.], dtype=float32)
     """
     given = patterns(at)
+    if is_nnx(apply):
+        from normjax.surgery._nnx import modes
+
+        return modes.guard(apply, given)
     run = wrap(apply, _Guard, given)
     seen: list[Any] = []
 
@@ -77,7 +81,7 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
             if leaves and not same:
                 for path, node in nodes(stats).items():
                     if chosen(written(path), given):
-                        _expect_updated(written(path), node)
+                        expect_updated(written(path), node)
                 seen[:] = leaves
         return run(*args, **kwargs)
 
@@ -99,19 +103,26 @@ class _Guard(Edit):
 
     def __call__(self, layer: Layer) -> Layer:
         if layer.train:
-            raise ValueError(
-                f"normjax: the batch norm at '{layer.path}' would run in training mode, "
-                "normalizing each example by the others in its batch. Call the model with "
-                "train=False (use_running_average=True), or freeze it: guard(freeze(apply))."
-            )
-        _expect_updated(layer.path, layer.stats()._asdict())
+            remedy = "Call the model with train=False (use_running_average=True)"
+            refuse_training(layer.path, f"{remedy}, or freeze it: guard(freeze(apply)).")
+        expect_updated(layer.path, layer.stats()._asdict())
         return layer
 
 
-def _expect_updated(path: str, node: Mapping[str, Any]) -> None:
+def refuse_training(path: str, remedy: str) -> None:
+    """A layer that trains does not serve."""
+    raise ValueError(
+        f"normjax: the batch norm at '{path}' would run in training mode, normalizing each example "
+        f"by the others in its batch. {remedy}"
+    )
+
+
+def expect_updated(path: str, node: Mapping[str, Any]) -> None:
+    """Statistics that are no longer those of a new layer."""
     if never_updated(node):
         raise ValueError(
             f"normjax: the batch norm at '{path}' has statistics that were never updated "
-            "(mean 0, var 1), so it would not normalize. Train with mutable=['batch_stats'] and "
-            "keep the updates, load them with the parameters, or use normjax.surgery.recompute."
+            "(mean 0, var 1), so it would not normalize. Train (linen: with "
+            "mutable=['batch_stats'], and keep the updates), load them with the parameters, or use "
+            "normjax.surgery.recompute."
         )

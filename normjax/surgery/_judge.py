@@ -117,7 +117,8 @@ def _stored(
         yield finding(
             "never updated",
             "the running statistics are those of a new layer, mean 0 and variance 1.",
-            "Keep the updates of mutable=['batch_stats'] in training, or surgery.recompute.",
+            "Train with the statistics kept (linen: the updates of mutable=['batch_stats']), or "
+            "surgery.recompute.",
             serious=True,
         )
 

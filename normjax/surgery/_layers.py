@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -26,7 +25,7 @@ from normjax import BatchStats, _errors
 from normjax._errors.devices import bound_names
 from normjax.surgery._copies import copy_of, run_copy, statistics_of
 from normjax.surgery._kept import Kept
-from normjax.surgery._paths import Apply, chosen, expect_matches, written
+from normjax.surgery._paths import Apply, chosen, expect_matches, is_nnx, written
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,9 +116,7 @@ def not_recognized(collection: str) -> str:
 
 def expect_function(function: Any, expected: str) -> None:
     """A function that runs a model; modules are what it is mistaken for."""
-    nnx = sys.modules.get("flax.nnx")
-    module = isinstance(function, (nn.Module, *((nnx.Module,) if nnx else ())))
-    if module or not callable(function):
+    if isinstance(function, nn.Module) or is_nnx(function) or not callable(function):
         raise TypeError(f"normjax: got {type(function).__name__}, expected {expected}")
 
 
@@ -187,9 +184,9 @@ def editing(edit: Edit) -> Iterator[None]:
         )
     if not edit.known and not mine.ran:
         raise ValueError(
-            "normjax: no module of flax.linen ran. This works on models of flax.linen "
-            "alone, called by a function that traces them, such as model.apply or jax.jit of it. "
-            "An NNX model has its own switch, model.eval() and model.train()."
+            "normjax: no module of flax.linen ran. A function is one that traces a model of "
+            "flax.linen, such as model.apply or jax.jit of it. A model of flax.nnx is passed "
+            "itself, in place of a function."
         )
     if mine.norms:
         expect_matches(edit.at, edit.known)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
-from normjax.surgery._paths import Apply, At, at_path, norms, patterns
+from normjax.surgery._paths import Apply, At, at_path, is_nnx, norms, patterns
 
 
 @_errors.named("normjax.surgery.freeze")
@@ -60,6 +60,10 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         >>> surgery.freeze(model.apply)(variables, x).round(2).ravel()
         Array([0., 4.], dtype=float32)
     """
+    if is_nnx(apply):
+        from normjax.surgery._nnx import modes
+
+        return modes.freeze(apply, patterns(at))
     return wrap(apply, _Freeze, patterns(at))
 
 
@@ -72,7 +76,7 @@ class _Freeze(Edit):
 
 
 @_errors.named("normjax.surgery.frozen_mask")
-def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
+def frozen_mask(variables: Any, *, at: At = None) -> Any:
     """Where the parameters are those of frozen batch norms, as an optax mask.
 
         True for scale and bias of a chosen layer, False elsewhere
@@ -107,6 +111,10 @@ def frozen_mask(variables: Mapping[str, Any], *, at: At = None) -> Any:
         >>> surgery.frozen_mask(variables)["layers_1"]
         {'bias': True, 'scale': True}
     """
+    if is_nnx(variables):
+        from normjax.surgery._nnx import modes
+
+        return modes.frozen_mask(variables, patterns(at))
     frozen = norms(variables, at)
     if "params" not in variables:
         raise ValueError(
@@ -173,6 +181,10 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
             f"normjax: axis_name={axis_name!r}, expected the name of a mapped axis or several, "
             "such as 'batch'."
         )
+    if is_nnx(apply):
+        from normjax.surgery._nnx import modes
+
+        return modes.synchronize(apply, names, patterns(at))
     return wrap(apply, _Synchronize, patterns(at), names)
 
 

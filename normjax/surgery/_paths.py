@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias, TypeVar
@@ -11,9 +12,22 @@ from flax.core import FrozenDict, freeze
 At: TypeAlias = str | Sequence[str] | None
 Path: TypeAlias = tuple[str, ...]
 # What goes in comes out, of the same kind of dictionary, or with the same arguments.
-Variables = TypeVar("Variables", bound=Mapping[str, Any])
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Tree = TypeVar("Tree")
+
+
+def is_nnx(value: Any) -> bool:
+    """Whether this is a model of flax.nnx, which is not imported to find out."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, nnx.Module)
+
+
+def params_of(tree: Any) -> Any:
+    """The parameters of a model of NNX, or of its state, as `nnx.Optimizer` hands them to optax."""
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None or not isinstance(tree, (nnx.Module, nnx.State)):
+        return tree
+    return nnx.as_pure(nnx.state(tree, nnx.Param) if isinstance(tree, nnx.Module) else tree)
 
 
 def written(path: Iterable[str]) -> str:
@@ -49,12 +63,12 @@ def expect_matches(at: tuple[str, ...] | None, paths: Collection[str]) -> None:
             )
 
 
-def norms(variables: Mapping[str, Any], at: At = None) -> dict[Path, dict[str, Any]]:
+def norms(variables: Any, at: At = None) -> dict[Path, dict[str, Any]]:
     """The running statistics of the chosen batch norms by path; at least one."""
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"normjax: variables is {type(variables).__name__}, expected the dictionary that "
-            "model.init returns, {'params': ..., 'batch_stats': ...}."
+            "model.init returns, {'params': ..., 'batch_stats': ...}, or a model of flax.nnx."
         )
     found = nodes(variables.get("batch_stats", {}))
     if not found:
@@ -86,7 +100,7 @@ def at_path(tree: Any, path: Path) -> Any:
     return tree
 
 
-def with_stats(variables: Variables, changed: Mapping[Path, Mapping[str, Any]]) -> Variables:
+def with_stats(variables: Any, changed: Mapping[Path, Mapping[str, Any]]) -> Any:
     """New variables in which the batch norms at these paths have other statistics."""
     stats: Any = variables["batch_stats"]
     for path, node in changed.items():
@@ -94,10 +108,9 @@ def with_stats(variables: Variables, changed: Mapping[Path, Mapping[str, Any]]) 
     return like(variables, {**variables, "batch_stats": stats})
 
 
-def like(given: Variables, tree: Any) -> Variables:
+def like(given: Any, tree: Any) -> Any:
     """Of the kind of dictionary that was given: Flax has a frozen one, too."""
-    kind: Any = freeze(tree) if isinstance(given, FrozenDict) else tree
-    return kind
+    return freeze(tree) if isinstance(given, FrozenDict) else tree
 
 
 def _put(tree: Mapping[str, Any], path: Path, node: Mapping[str, Any]) -> dict[str, Any]:

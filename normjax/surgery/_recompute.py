@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from normjax import _errors
-from normjax.surgery._compiled import Records, Seen, compiled
-from normjax.surgery._paths import At, Variables, at_path, patterns, with_stats, written
+from normjax.surgery._compiled import Records, Seen
+from normjax.surgery._paths import At, at_path, patterns, with_stats, written
 from normjax.surgery._record import DID_NOT_RUN, Measure
+from normjax.surgery._source import source
 from normjax.surgery._walk import walk
 
 
 @_errors.named("normjax.surgery.recompute", runs_model=True)
 def recompute(
-    call: Callable,
-    variables: Variables,
-    batches: Iterable[Any],
+    call: Any,
+    variables: Any = None,
+    batches: Iterable[Any] | None = None,
     *,
     at: At = None,
     limit: int | None = None,
     progress: bool = True,
-) -> Variables:
+) -> Any:
     """Statistics of all that the batch norms see in `batches` ("precise batch norm").
 
         mean = sum of x / count,   var = sum of |x - mean|^2 / (count - ddof)
@@ -87,23 +88,25 @@ def recompute(
         >>> surgery.recompute(call, variables, batches)["batch_stats"]["var"]
         Array([2.], dtype=float32)
     """
-    run, given = compiled(Measure, call), patterns(at)
+    held = source(Measure, call, variables, batches)
+    run, given = held.run, patterns(at)
 
     def each(seen: Seen, batch: Any) -> None:
         # What did not run yet may be run by a later batch.
-        _expect_measured(run.measure, seen.records, given, ran_only=True)
+        _expect_measured(run, seen.records, given, ran_only=True)
 
-    records = walk(run, variables, batches, at, limit, progress, each)
-    _expect_measured(run.measure, records, given)
-    stats = variables["batch_stats"]
+    records = walk(run, held.variables, held.batches, at, limit, progress, each)
+    _expect_measured(run, records, given)
+    stats = held.variables["batch_stats"]
     changed = {path: record.stats(at_path(stats, path)) for path, record in records.items()}
-    return with_stats(variables, changed)
+    return held.result(with_stats(held.variables, changed))
 
 
 def _expect_measured(
-    measure: Measure, records: Records, at: tuple[str, ...] | None, ran_only: bool = False
+    run: Any, records: Records, at: tuple[str, ...] | None, ran_only: bool = False
 ) -> None:
     """Statistics that stay as they are, though they were chosen, are an error."""
+    measure = run.measure
     faults = {written(path): measure.fault(written(path), r) for path, r in records.items()}
     wrong = {path: fault for path, fault in faults.items() if fault}
     wrong |= measure.elsewhere(at, records)
@@ -111,9 +114,8 @@ def _expect_measured(
         wrong = {path: fault for path, fault in wrong.items() if fault != DID_NOT_RUN}
     if not any(np.any(record.batches) for record in records.values()) and (wrong or not ran_only):
         raise ValueError(
-            f"normjax: call(..., train=True) ran none of the batch norms "
-            f"{sorted(faults)} in training mode. Pass train on to the model, and look whether it "
-            "hands it to its layers."
+            f"normjax: {run.trains} ran none of the batch norms {sorted(faults)} in training mode. "
+            f"{run.remedy}"
         )
     if wrong:
         listed = "; ".join(f"'{path}' {fault}" for path, fault in sorted(wrong.items()))

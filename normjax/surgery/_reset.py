@@ -8,13 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from normjax import _errors
-from normjax.surgery._paths import At, Variables, norms, with_stats
+from normjax.surgery._paths import At, Tree, is_nnx, norms, patterns, with_stats
 
 START = {"mean": 0, "var": 1, "count": 0}
 
 
 @_errors.named("normjax.surgery.reset")
-def reset(variables: Variables, *, at: At = None) -> Variables:
+def reset(variables: Tree, *, at: At = None) -> Tree:
     """Running statistics as a new layer has them.
 
         mean = 0,   var = 1,   count = 0
@@ -43,6 +43,10 @@ def reset(variables: Variables, *, at: At = None) -> Variables:
         >>> surgery.reset({"batch_stats": {"bn": stats}})["batch_stats"]["bn"]["var"]
         Array([1.], dtype=float32)
     """
+    if is_nnx(variables):
+        from normjax.surgery._nnx.layers import on_variables
+
+        return on_variables(variables, lambda held: reset(held, at=at), patterns(at))
     found = norms(variables, at)
 
     def start(node: Mapping[str, Any]) -> dict[str, Any]:

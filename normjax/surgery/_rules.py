@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax.surgery._layouts import ANY, PARTS, Layout, NameMapping
+from normjax.surgery._paths import is_nnx
 
 KEEP = "keep"
 
@@ -41,7 +42,12 @@ def import_arrays(
     state: Mapping[str, Any],
     rules: Sequence[Rule],
 ) -> Any:
-    """The variables with the arrays of `state` in their places."""
+    """The variables with the arrays of `state` in their places; of a model of NNX another one."""
+    if is_nnx(variables):
+        from normjax.surgery._nnx.layers import variables_of, with_variables
+
+        held = variables_of(variables)
+        return with_variables(variables, import_arrays(name_mapping, held, state, rules))
     places = _places(name_mapping, variables, rules)
     named = [place for place in places if place.name is not None]
     names = {str(place.name): place.path for place in reversed(named)}
@@ -75,6 +81,10 @@ def export_arrays(
     name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]
 ) -> dict[str, np.ndarray]:
     """The arrays of the variables by the names of the other library."""
+    if is_nnx(variables):
+        from normjax.surgery._nnx.layers import variables_of
+
+        variables = variables_of(variables)
     found: dict[str, list[tuple[int, np.ndarray]]] = {}
     for place in _places(name_mapping, variables, rules):
         if place.name is None:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._compiled import CALL, Compiled, Records, Seen
+from normjax.surgery._compiled import CALL, Records, Seen
 from normjax.surgery._paths import At, norms, written
 
 
 def walk(
-    compiled: Compiled,
+    compiled: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
     at: At,
@@ -45,7 +45,7 @@ def walk(
                 centered = all(np.any(r.moments.count) for r in there.values() if np.any(r.batches))
             seen = step(variables, centers, batch)
         except Exception as error:
-            _reword(error, number, batch, shapes, first)
+            _reword(error, number, batch, shapes, first, compiled.takes_part)
             error.add_note(f"{called}: in batch {number} (counted from 0), of shapes {shapes}.")
             raise
         tree.add(seen.records)
@@ -99,7 +99,9 @@ def _expect_arrays(number: int, batch: Any) -> None:
             )
 
 
-def _reword(error: Exception, number: int, batch: Any, shapes: Any, first: Any) -> None:
+def _reword(
+    error: Exception, number: int, batch: Any, shapes: Any, first: Any, takes_part: str
+) -> None:
     """Raises what can be said better: what was called with what, and what to do."""
     where = f"batch {number} (counted from 0)"
     if shapes != first:
@@ -120,8 +122,8 @@ def _reword(error: Exception, number: int, batch: Any, shapes: Any, first: Any) 
         raise TypeError(
             f"normjax: call does not take {where}, a {kind} of the shapes {shapes}: "
             f"{type(error).__name__}: {error}. A batch is given to call as it is. If the model "
-            "takes a part of it, take that part in call, model.apply(variables, batch[0], ...), "
-            "or pass a generator, (images for images, labels in batches)."
+            f"takes a part of it, {takes_part}, or pass a generator, (images for images, labels in "
+            "batches)."
         ) from error
 
 

@@ -1,0 +1,468 @@
+"""The tools on models of flax.nnx: three that import only Flax go through every one of them."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import normjax
+import normjax.nnx
+from normjax import surgery
+from tests import nnx_torch
+from tests.nnx_models import MODELS, ResNet
+
+every_model = pytest.mark.parametrize("name", MODELS)
+pytestmark = pytest.mark.usefixtures("lenient")  # for flax's own norms
+
+
+def images(seed, n=8):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(0.5, 2.0, (n, 16, 16, 3)), jnp.float32)
+
+
+BATCHES = [images(seed) for seed in range(3)]
+HEALTHY = [images(seed, 64) for seed in range(2)]
+
+
+def is_norm(module):
+    return isinstance(module, (nnx.BatchNorm, normjax.nnx.BatchNorm))
+
+
+def norms(model):
+    return {
+        "/".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if is_norm(module)
+    }
+
+
+def statistics(model):
+    return {
+        path: (np.asarray(norm.mean[...]), np.asarray(norm.var[...]))
+        for path, norm in norms(model).items()
+    }
+
+
+def evaluated(model, x):
+    copy = nnx.clone(model)
+    copy.eval()
+    return copy(x)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Each model with other than the first statistics and affine parameters."""
+    models = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for name, kind in MODELS.items():
+            model = kind(nnx.Rngs(0))
+            rng = np.random.default_rng(0)
+            for norm in norms(model).values():
+                for vector in (norm.scale, norm.bias):
+                    vector[...] += jnp.asarray(rng.normal(0, 0.2, vector.shape), jnp.float32)
+            step = nnx.jit(lambda model, x: model(x))
+            for x in BATCHES:
+                step(model, x)
+            models[name] = model
+    return models
+
+
+@every_model
+def test_recompute_is_exact_and_changes_a_copy_alone(trained, name):
+    """By float64 NumPy over what the first norm sees, by a fixed point of it for the others."""
+    model = trained[name]
+    before = statistics(model)
+    new = surgery.recompute(model, BATCHES, progress=False)
+    first = {"ResNet": ("bn1", "conv1"), "ConvNeXt": ("stem_norm", "stem")}
+    norm, layer = first.get(name, ("stem_norm", "patches"))
+    seen = np.concatenate([np.asarray(getattr(model, layer)(x), np.float64) for x in BATCHES])
+    seen = seen.reshape(-1, seen.shape[-1])
+    got = statistics(new)[norm]
+    np.testing.assert_allclose(got[0], seen.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got[1], seen.var(0), rtol=1e-6)
+    for path, (mean, var) in statistics(model).items():
+        np.testing.assert_array_equal(mean, before[path][0])
+        np.testing.assert_array_equal(var, before[path][1])
+    # With momentum 0 and all data in one batch the running statistics of each layer are these.
+    whole = nnx.clone(model)
+    for norm in norms(whole).values():
+        norm.momentum = 0.0
+    once = surgery.recompute(model, [jnp.concatenate(BATCHES)], progress=False)
+    whole.train()
+    whole(jnp.concatenate(BATCHES))
+    for path, (mean, var) in statistics(whole).items():
+        np.testing.assert_allclose(statistics(once)[path][0], mean, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(statistics(once)[path][1], var, rtol=1e-5, atol=2e-6)
+
+
+def test_recompute_by_a_function_where_the_model_cannot_be_called():
+    model = ResNet(nnx.Rngs(0))
+    pairs = [(x, None) for x in BATCHES]
+    by_function = surgery.recompute(
+        lambda model, batch: model(batch[0]), model, pairs, progress=False
+    )
+    by_itself = surgery.recompute(model, BATCHES, progress=False)
+    for one, other in zip(
+        jax.tree.leaves(nnx.state(by_function)), jax.tree.leaves(nnx.state(by_itself)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_recompute_again_compiles_nothing():
+    model = ResNet(nnx.Rngs(0))
+    surgery.recompute(model, BATCHES[:1], progress=False)
+    traced = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ResNet, "__call__", lambda self, x: traced.append(x))
+        surgery.recompute(nnx.clone(model), BATCHES, progress=False)
+    assert not traced
+
+
+@every_model
+def test_freeze_has_no_gradient_and_lasts_through_train(trained, name):
+    frozen = surgery.freeze(trained[name])
+    frozen.train()
+    before = statistics(frozen)
+    y = frozen(BATCHES[0])
+    np.testing.assert_allclose(y, evaluated(trained[name], BATCHES[0]), atol=2e-5)
+    gradient = nnx.grad(lambda model: jnp.sum(model(BATCHES[0]) ** 2))(frozen)
+    for path in norms(frozen):
+        node = gradient
+        for key in path.split("/"):
+            node = node[int(key) if key.isdigit() else key]
+        assert not np.any(node["scale"][...])
+        assert not np.any(node["bias"][...])
+    for path, (mean, var) in statistics(frozen).items():
+        np.testing.assert_array_equal(mean, before[path][0])
+        np.testing.assert_array_equal(var, before[path][1])
+    # Filters by the class of Flax find the layers still, and so does unfreezing them.
+    frozen.set_attributes(nnx.BatchNorm, frozen=False, use_running_average=False)
+    frozen(BATCHES[0])
+    assert any(np.any(mean != before[path][0]) for path, (mean, _) in statistics(frozen).items())
+    assert not any(hasattr(norm, "frozen") for norm in norms(trained[name]).values())
+
+
+def test_freeze_some_by_their_paths(trained):
+    frozen = surgery.freeze(trained["ResNet"], at="layer1/*")
+    frozen.train()
+    before = statistics(frozen)
+    frozen(BATCHES[0])
+    for path, (mean, _) in statistics(frozen).items():
+        assert np.array_equal(mean, before[path][0]) == path.startswith("layer1/"), path
+
+
+@every_model
+def test_synchronize_equals_the_whole_batch(trained, name):
+    whole = nnx.clone(trained[name])
+    whole.train()
+    x = jnp.concatenate(BATCHES[:2])
+    want = whole(x)
+    shared = surgery.synchronize(trained[name], "batch")
+    shared.train()
+    graphdef, state = nnx.split(shared)
+
+    def step(state, x):
+        model = nnx.merge(graphdef, state)
+        return model(x), nnx.state(model, nnx.BatchStat)
+
+    step = jax.jit(jax.vmap(step, in_axes=(None, 0), axis_name="batch"))
+    y, stats = step(state, x.reshape(2, 8, *x.shape[1:]))
+    np.testing.assert_allclose(y.reshape(want.shape), want, atol=5e-5)
+    for got, expected in zip(
+        jax.tree.leaves(stats), jax.tree.leaves(nnx.state(whole, nnx.BatchStat)), strict=True
+    ):
+        np.testing.assert_allclose(got[0], expected, rtol=2e-5, atol=2e-5)
+
+
+@every_model
+def test_fold_serves_the_same_without_a_norm(trained, name):
+    x = BATCHES[0]
+    serve, folded, report = surgery.fold(trained[name], x)
+    want = evaluated(trained[name], x)
+    np.testing.assert_allclose(jax.jit(serve)(folded, x[:3]), want[:3], atol=1e-5)
+    reported = len(report.folded) + len(report.alone)
+    assert reported == len(norms(trained[name]))
+    first = {"ResNet": ("conv1", "bn1"), "ConvNeXt": ("stem", "stem_norm")}
+    assert first.get(name, ("patches", "stem_norm")) in report.folded
+
+
+def test_fold_names_layers_by_their_paths(trained):
+    _, _, report = surgery.fold(trained["ResNet"], BATCHES[0])
+    assert ("layer2/0/downsample/0", "layer2/0/downsample/1") in report.folded
+
+
+@every_model
+def test_convert_gives_a_model_with_group_norms(trained, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = surgery.convert(trained[name])
+    assert not norms(converted)
+    groups = [m for _, m in nnx.iter_modules(converted) if isinstance(m, normjax.nnx.GroupNorm)]
+    assert len(groups) == len(norms(trained[name]))
+    converted.train()
+    x = BATCHES[0]
+    np.testing.assert_allclose(converted(x)[:2], converted(x[:2]), atol=2e-5)
+
+
+def test_convert_is_the_conversion_of_linen(trained):
+    """The same scale and bias, which tests/test_surgery_convert.py compares with float64."""
+    model = trained["ResNet"]
+    converted = surgery.convert(model, num_groups=2)
+    norm = model.bn1
+    variables = {
+        "params": {"bn": {"scale": norm.scale[...], "bias": norm.bias[...]}},
+        "batch_stats": {"bn": {"mean": norm.mean[...], "var": norm.var[...]}},
+    }
+    want = surgery.convert(variables, num_groups=2)["params"]["bn"]
+    np.testing.assert_array_equal(converted.bn1.scale[...], want["scale"])
+    np.testing.assert_array_equal(converted.bn1.bias[...], want["bias"])
+
+
+def test_convert_keeps_an_activation_and_takes_a_mode():
+    norm = normjax.nnx.BatchNormAct(4, activation=jax.nn.relu, rngs=nnx.Rngs(0))
+    converted = surgery.convert(norm, num_groups=2)
+    x = images(0)[..., :1] * jnp.ones(4)
+    assert np.min(converted(x, use_running_average=True)) == 0
+    np.testing.assert_array_equal(converted(x, train=True), converted(x, train=False))
+
+
+@every_model
+def test_reset_is_that_of_a_new_layer(trained, name):
+    for mean, var in statistics(surgery.reset(trained[name])).values():
+        assert not np.any(mean)
+        assert np.all(var == 1)
+    assert all(np.any(mean) for mean, _ in statistics(trained[name]).values())
+
+
+@every_model
+def test_guard_serves_and_refuses(trained, name):
+    guarded = surgery.guard(trained[name])
+    guarded.eval()
+    np.testing.assert_allclose(guarded(BATCHES[0]), evaluated(trained[name], BATCHES[0]), atol=2e-5)
+    guarded.train()
+    with pytest.raises(ValueError, match="surgery.guard: the batch norm at .* in training mode"):
+        nnx.jit(lambda model, x: model(x))(guarded, BATCHES[0])
+    surgery.guard(surgery.freeze(trained[name]))(BATCHES[0])
+    with pytest.raises(ValueError, match="never updated"):
+        surgery.guard(surgery.reset(trained[name]))
+    fresh = nnx.state(surgery.reset(trained[name]), nnx.BatchStat)
+    nnx.update(guarded, fresh)
+    guarded.eval()
+    with pytest.raises(ValueError, match="never updated"):
+        guarded(BATCHES[0])
+
+
+@every_model
+def test_the_healthy_model_is_clean_and_each_planted_fault_named(trained, name):
+    well = surgery.recompute(trained[name], HEALTHY, progress=False)
+
+    def kinds(model):
+        report = surgery.diagnose(model, HEALTHY, progress=False)
+        return {(f.path, f.kind) for f in report.findings}
+
+    # A bias before a norm is one by the design of ConvNeXt and ViT, few examples behind a pooling.
+    by_design = {"redundant bias", "few samples"}
+    assert {kind for _, kind in kinds(well)} <= (by_design if name != "ResNet" else set())
+    path = next(iter(norms(well)))
+    node = well
+    for key in path.split("/"):
+        node = node[int(key)] if key.isdigit() else getattr(node, key)
+
+    def planted(**changes):
+        copy = nnx.clone(well)
+        for variable, change in changes.items():
+            layer = norms(copy)[path]
+            getattr(layer, variable)[...] = change(getattr(layer, variable)[...])
+        return kinds(copy)
+
+    assert (path, "stale") in planted(mean=lambda m: m + 5)
+    assert (path, "not finite") in planted(var=lambda v: v.at[0].set(jnp.nan))
+    assert (path, "dead channels") in planted(scale=lambda s: s.at[0].set(0), bias=lambda b: b * 0)
+    assert (path, "exploding") in planted(scale=lambda s: s * 1e4)
+    assert (path, "never updated") in kinds(surgery.reset(well))
+    frozen = surgery.freeze(well, at=path)
+    assert not {kind for at, kind in kinds(frozen) if at == path}
+
+
+def test_a_redundant_bias_is_found():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+            self.bn = nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            return self.bn(self.conv(x))
+
+    report = surgery.diagnose(Net(nnx.Rngs(0)), HEALTHY, progress=False)
+    assert ("bn", "redundant bias") in {(f.path, f.kind) for f in report.findings}
+
+
+@every_model
+def test_masks_for_an_optimizer(trained, name):
+    model = nnx.clone(trained[name])
+    decays = surgery.decay_mask(model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(decays):
+        name = path[-1].key
+        assert leaf == (name == "kernel"), path
+    frozen = surgery.frozen_mask(model)
+    marked = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(frozen)
+        if leaf
+    }
+    assert len(marked) == 2 * len(norms(model))
+    transform = optax.chain(
+        optax.adamw(1e-2, weight_decay=0.5, mask=decays),
+        optax.masked(optax.set_to_zero(), frozen),
+    )
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+    gradient = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    before = {path: np.asarray(norm.scale[...]) for path, norm in norms(model).items()}
+    optimizer.update(model, gradient)
+    for path, norm in norms(model).items():
+        np.testing.assert_array_equal(norm.scale[...], before[path])
+
+
+def test_tools_compose(trained):
+    model = surgery.synchronize(surgery.freeze(trained["ResNet"], at="layer1/*"), "batch")
+    assert {path for path, norm in norms(model).items() if norm.frozen} == {
+        "layer1/0/bn1",
+        "layer1/0/bn2",
+    }
+    assert all(norm.axis_name == "batch" for norm in norms(model).values())
+
+
+@every_model
+def test_export_and_import_are_the_identity(trained, name):
+    model = trained[name]
+    rules = rules_of(model)
+    state = surgery.export_torch(model, rules)
+    blank = surgery.reset(model)
+    filled = surgery.import_torch(blank, state, rules)
+    for got, want in zip(
+        jax.tree.leaves(nnx.state(filled)), jax.tree.leaves(nnx.state(model)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def rules_of(model):
+    """One rule for each layer, which is called there as it is here."""
+    kinds = {
+        nnx.Conv: "conv",
+        nnx.Linear: "linear",
+        nnx.BatchNorm: "batch_norm",
+        nnx.LayerNorm: "layer_norm",
+        nnx.MultiHeadAttention: "attention",
+    }
+    layers = {"/".join(map(str, path)): type(m) for path, m in nnx.iter_modules(model)}
+    rules = [(path, path.replace("/", "."), kinds[k]) for path, k in layers.items() if k in kinds]
+    parameters = [
+        "/".join(map(str, path))
+        for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))
+        if path[-1] in ("gamma", "position")
+    ]
+    return rules + [(path, path.replace("/", "."), "parameter") for path in parameters]
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+@every_model
+def test_import_torch_gives_the_numbers_of_the_twin(torch, name):
+    torch.manual_seed(0)
+    twin = nnx_torch.twins(torch)[name]().eval()
+    with torch.no_grad():
+        for key, array in twin.state_dict().items():
+            if array.ndim == 1:
+                low = 0.5 if key.endswith(("weight", "var")) else -0.5
+                array.uniform_(low, low + 1)
+    norm = {} if name == "ResNet" else {"norm": nnx.LayerNorm}
+    model = MODELS[name](nnx.Rngs(0), **norm)
+    filled = surgery.import_torch(model, twin.state_dict(), rules_of(model))
+    x = np.asarray(BATCHES[0])
+    with torch.no_grad():
+        want = twin(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).numpy()
+    np.testing.assert_allclose(evaluated(filled, x), want, rtol=1e-5, atol=1e-5)
+    for key, array in surgery.export_torch(filled, rules_of(model)).items():
+        np.testing.assert_array_equal(array, twin.state_dict()[key])
+
+
+class Stranger(nnx.Module):
+    """A batch norm of another author."""
+
+    def __init__(self):
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(3)), nnx.BatchStat(jnp.ones(3))
+
+
+class Holder(nnx.Module):
+    def __init__(self):
+        self.strange = Stranger()
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("tool", [surgery.freeze, surgery.guard, surgery.reset])
+def test_what_is_not_recognized_is_an_error_unless_it_is_left_out(tool):
+    with pytest.raises(ValueError, match="Stranger at 'strange' holds a mean and a var .* at="):
+        tool(Holder())
+    if tool is not surgery.guard:
+        tool(Holder(), at="norm")
+    with pytest.raises(ValueError, match="at='nrm' matches no batch norm.*'norm', 'strange'"):
+        tool(Holder(), at="nrm")
+    with pytest.raises(ValueError, match="no batch norm, expected at least one"):
+        tool(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+class Overriding(nnx.BatchNorm):
+    """Code around that of Flax, which cannot be changed from outside."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+def test_a_subclass_of_flax_with_code_of_its_own_is_an_error():
+    with pytest.raises(ValueError, match="Overriding at .*unless a subclass has a __call__"):
+        surgery.freeze(Overriding(3, rngs=nnx.Rngs(0)))
+
+
+class Ours(normjax.nnx.BatchNorm):
+    """Code around ours runs as it is."""
+
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+def test_a_subclass_of_ours_with_code_of_its_own_is_frozen():
+    layer = Ours(3, rngs=nnx.Rngs(0))
+    x = images(0)
+    frozen = surgery.freeze(surgery.recompute(layer, [x], progress=False))
+    np.testing.assert_allclose(jnp.mean(frozen(x)), 1, atol=1e-5)
+    assert isinstance(frozen, Ours)
+
+
+@pytest.mark.parametrize("tool", [surgery.recompute, surgery.diagnose])
+def test_bad_input_is_worded(tool):
+    model = ResNet(nnx.Rngs(0))
+    for given, error, message in (
+        ((model,), TypeError, "got no batches, expected .*\\(model, batches\\)"),
+        ((model, BATCHES[0]), TypeError, "batches is an array of shape"),
+        ((model, []), ValueError, "the batches are empty"),
+        ((model, {}, BATCHES), TypeError, "got a model of flax.nnx and variables"),
+        ((model, [(BATCHES[0], 1.0)]), TypeError, r"lambda model, batch: model\(batch\[0\]\)"),
+    ):
+        with pytest.raises(error, match=f"surgery.{tool.__name__}: .*{message}"):
+            tool(*given, progress=False)
+
+
+def test_a_frozen_model_is_not_recomputed():
+    model = surgery.freeze(ResNet(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="ran none of the batch norms .* Look whether it is froz"):
+        surgery.recompute(model, BATCHES, progress=False)
