@@ -8,6 +8,8 @@ converted to group norm. Then its batch norms are folded away and it serves sing
     python examples/finetune.py             # about a minute on two cores
     python examples/finetune.py --batch-size 4    # where batch norm needs no help
     python examples/finetune.py --smoke     # a few seconds, to see that it runs
+
+The same for a network of flax.nnx: `python examples/nnx_finetune.py`.
 """
 
 import argparse
@@ -74,9 +76,9 @@ METHODS = (
 )
 
 
-def parse(argv):
+def parse(argv, doc, picture):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--epochs", type=int, default=12, help="of training on the digits")
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning in each domain")
@@ -90,7 +92,7 @@ def parse(argv):
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.smoke:
         args.epochs, args.steps = 2, 5
-    args.picture = args.out / "finetune.png"
+    args.picture = args.out / picture
     check_writable(parser, args.picture)
     return args
 
@@ -110,8 +112,15 @@ def batches(images, size=128):
     return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
 
 
-def fit(apply, variables, images, labels, *, steps, size, rate, rng, title):
-    """Trains by any function that runs the model: as it is, or wrapped by a tool."""
+def start(args, images):
+    """The network before training: its model and its variables."""
+    return MODEL, MODEL.init(jax.random.key(args.seed), images[:1], False)
+
+
+def fit(network, images, labels, *, steps, size, rate, rng, title, tool=lambda apply: apply):
+    """Trains by the function that runs the model, as it is or wrapped by a tool."""
+    model, variables = network
+    apply = tool(model.apply)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     @jax.jit
@@ -131,7 +140,7 @@ def fit(apply, variables, images, labels, *, steps, size, rate, rng, title):
     for _ in tqdm(range(steps), desc=title, unit="step", file=sys.stdout, mininterval=0.5):
         chosen = rng.choice(len(images), size, replace=False)
         variables, state = step(variables, state, images[chosen], labels[chosen])
-    return variables
+    return model, variables
 
 
 @partial(jax.jit, static_argnums=0)
@@ -139,39 +148,38 @@ def predict(model, variables, images):
     return model.apply(variables, images, False)
 
 
-def accuracy(model, variables, images, labels):
-    return float(np.mean(np.argmax(predict(model, variables, images), -1) == labels))
+def accuracy(network, images, labels):
+    return float(np.mean(np.argmax(predict(*network, images), -1) == labels))
 
 
-def adapt(args, variables, x_train, y_train, x_test, y_test):
-    """The accuracy of each method in one domain, and the report of the network as it is."""
-    report = surgery.diagnose(call, variables, batches(x_train))
-    recomputed = surgery.recompute(call, variables, batches(x_train))
+def adapt(network, images, tune):
+    """What each method makes of a network for a domain, and the report of it as it is."""
+    _, variables = network
+    report = surgery.diagnose(call, variables, batches(images))
+    recomputed = surgery.recompute(call, variables, batches(images))
     converted = surgery.convert(recomputed, num_groups=8)
-    tuned = partial(fit, images=x_train, labels=y_train, steps=args.steps, size=args.batch_size)
-
-    def tune(apply, start, title):
-        rng = np.random.default_rng(args.seed)
-        return tuned(apply, start, rate=1e-3, rng=rng, title=title)
-
-    results = {
-        METHODS[0]: (MODEL, variables),
+    return report, {
+        METHODS[0]: network,
         METHODS[1]: (MODEL, recomputed),
-        METHODS[2]: (MODEL, tune(MODEL.apply, variables, "  batch norm")),
-        METHODS[3]: (MODEL, tune(surgery.freeze(MODEL.apply), recomputed, "  frozen")),
-        METHODS[4]: (TWIN, tune(TWIN.apply, converted, "  group norm")),
+        METHODS[2]: tune(network, title="  batch norm"),
+        METHODS[3]: tune((MODEL, recomputed), title="  frozen", tool=surgery.freeze),
+        METHODS[4]: tune((TWIN, converted), title="  group norm"),
     }
-    return report, {name: accuracy(*result, x_test, y_test) for name, result in results.items()}
 
 
-def serve_single_images(variables, images):
-    """Milliseconds for one image, with batch norm and folded; the largest difference."""
+def serving(network, images):
+    """Functions of one image with their variables: with batch norm, and folded."""
+    _, variables = network
     serve, folded, report = surgery.fold(
         lambda variables, x: MODEL.apply(variables, x, False), variables, images[:1]
     )
     print(f"\n{report}")
     plain = surgery.guard(jax.jit(lambda variables, x: MODEL.apply(variables, x, False)))
-    ways = {"batch norm": (plain, variables), "folded": (jax.jit(serve), folded)}
+    return {"batch norm": (plain, variables), "folded": (jax.jit(serve), folded)}
+
+
+def time_single_images(ways, images):
+    """Milliseconds for one image by each way; the largest difference of their outputs."""
     outputs = {name: np.asarray(f(v, images[:1])) for name, (f, v) in ways.items()}
     apart = np.max(np.abs(outputs["batch norm"] - outputs["folded"]))
     times = {name: [] for name in ways}
@@ -212,16 +220,17 @@ def draw(path, examples, table):
     plt.close(fig)
 
 
-def main(argv=None):
-    args = parse(argv)
+def main(argv=None, framework=None, doc=__doc__, picture="finetune.png"):
+    """Runs all of it; `framework` has start, fit, accuracy, adapt and serving."""
+    framework = framework or sys.modules[__name__]
+    args = parse(argv, doc, picture)
     x_train, x_test, y_train, y_test = load_data(args.seed)
     rng = np.random.default_rng(args.seed)
-    variables = MODEL.init(jax.random.key(args.seed), x_train[:1], False)
-    variables = fit(
-        MODEL.apply, variables, x_train, y_train, steps=args.epochs * len(x_train) // 128,
-        size=128, rate=3e-3, rng=rng, title="training",
+    network = framework.fit(
+        framework.start(args, x_train), x_train, y_train,
+        steps=args.epochs * len(x_train) // 128, size=128, rate=3e-3, rng=rng, title="training",
     )  # fmt: skip
-    home = accuracy(MODEL, variables, x_test, y_test)
+    home = framework.accuracy(network, x_test, y_test)
     print(f"\naccuracy on the digits that it was trained on: {home:.4f}")
 
     table, examples = {}, {"digits": x_test}
@@ -229,7 +238,16 @@ def main(argv=None):
         changed = [np.float32(change(images, rng)) for images in (x_train, x_test)]
         examples[domain] = changed[1]
         print(f"\n{domain}:")
-        report, table[domain] = adapt(args, variables, changed[0], y_train, changed[1], y_test)
+
+        def tune(network, images=changed[0], **options):
+            fresh = np.random.default_rng(args.seed)
+            size = dict(steps=args.steps, size=args.batch_size)
+            return framework.fit(network, images, y_train, rate=1e-3, rng=fresh, **size, **options)
+
+        report, results = framework.adapt(network, changed[0], tune)
+        table[domain] = {
+            name: framework.accuracy(result, changed[1], y_test) for name, result in results.items()
+        }
         print(f"\n{report}")
 
     width = max(map(len, METHODS))
@@ -238,7 +256,7 @@ def main(argv=None):
         row = "  ".join(f"{table[domain][method]:8.4f}" for domain in table)
         print(f"{method:<{width}}  {row}")
 
-    times, apart = serve_single_images(variables, x_test)
+    times, apart = time_single_images(framework.serving(network, x_test), x_test)
     print(
         f"one image: {times['batch norm']:.3f} ms with batch norm, {times['folded']:.3f} ms "
         f"folded, {times['batch norm'] / times['folded']:.2f} times as fast; outputs differ by "

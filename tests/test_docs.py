@@ -108,6 +108,7 @@ PAGES = [
         f"docs/{page}.md"
         for page in (
             "which-norm",
+            "nnx",
             "accumulation",
             "devices",
             "scaling",

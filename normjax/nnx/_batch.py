@@ -99,18 +99,25 @@ class _BatchNorm(nnx.Module):
         return step(self, use_running_average, train, Call(x, mask, scale, bias))
 
     def set_view(
-        self, use_running_average: bool | None = None, accumulate: bool | None = None
+        self,
+        use_running_average: bool | None = None,
+        accumulate: bool | None = None,
+        frozen: bool | None = None,
     ) -> None:
         """What `nnx.view` sets.
 
         Args:
             use_running_average: if True, the running statistics are used.
-            accumulate: if True, training keeps moments in place of moving the statistics.
+            accumulate: if True, training keeps moments in place of moving the statistics. A view
+                shares the variables that there are: build the layer with `accumulate=True`.
+            frozen: if True, the layer acts by its running statistics and learns nothing.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if accumulate is not None:
             self.accumulate = accumulate
+        if frozen is not None:
+            self.frozen = frozen
 
 
 @_errors.keywords
