@@ -40,6 +40,7 @@ from normjax._core.platforms import gpu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import _common
 import digits
 import finetune
 
@@ -231,13 +232,13 @@ def drawn(images: Any, labels: Any, size: int) -> Callable[[int], Iterator[tuple
 
 def digits_runs(scale: float) -> Iterator[Run]:
     """The demo as it is: the last batch of an epoch is padded and masked."""
-    images, _, labels, _ = digits.load_data(0)
+    images, _, labels, _ = _common.load_data(0)
     steps = round(20 * 12 * scale)
 
     def batches(steps: int) -> Iterator[tuple[Any, ...]]:
         rng = np.random.default_rng(0)
         while True:
-            for batch in digits.batches(images, labels, 128, rng):
+            for batch in _common.batches(images, labels, 128, rng):
                 if not steps:
                     return
                 yield batch
@@ -252,7 +253,7 @@ def digits_runs(scale: float) -> Iterator[Run]:
 
         variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), images[:1])
         start = variables["params"], variables["batch_stats"]
-        optimizer = digits.make_optimizer(steps)
+        optimizer = _common.make_optimizer(steps)
         yield Run("digits demo", momentum, steps, loss, optimizer, start, batches)
 
 
@@ -281,7 +282,7 @@ LIVES = {
 
 
 def deep_runs(scale: float) -> Iterator[Run]:
-    images, _, labels, _ = digits.load_data(0)
+    images, _, labels, _ = _common.load_data(0)
     steps = round(700 * scale)
     dying = np.arange(Deep.channels) % 4 == 0
     for momentum in MOMENTA:
@@ -360,7 +361,7 @@ class UNet(nn.Module):
 
 def unet_runs(scale: float) -> Iterator[Run]:
     """Noise is predicted from noisy digits of 32 x 32 pixels."""
-    images, _, labels, _ = digits.load_data(0)
+    images, _, labels, _ = _common.load_data(0)
     large = np.repeat(np.repeat(images, 4, 1), 4, 2)
     group_norm = partial(normjax.linen.GroupNorm, num_groups=8)
     norms = {

@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from digits import check_writable
+from _common import check_writable
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm

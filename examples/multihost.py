@@ -25,6 +25,7 @@ import threading
 import time
 from pathlib import Path
 
+import _common
 import digits
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ SETTINGS = ("epochs", "batch_size", "devices", "seed", "momentum")
 
 
 def parse(argv):
-    parser = digits.make_parser(__doc__, epochs=10)
+    parser = _common.make_parser(__doc__, epochs=10)
     parser.add_argument("--processes", type=int, default=2, help="how many processes take part")
     parser.add_argument("--process", type=int, help="which one this is; none: start all here")
     parser.add_argument("--coordinator", help="host:port of process 0, the same for all")
@@ -53,7 +54,7 @@ def parse(argv):
     parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
     parser.add_argument("--resume", action="store_true", help="insist on a checkpoint")
     parser.add_argument("--launched", action="store_true", help="stop when standard input closes")
-    args = digits.parse(parser, argv)
+    args = _common.parse(parser, argv)
     if args.processes < 1 or args.devices % args.processes:
         parser.error(f"--devices {args.devices} must be a multiple of --processes {args.processes}")
     if (args.process is None) != (args.coordinator is None):
@@ -179,7 +180,7 @@ def batches(args, data, start):
     size = args.batch_size // args.processes
     mine = slice(args.process * size, (args.process + 1) * size)
     rng = np.random.default_rng(args.seed)
-    epochs = (digits.batches(x_train, y_train, args.batch_size, rng) for _ in range(args.epochs))
+    epochs = (_common.batches(x_train, y_train, args.batch_size, rng) for _ in range(args.epochs))
     for batch in itertools.islice(itertools.chain.from_iterable(epochs), start, None):
         yield [leaf[mine] for leaf in batch]
 
@@ -189,7 +190,7 @@ def train(args, data, model, manager):
     mesh = Mesh(np.array(jax.devices()), ("batch",))
     rows, whole = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
     steps = args.epochs * -(-len(x_train) // args.batch_size)
-    optimizer = digits.make_optimizer(steps)
+    optimizer = _common.make_optimizer(steps)
 
     def start():
         variables = model.init(jax.random.key(args.seed), x_train[:1], train=False)
@@ -259,7 +260,7 @@ def work(args):
         note_settings(args)
     here, everywhere = jax.local_device_count(), jax.device_count()
     tell(args, f"devices: {everywhere}, {here} in each of {args.processes} processes")
-    data = digits.load_data(args.seed)
+    data = _common.load_data(args.seed)
     tell(args, f"data: {len(data[0])} training and {len(data[1])} test images of 8 x 8 pixels")
     model = digits.ResidualNet(args.momentum)
     options = ocp.CheckpointManagerOptions(
@@ -269,7 +270,7 @@ def work(args):
         params, batch_stats, _ = train(args, data, model, manager)
 
     served = {"params": params, "batch_stats": batch_stats}
-    accuracy = digits.accuracy(digits.predict(model, served, data[1]), data[3])
+    accuracy = _common.accuracy(digits.predict(model, served, data[1]), data[3])
     tell(args, f"\ntest accuracy with running statistics (train=False): {accuracy:.4f}")
     mark = fingerprint(served)
     tell(args, f"parameters and running statistics, fingerprint: {mark}")

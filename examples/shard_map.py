@@ -12,7 +12,7 @@ from functools import partial
 
 import digits
 import jax
-from _common import side_by_side
+from _beside_pmap import side_by_side
 from jax.sharding import PartitionSpec as P
 
 

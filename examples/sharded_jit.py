@@ -10,7 +10,7 @@ and jit shares the statistics over all of them by itself.
 import sys
 
 import jax
-from _common import make_plain_step, side_by_side
+from _beside_pmap import make_plain_step, side_by_side
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 

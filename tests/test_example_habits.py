@@ -41,7 +41,7 @@ def batch():
 
 def steps(example, way):
     """The state and the step as an example makes them."""
-    digits, common = example("digits"), example("_common")
+    digits, beside_pmap = example("digits"), example("_beside_pmap")
     devices, optimizer = jax.devices()[:4], digits.make_optimizer(10)
     model = Tiny()
     variables = model.init(jax.random.key(0), batch()[0], train=False)
@@ -49,7 +49,7 @@ def steps(example, way):
     if way == "digits":
         return digits.on_each_device(state, devices), digits.mapped_step(model, optimizer, devices)
     mesh = Mesh(np.array(devices), ("batch",))
-    return common.on_mesh(state, mesh), example(way).make_step(model, optimizer, mesh)
+    return beside_pmap.on_mesh(state, mesh), example(way).make_step(model, optimizer, mesh)
 
 
 @pytest.mark.parametrize("way", ["digits", "shard_map", "sharded_jit"])
