@@ -120,10 +120,12 @@ def table(steps: Sequence[Step]) -> Iterator[str]:
         yield tables.line(cells)
 
 
-def report(title: str, steps: Sequence[Step], repeats: int) -> Iterator[str]:
+def report(
+    title: str, steps: Sequence[Step], repeats: int, peer: str = "flax.linen"
+) -> Iterator[str]:
     yield f"# {title}"
     yield ""
-    yield machine.circumstances(["normjax", "flax.linen"], repeats)
+    yield machine.circumstances(["normjax", peer], repeats)
     yield ""
     yield "Under time, memory and compile: as a share of the first line of the model."
     yield ""

@@ -1,7 +1,7 @@
 """What is done to a trained model: mended, frozen, converted, judged, carried over and served.
 
-Works on plain trees of variables and on functions that run a model, `flax.linen.BatchNorm`
-included. Nothing is changed in place.
+Works on plain trees of variables and on functions that run a model of linen, and on models of NNX,
+those of Flax alone included. Nothing is changed in place.
 """
 
 from normjax.surgery._convert import convert

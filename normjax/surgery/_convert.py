@@ -54,7 +54,7 @@ def convert(
     scale and bias would give that for no example. Fine-tune from there.
 
     Args:
-        variables: all of the model with batch norm.
+        variables: all of the model with batch norm; or a model of flax.nnx.
         num_groups, group_size: as in `group_norm`, one of them for all layers. Without either each
             layer has 32 groups, or where 32 does not divide its channels the number nearest to 32
             that leaves two channels or more in a group (the smaller of two such numbers, 1 for a
@@ -64,7 +64,8 @@ def convert(
         epsilon: of the batch norms; by default 1e-5 for variables, and each layer's own in a model.
 
     Returns:
-        New variables. Layers that Flax named by their class are called GroupNorm_0, GroupNorm_1
+        New variables; or a copy of the model of NNX, with group norms in the places of its batch
+        norms, which keep their activation and pass over a mode. Layers that linen named by their class are called GroupNorm_0, GroupNorm_1
         and so on, in their order; names that a person gave stay.
 
     Guarantees:

@@ -46,7 +46,8 @@ def diagnose(
 
     Args:
         call: `call(variables, batch, *, train, mutable)`, as in `recompute`.
-        variables: all of the model; also as pmap holds them, with a leading axis of devices.
+        variables: all of the model; also as pmap holds them, with a leading axis of devices. In
+            place of both a model of flax.nnx, as in `recompute`.
         batches: a few, of the size of those in training, like the data that are served.
         at: patterns over the paths of the layers, all if None.
         limit: how many batches at most.

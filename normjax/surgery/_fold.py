@@ -82,7 +82,9 @@ def fold(
     Args:
         call: `call(variables, *inputs)`, in evaluation mode and traceable by JAX, for example
             `lambda variables, x: model.apply(variables, x, train=False)`.
-        variables: pytree of arrays, of a Flax model or any other; or of their shapes.
+        variables: pytree of arrays, of a Flax model or any other; or of their shapes. In place of
+            both a model of flax.nnx, `fold(model, *inputs)`, which runs after `model.eval()`; or,
+            where it cannot be called so, `fold(call, model, *inputs)`, with `call(model, *inputs)`.
         inputs: examples of the inputs; any batch size.
 
     Returns:
@@ -115,7 +117,7 @@ def fold(
         ===================================  ==================================================
 
     Raises:
-        TypeError: `call` is a module and no function.
+        TypeError: `call` is a module of linen and no function.
         ValueError: nothing is found to fold, as in training mode, where statistics come from the
             input; or `serve` meets an input for which the call computes with other shapes of
             variables.

@@ -26,11 +26,13 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
 
     Args:
         apply: what runs the model; called as before. As the outermost wrapper it judges what the
-            inner ones do: `guard(freeze(model.apply))` lets train=True pass.
+            inner ones do: `guard(freeze(model.apply))` lets train=True pass. Or a model of
+            flax.nnx, whose statistics are looked at here, and when it is called outside of jit.
         at: as in `freeze`.
 
     Returns:
-        A function of the arguments of `apply`.
+        A function of the arguments of `apply`; or a copy of the model, to be called after
+        `model.eval()`.
 
     Guarantees:
         before anything runs: statistics are looked at before the model is called.
@@ -44,9 +46,9 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module, or nothing that can be called.
+        TypeError: `apply` is a module of linen, or nothing that can be called.
         ValueError: when called: training mode, statistics never updated, no batch norm (as in a
-            model that is not of flax.linen), a module with a mean and a var that is not
+            model that is not of Flax), a module with a mean and a var that is not
             recognized, or a pattern that matches none.
 
     References:

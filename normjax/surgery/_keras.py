@@ -82,13 +82,15 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
     kernel, named by itself), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
 
     Args:
-        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
+        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them; or a model of
+            flax.nnx.
         weights: arrays by path: `{w.path: np.asarray(w) for w in model.weights}`. Names of
             TensorFlow end in ":0", which is no part of a path: strip it.
         rules: the table.
 
     Returns:
-        Variables of the same structure, NumPy arrays in the dtypes of the weights.
+        Variables of the same structure, NumPy arrays in the dtypes of the weights; or a copy of
+        the model that holds them.
 
     Guarantees:
         identity: `export_keras` of the result has the very bits of the weights.
@@ -127,7 +129,7 @@ def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         for w in model.weights: w.assign(weights[w.path])
 
     Args:
-        variables: of the Flax model.
+        variables: of the Flax model; or a model of flax.nnx.
         rules: the table of `import_keras`.
 
     Returns:

@@ -21,14 +21,18 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
     Unfreezing is calling the function that was wrapped.
 
     Args:
-        apply: what runs the model, such as `model.apply`; called as before.
-        at: patterns over the paths of the layers ("block_*/bn", one or several), all if None.
+        apply: what runs the model, such as `model.apply`; called as before. Or a model of
+            flax.nnx.
+        at: patterns over the paths of the layers ("block_*/bn", one or several), all if None. In
+            NNX paths are those of attributes ("blocks/0/bn").
 
     Returns:
-        A function of the arguments of `apply`.
+        A function of the arguments of `apply`; or a copy of the model, whose layers have
+        `frozen=True`, also after `model.train()`.
 
     Guarantees:
-        any model: layers of Flax and of normjax alike, inside jit, remat, scan and vmap of Flax.
+        any model: layers of Flax and of normjax alike, linen and NNX, inside jit, remat, scan and
+            vmap of Flax.
         copies too: a class of its own that keeps mean and var in `batch_stats`, has no submodules
             and takes `use_running_average` (or `train`, `training`, `is_training`) is a batch norm.
         statistics stay: `batch_stats` comes back as it went in, also where train=True.
@@ -40,14 +44,17 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         no batch_stats of a layer            an error
         unrecognized module with statistics  an error, unless `at` leaves it out
         at= inside of nn.jit                 an error: equal blocks there share one trace
+        NNX: train=True for a frozen layer   an error; model.train() is none
+        NNX: a copy of batch norm            an error, and so is a subclass of flax.nnx.BatchNorm
+                                             with a __call__ of its own
         init                                 runs as it is, there is nothing to freeze yet
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: no batch norm ran (as in a model that is not of flax.linen), a
-            module with a mean and a var is not recognized, or a pattern matches none (they are
-            listed).
+        TypeError: `apply` is a module of linen, or nothing that can be called.
+        ValueError: when called (for NNX at once): no batch norm ran (as in a model that is not of
+            Flax), a module with a mean and a var is not recognized, or a pattern matches none
+            (they are listed).
 
     References:
         He et al. (2016), arXiv:1512.03385, appendix A: batch norm fixed while fine-tuning.
@@ -86,11 +93,13 @@ def frozen_mask(variables: Any, *, at: At = None) -> Any:
     `optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen_mask(variables)))`.
 
     Args:
-        variables: all of the model, since `batch_stats` tells which layers are batch norms.
+        variables: all of the model, since `batch_stats` tells which layers are batch norms. Or a
+            model of flax.nnx.
         at: as in `freeze`.
 
     Returns:
-        A tree of booleans of the structure of `variables["params"]`.
+        A tree of booleans of the structure of `variables["params"]`; for NNX of the parameters as
+        `nnx.Optimizer` hands them to optax.
 
     Guarantees:
         by role: a layer is a batch norm by its statistics, not by its name.
@@ -138,12 +147,12 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
 
     Args:
         apply: what runs the model, such as `model.apply`; called as before, where the axis is
-            bound by pmap, shard_map or vmap.
+            bound by pmap, shard_map or vmap. Or a model of flax.nnx.
         axis_name: one name or several.
         at: as in `freeze`.
 
     Returns:
-        A function of the arguments of `apply`.
+        A function of the arguments of `apply`; or a copy of the model with this `axis_name`.
 
     Guarantees:
         shared exactly: equal to one call on the whole batch, in value, gradient and statistics,
@@ -156,10 +165,10 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module, or nothing that can be called.
-        ValueError: when called: no batch norm ran (as in a model that is not of flax.linen), a
-            module with a mean and a var is not recognized, or a pattern matches none (they are
-            listed).
+        TypeError: `apply` is a module of linen, or nothing that can be called.
+        ValueError: when called (for NNX at once): no batch norm ran (as in a model that is not of
+            Flax), a module with a mean and a var is not recognized, or a pattern matches none
+            (they are listed).
         NameError: when called: `axis_name` is not bound.
 
     References:

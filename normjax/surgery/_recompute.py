@@ -36,7 +36,9 @@ def recompute(
         call: `call(variables, batch, *, train, mutable)` runs the model and returns what
             `model.apply` does. It is compiled once, as by `jax.jit`, so it must be pure: dropout
             keys come in batches.
-        variables: all of the model.
+        variables: all of the model. In place of both a model of flax.nnx, `recompute(model,
+            batches)`, which runs after `model.train()`; or, where it cannot be called with a batch,
+            `recompute(call, model, batches)`, with `call(model, batch)`.
         batches: an iterable of whatever `call` takes, cut as in training, since each layer is
             measured behind layers that normalize by the batch. The sizes may differ. One batch is
             `[batch]`.
@@ -45,7 +47,7 @@ def recompute(
         progress: a bar, where there is a terminal.
 
     Returns:
-        New variables; only the statistics of the chosen layers differ.
+        New variables, or a copy of the model; only the statistics of the chosen layers differ.
 
     Guarantees:
         exact: population moments to float32 rounding, whatever the offsets, drift and sizes.
@@ -55,13 +57,15 @@ def recompute(
         any model: layers of Flax and of normjax, also inside jit, remat, scan and vmap of Flax;
             copies of them as in `freeze`.
         nothing left out: a chosen layer that was not measured is an error that names it.
-        compiled once: a second call with the same function and shapes compiles nothing.
+        compiled once: a second call with the same function and shapes compiles nothing, nor does
+            one with a model of NNX of the same structure.
         pure: the variables that were given stay as they are, also when something fails.
 
     Edge cases:
         ===================================  ==================================================
         feature with every entry masked      its statistics stay
         layer that is frozen inside call     its statistics stay
+        model of NNX that is frozen whole    an error, since nothing would be measured
         layer that runs twice                both its inputs are taken in
         count beside mean and var            the number of batches
         ===================================  ==================================================

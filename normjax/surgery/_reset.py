@@ -20,17 +20,17 @@ def reset(variables: Tree, *, at: At = None) -> Tree:
         mean = 0,   var = 1,   count = 0
 
     Args:
-        variables: all of the model.
+        variables: all of the model; or a model of flax.nnx.
         at: patterns over the paths of the layers, all if None.
 
     Returns:
-        New variables, of the kind of dictionary that was given.
+        New variables, of the kind of dictionary that was given; or a copy of the model.
 
     Guarantees:
         nothing else: parameters and other layers are the very arrays that came in.
 
     Raises:
-        TypeError: `variables` is no dictionary.
+        TypeError: `variables` is no dictionary and no model of NNX.
         ValueError: there are no statistics, or a pattern matches none (they are listed).
 
     References:

@@ -161,13 +161,15 @@ def import_torch(
     Linear behind a flattened image sees (channels, height, width): transpose before flattening.
 
     Args:
-        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them.
+        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them; or a model of
+            flax.nnx, whose paths are those of its attributes.
         state: mapping of names to arrays or tensors, or the path of a safetensors file (needs the
             package safetensors). Never a pickle: pass `torch.load(path, weights_only=True)`.
         rules: the table, a list of rules.
 
     Returns:
-        Variables of the same structure, NumPy arrays in the dtypes of the state.
+        Variables of the same structure, NumPy arrays in the dtypes of the state; or a copy of the
+        model that holds them.
 
     Guarantees:
         identity: `export_torch` of the result has the very bits of the state.
@@ -221,7 +223,7 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         model.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
 
     Args:
-        variables: of the Flax model.
+        variables: of the Flax model; or a model of flax.nnx.
         rules: the table of `import_torch`.
 
     Returns:
@@ -265,7 +267,8 @@ def torch_fields(module: Any) -> dict[str, Any]:
             torch.nn, or a module that extends one.
 
     Returns:
-        Keyword arguments of the module of that name in `normjax.linen`.
+        Keyword arguments of the module of that name in `normjax.linen`, and in `normjax.nnx`
+        beside its number of features.
 
     Guarantees:
         acts alike: in training, in evaluation and in the running statistics.
