@@ -146,6 +146,14 @@ def test_freeze_has_no_gradient_and_lasts_through_train(trained, name):
     assert not any(hasattr(norm, "frozen") for norm in norms(trained[name]).values())
 
 
+def test_freeze_edge_frozen_layer_of_nnx_train_true():
+    frozen = surgery.freeze(normjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    frozen.train()
+    frozen(images(0))
+    with pytest.raises(ValueError, match="train=True asks a frozen layer to train"):
+        frozen(images(0), train=True)
+
+
 def test_freeze_some_by_their_paths(trained):
     frozen = surgery.freeze(trained["ResNet"], at="layer1/*")
     frozen.train()
@@ -428,7 +436,7 @@ class Overriding(nnx.BatchNorm):
         return super().__call__(x) + 1
 
 
-def test_a_subclass_of_flax_with_code_of_its_own_is_an_error():
+def test_freeze_edge_copy_of_batch_norm_in_nnx():
     with pytest.raises(ValueError, match="Overriding at .*unless a subclass has a __call__"):
         surgery.freeze(Overriding(3, rngs=nnx.Rngs(0)))
 
@@ -462,7 +470,7 @@ def test_bad_input_is_worded(tool):
             tool(*given, progress=False)
 
 
-def test_a_frozen_model_is_not_recomputed():
+def test_recompute_edge_model_of_nnx_that_is_frozen_whole():
     model = surgery.freeze(ResNet(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="ran none of the batch norms .* Look whether it is froz"):
         surgery.recompute(model, BATCHES, progress=False)

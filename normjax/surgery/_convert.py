@@ -65,8 +65,9 @@ def convert(
 
     Returns:
         New variables; or a copy of the model of NNX, with group norms in the places of its batch
-        norms, which keep their activation and pass over a mode. Layers that linen named by their class are called GroupNorm_0, GroupNorm_1
-        and so on, in their order; names that a person gave stay.
+        norms, which keep their activation and pass over a mode. Layers that linen named by their
+        class are called GroupNorm_0, GroupNorm_1 and so on, in their order; names that a person
+        gave stay.
 
     Guarantees:
         typical examples come out as before: exact where an example's groups have the moments of

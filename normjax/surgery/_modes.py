@@ -44,8 +44,8 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         no batch_stats of a layer            an error
         unrecognized module with statistics  an error, unless `at` leaves it out
         at= inside of nn.jit                 an error: equal blocks there share one trace
-        NNX: train=True for a frozen layer   an error; model.train() is none
-        NNX: a copy of batch norm            an error, and so is a subclass of flax.nnx.BatchNorm
+        frozen layer of nnx, train=True      an error; model.train() is none
+        copy of batch norm in nnx            an error, and so is a subclass of flax.nnx.BatchNorm
                                              with a __call__ of its own
         init                                 runs as it is, there is nothing to freeze yet
         ===================================  ==================================================
