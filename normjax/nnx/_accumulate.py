@@ -19,7 +19,8 @@ def empty_batch_moments(model: nnx.Module) -> None:
         count = 0,   mean = 0,   m2 = 0
 
     A layer makes them by itself in its first call with `accumulate`. In a `nnx.scan` over
-    micro-batches no variable may appear, so they are made before.
+    micro-batches no variable may appear, and in tree mode (`nnx.set_graph_mode(False)`) one that
+    appears in a program is lost, so they are made before.
 
     Args:
         model: with batch norms of normjax.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from normjax._stats import BatchStats
 from normjax.nnx._shell import Metadata, held, make_affine, shell
 
 
+# The name of the collection of linen, so that variables go over the bridge both ways.
+@partial(nnx.register_variable_name, "batch_moments", overwrite=True)
 class BatchMoments(nnx.Variable[Moments]):
     """Moments of micro-batches, for which the running statistics have not moved yet."""
 
@@ -104,13 +107,13 @@ class _BatchNorm(nnx.Module):
         accumulate: bool | None = None,
         frozen: bool | None = None,
     ) -> None:
-        """What `nnx.view` sets.
+        """What `nnx.view` sets; indented by two, as `nnx.view_info` reads it.
 
         Args:
-            use_running_average: if True, the running statistics are used.
-            accumulate: if True, training keeps moments in place of moving the statistics. A view
-                shares the variables that there are: build the layer with `accumulate=True`.
-            frozen: if True, the layer acts by its running statistics and learns nothing.
+          use_running_average: if True, the running statistics are used.
+          accumulate: if True, training keeps moments in place of moving the statistics. A view
+            shares the variables that there are: build the layer with `accumulate=True`.
+          frozen: if True, the layer acts by its running statistics and learns nothing.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -232,7 +235,8 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
         for name, value in memory.stats._asdict().items():
             if value is not None:
                 variable = getattr(module, name)
-                variable.set_value(value.reshape(variable.shape))
+                # The shape of the value, since a traced hijax variable has none.
+                variable.set_value(value.reshape(variable.get_value().shape))
     return y
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
@@ -13,6 +14,8 @@ from normjax import _errors
 from normjax._modules.shell import Shell, make_param
 
 Metadata = Mapping[str, Any] | None
+# Fields that may be lists.
+LISTED = ("axis", "reduction_axes", "feature_axes", "axis_name", "axis_index_groups")
 
 
 def shell(module: Any, **options: Any) -> Shell:
@@ -42,8 +45,21 @@ def make(
     return nnx.Param(value, **(metadata or {}))
 
 
+def make_static(module: Any) -> None:
+    """Makes lists of axes tuples, which hash: `nnx.graphdef` is a static argument of `jax.jit`."""
+    for name in LISTED:
+        if hasattr(module, name):
+            setattr(module, name, _static(getattr(module, name)))
+
+
+def _static(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    return tuple(map(_static, value)) if isinstance(value, (list, tuple, set)) else value
+
+
 def make_affine(module: Any, rngs: nnx.Rngs, **given: tuple[Any, Metadata]) -> None:
     """Gives the module the scale and the bias that it uses, of an initializer and metadata each."""
+    make_static(module)
     for name, (init, metadata) in given.items():
         uses, shape = getattr(module, f"use_{name}"), (module.num_features,)
         value = make(module, name, init, shape, rngs, metadata) if uses else nnx.data(None)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import TraceContextError
 from flax.nnx import initializers
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
@@ -18,6 +19,7 @@ from normjax import _errors
 from normjax._functions import SpectralStats
 from normjax._modules import weight
 from normjax._modules.shell import feature_shape, make_param
+from normjax.nnx._shell import make_static
 
 # The path of a variable within the layer, as in `nnx.to_flat_state`.
 Path = tuple[Any, ...]
@@ -57,6 +59,7 @@ class WeightNorm(nnx.Module):
 
     def __post_init__(self, scale_init: Any, rngs: Any) -> None:
         _errors.layer(self.layer_instance, nnx.Module, "flax.nnx", "nnx.Linear(4, 3, rngs=rngs)")
+        make_static(self)
         self.scales = nnx.data(None)
         if self.use_scale:
             self.scales = nnx.data(_parameters(self, "scale", scale_init, rngs))
@@ -156,10 +159,10 @@ class SpectralNorm(nnx.Module):
             return self.layer_instance(*args, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` sets.
+        """What `nnx.view` sets; indented by two, as `nnx.view_info` reads it.
 
         Args:
-            use_running_average: if True, the power iteration stays where it is.
+          use_running_average: if True, the power iteration stays where it is.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -206,6 +209,7 @@ class WeightStandardized(nnx.Module):
 
     def __post_init__(self, gain_init: Any, rngs: Any) -> None:
         _errors.layer(self.layer_instance, nnx.Module, "flax.nnx", "nnx.Linear(4, 3, rngs=rngs)")
+        make_static(self)
         self.gains = nnx.data(None)
         if self.use_gain:
             self.gains = nnx.data(_parameters(self, "gain", gain_init, rngs))
@@ -242,19 +246,33 @@ def _transformed(
 ) -> Iterator[None]:
     """The layer with other weights for a while. Sharing and state are those of the layer itself."""
     params = _params(layer, chosen)
-    before = [param.get_value() for _, param in params]
+    before = [param.get_raw_value() for _, param in params]
     try:
-        for (path, param), w in zip(params, before, strict=True):
+        for path, param in params:
             name = _written(path)
             # Errors of the layer itself are its own.
             named = _errors.named(
                 "normjax", w=name, x=name, feature_axis="feature_axes", stats=name
             )
-            param.set_value(named(transform)(path, w))
+            w = named(transform)(path, param.get_value())
+            # A variable may store its value in another form; a copy of it knows how.
+            copy = param.copy()
+            copy.set_value(w)
+            _put(param, copy.get_raw_value())
         yield
     finally:
-        for (_, param), w in zip(params, before, strict=True):
-            param.set_value(w)
+        for (_, param), raw in zip(params, before, strict=True):
+            _put(param, raw)
+
+
+def _put(param: Any, raw: Any) -> None:
+    """Gives a variable the value that it stores."""
+    try:
+        param.set_raw_value(raw)
+    except TraceContextError:
+        # The layer is one that a traced function closes over. Flax refuses, since the value of a
+        # trace must not stay in a variable from outside of it; this one is taken back.
+        object.__setattr__(param, "_raw_value", raw)
 
 
 def _written(path: Path) -> str:
