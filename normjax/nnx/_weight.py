@@ -62,7 +62,7 @@ class WeightNorm(nnx.Module):
             self.scales = nnx.data(_parameters(self, "scale", scale_init, rngs))
 
     @_errors.named("normjax.nnx.WeightNorm", runs_model=True)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized weights."""
 
         def transform(path: Path, w: Array) -> Array:
@@ -70,7 +70,7 @@ class WeightNorm(nnx.Module):
             return weight.normalized(self, w, scale)
 
         with _transformed(self.layer_instance, self.variable_filter, transform):
-            return self.layer_instance(*args, **kwargs)
+            return self.layer_instance(x, *args, **kwargs)
 
 
 @_errors.keywords
@@ -127,14 +127,16 @@ class SpectralNorm(nnx.Module):
     @_errors.named("normjax.nnx.SpectralNorm", runs_model=True)
     def __call__(
         self,
-        *args: Any,
+        x: Any,
         update_stats: bool | None = None,
+        *,
         train: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Calls the layer with normalized weights; in training the power iteration moves.
 
-        Beside `update_stats`, `train` is an argument of the layer.
+        As in Flax the layer has one argument by position. Beside `update_stats`, `train` is an
+        argument of the layer.
         """
         if train is not None and update_stats is not None:
             kwargs["train"] = train
@@ -153,7 +155,7 @@ class SpectralNorm(nnx.Module):
             return normed
 
         with _transformed(self.layer_instance, nnx.Param, transform):
-            return self.layer_instance(*args, **kwargs)
+            return self.layer_instance(x, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` sets.
