@@ -244,7 +244,7 @@ def _transformed(
 ) -> Iterator[None]:
     """The layer with other weights for a while. Sharing and state are those of the layer itself."""
     params = _params(layer, chosen)
-    before = [param.get_value() for _, param in params]
+    before = [_errors.restored(_written(path), param.get_value()) for path, param in params]
     try:
         for (path, param), w in zip(params, before, strict=True):
             name = _written(path)
