@@ -6,9 +6,11 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import normjax
 import normjax.linen
+import normjax.nnx
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ def added_module(module):
     return call
 
 
+def nnx_call(kind, *args, terms=1, **options):
+    """A module of NNX, built outside of any trace, as a function of x alone."""
+
+    @cache
+    def parts(dtype):
+        with jax.ensure_compile_time_eval():
+            return nnx.split(kind(*args, dtype=dtype, rngs=nnx.Rngs(0), **options))
+
+    def call(x, mask=None):
+        dtype = jnp.asarray(x).dtype
+        graph, state = parts(dtype if jnp.issubdtype(dtype, jnp.inexact) else None)
+        module = nnx.merge(graph, state, copy=True)
+        y = module(x, *[jnp.zeros_like(x)] * (terms - 1), mask=mask)
+        return y if terms == 1 else y[0]
+
+    return call
+
+
 SCALE, BIAS = jnp.array([1.0, 2, 0.5]), jnp.array([0.0, 1, -1])
 
 
@@ -125,10 +145,15 @@ PLAIN = {
     ),
 }
 UNMASKED = {norm.public for norm in PLAIN.values()} | {
-    normjax.linen.DynamicTanh,
-    normjax.linen.WeightNorm,
-    normjax.linen.SpectralNorm,
-    normjax.linen.WeightStandardized,
+    getattr(room, name)
+    for room in (normjax.linen, normjax.nnx)
+    for name in (
+        "DynamicTanh",
+        "LocalResponseNorm",
+        "WeightNorm",
+        "SpectralNorm",
+        "WeightStandardized",
+    )
 }
 
 NORMS = {
@@ -197,8 +222,30 @@ NORMS = {
     "linen.InstanceNorm": Norm(
         normjax.linen.InstanceNorm, module_call(normjax.linen.InstanceNorm())
     ),
+    "nnx.BatchNorm": Norm(normjax.nnx.BatchNorm, nnx_call(normjax.nnx.BatchNorm, 3)),
+    "nnx.BatchNorm, exact average": Norm(
+        normjax.nnx.BatchNorm, nnx_call(normjax.nnx.BatchNorm, 3, momentum=None, ddof=1)
+    ),
+    "nnx.BatchNormAct": Norm(
+        normjax.nnx.BatchNormAct, nnx_call(normjax.nnx.BatchNormAct, 3, activation=normjax.ELU())
+    ),
+    "nnx.BatchRenorm": Norm(normjax.nnx.BatchRenorm, nnx_call(normjax.nnx.BatchRenorm, 3)),
+    "nnx.LayerNorm": Norm(normjax.nnx.LayerNorm, nnx_call(normjax.nnx.LayerNorm, 3)),
+    "nnx.RMSNorm": Norm(normjax.nnx.RMSNorm, nnx_call(normjax.nnx.RMSNorm, 3)),
+    "nnx.GroupNorm": Norm(
+        normjax.nnx.GroupNorm, nnx_call(normjax.nnx.GroupNorm, 3, num_groups=None, group_size=1)
+    ),
+    "nnx.InstanceNorm": Norm(normjax.nnx.InstanceNorm, nnx_call(normjax.nnx.InstanceNorm, 3)),
+    "nnx.AddLayerNorm": Norm(
+        normjax.nnx.AddLayerNorm, nnx_call(normjax.nnx.AddLayerNorm, 3, terms=2)
+    ),
+    "nnx.AddRMSNorm": Norm(normjax.nnx.AddRMSNorm, nnx_call(normjax.nnx.AddRMSNorm, 3, terms=2)),
+    "nnx.FilterResponseNorm": Norm(
+        normjax.nnx.FilterResponseNorm,
+        nnx_call(normjax.nnx.FilterResponseNorm, 3, use_threshold=False),
+    ),
 }
 
 # A shell only hands on what a function computes, which tests/test_architecture.py holds it to: laws
 # of what it has to hand on (x and its dtype, the mask, errors) are enough.
-SHELLS = {name for name in NORMS if name.startswith("linen.")}
+SHELLS = {name for name in NORMS if name.startswith(("linen.", "nnx."))}

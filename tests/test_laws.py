@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.jet import jet
 
 import normjax
 import normjax.linen
+import normjax.nnx
 from tests.descriptors import NORMS, PLAIN, SHELLS, UNMASKED
 from tests.reference import EPS
 
@@ -39,14 +41,15 @@ def case(name, rng):
 def public_norms():
     names = [n for n in normjax.__all__ if "norm" in n and not n.endswith("_saveable")]
     functions = [getattr(normjax, n) for n in names]
-    modules = [getattr(normjax.linen, n) for n in normjax.linen.__all__ if n[0].isupper()]
-    return functions + [m for m in modules if issubclass(m, nn.Module)]
+    rooms = (normjax.linen, normjax.nnx)
+    classes = [getattr(room, n) for room in rooms for n in room.__all__ if n[0].isupper()]
+    return functions + [c for c in classes if issubclass(c, (nn.Module, nnx.Module))]
 
 
 def test_every_public_norm_is_in_the_table():
     missing = set(public_norms()) - {norm.public for norm in NORMS.values()} - UNMASKED
     assert not missing
-    assert public_norms(), "the search for public norms found none"
+    assert {normjax.linen.LayerNorm, normjax.nnx.LayerNorm} <= set(public_norms())
 
 
 @every_norm

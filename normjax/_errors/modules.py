@@ -66,12 +66,12 @@ def groups_of_features(
     return groups, features // groups
 
 
-def some_batch_norm(number: int) -> None:
+def some_batch_norm(number: int, model: Any) -> None:
     """A model without a batch norm is most likely the wrong model."""
     if not number:
         raise ValueError(
-            "normjax: the model has no batch norm of normjax.nnx, expected at least one. Pass the "
-            "whole model."
+            f"normjax: {type(model).__name__} has no batch norm of normjax.nnx, expected a module "
+            "of flax.nnx that has at least one. Pass the whole model."
         )
 
 
@@ -92,4 +92,5 @@ def of_weight(held: Mapping[Any, Any] | None, path: tuple[Any, ...]) -> Any:
             f"{list(held or ())}. Parameters of the layer_instance should not change! Wrap "
             "the layer when it is complete."
         )
+    restored("/".join(map(str, path)), held[path].get_value())
     return held[path]

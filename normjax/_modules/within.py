@@ -38,8 +38,8 @@ def group_norm(shell: Shell, call: Call, groups: dict[str, Any]) -> Array:
     """`GroupNorm`; `groups` says how many there are, or how large they are."""
     fields, x = shell.fields, _errors.inexact("x", call.x)
     _errors.group_axes(fields.reduction_axes, fields.feature_axis, x.shape)
-    feature = _errors.axis("feature_axis", fields.feature_axis, x.shape)
-    (x, scale, bias), options = operands(shell, call._replace(x=x), feature)
+    _errors.axis("feature_axis", fields.feature_axis, x.shape)
+    (x, scale, bias), options = operands(shell, call._replace(x=x), fields.feature_axis)
     return _functions.group_norm(
         x,
         scale,

@@ -88,5 +88,5 @@ def move_batch_stats(model: nnx.Module) -> None:
 
 def _layers(model: nnx.Module) -> list[Any]:
     layers = [node for _, node in nnx.iter_graph(model) if isinstance(node, _BatchNorm)]
-    _errors.some_batch_norm(len(layers))
+    _errors.some_batch_norm(len(layers), model)
     return layers

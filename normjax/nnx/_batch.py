@@ -124,7 +124,7 @@ class _BatchNorm(nnx.Module):
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class BatchNorm(_BatchNorm):
     """`normjax.batch_norm` as a module; a drop-in for `flax.nnx.BatchNorm`.
 

@@ -65,7 +65,7 @@ class WeightNorm(nnx.Module):
             self.scales = nnx.data(_parameters(self, "scale", scale_init, rngs))
 
     @_errors.named("normjax.nnx.WeightNorm", runs_model=True)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer with normalized weights."""
 
         def transform(path: Path, w: Array) -> Array:
@@ -73,7 +73,7 @@ class WeightNorm(nnx.Module):
             return weight.normalized(self, w, scale)
 
         with _transformed(self.layer_instance, self.variable_filter, transform):
-            return self.layer_instance(*args, **kwargs)
+            return self.layer_instance(x, *args, **kwargs)
 
 
 @_errors.keywords
@@ -130,14 +130,16 @@ class SpectralNorm(nnx.Module):
     @_errors.named("normjax.nnx.SpectralNorm", runs_model=True)
     def __call__(
         self,
-        *args: Any,
+        x: Any,
         update_stats: bool | None = None,
+        *,
         train: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Calls the layer with normalized weights; in training the power iteration moves.
 
-        Beside `update_stats`, `train` is an argument of the layer.
+        As in Flax the layer has one argument by position. Beside `update_stats`, `train` is an
+        argument of the layer.
         """
         if train is not None and update_stats is not None:
             kwargs["train"] = train
@@ -156,7 +158,7 @@ class SpectralNorm(nnx.Module):
             return normed
 
         with _transformed(self.layer_instance, nnx.Param, transform):
-            return self.layer_instance(*args, **kwargs)
+            return self.layer_instance(x, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What `nnx.view` sets; indented by two, as `nnx.view_info` reads it.
@@ -254,7 +256,7 @@ def _transformed(
             named = _errors.named(
                 "normjax", w=name, x=name, feature_axis="feature_axes", stats=name
             )
-            w = named(transform)(path, param.get_value())
+            w = named(transform)(path, _errors.restored(name, param.get_value()))
             # A variable may store its value in another form; a copy of it knows how.
             copy = param.copy()
             copy.set_value(w)
