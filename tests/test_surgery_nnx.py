@@ -314,8 +314,8 @@ def test_masks_for_an_optimizer(trained, name):
     model = nnx.clone(trained[name])
     decays = surgery.decay_mask(model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(decays):
-        name = path[-1].key
-        assert leaf == (name == "kernel"), path
+        keys = [key.key for key in path if hasattr(key, "key")]
+        assert leaf == (keys[-1] == "kernel"), path
     frozen = surgery.frozen_mask(model)
     marked = {
         jax.tree_util.keystr(path)
@@ -333,6 +333,16 @@ def test_masks_for_an_optimizer(trained, name):
     optimizer.update(model, gradient)
     for path, norm in norms(model).items():
         np.testing.assert_array_equal(norm.scale[...], before[path])
+
+
+def test_lengths_decay_and_gains_do_not():
+    rngs = nnx.Rngs(0)
+    length = normjax.nnx.WeightNorm(nnx.Linear(2, 3, rngs=rngs), rngs=rngs)
+    gain = normjax.nnx.WeightStandardized(nnx.Linear(2, 3, rngs=rngs), use_gain=True, rngs=rngs)
+    assert surgery.decay_mask(length)["scales"]["kernel",] is True
+    assert surgery.decay_mask(gain)["gains"]["kernel",] is False
+    for wrapped in (length, gain):
+        assert surgery.decay_mask(wrapped)["layer_instance"] == {"bias": False, "kernel": True}
 
 
 def test_tools_compose(trained):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,9 @@ from normjax._core.platforms.cpu import isolate
 Function = Callable[..., Sequence[Array]]
 
 
-class Map(NamedTuple):
+# Not a NamedTuple, since some versions of JAX hold functions by weak references.
+@dataclass(frozen=True)
+class Map:
     """A linear map of some terms, and of what is kept.
 
     Attributes:

@@ -66,6 +66,15 @@ def groups_of_features(
     return groups, features // groups
 
 
+def has_count(needed: bool, held: bool) -> None:
+    """A layer that needs to know how many batches there were has counted them from the start."""
+    if needed and not held:
+        raise ValueError(
+            "normjax: momentum=None, debias=True and schedules need the variable count, which the "
+            "layer has not, expected it from the start. Build the layer with these arguments."
+        )
+
+
 def some_batch_norm(number: int, model: Any) -> None:
     """A model without a batch norm is most likely the wrong model."""
     if not number:

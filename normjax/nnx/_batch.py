@@ -221,6 +221,8 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
     asked = dict(train=train, use_running_average=use_running_average)
     mode = _errors.mode_of(module.use_running_average, module.frozen, asked)
     call, features = batch.read(module, call)
+    if mode.train:
+        _errors.has_count(batch.needs_count(module), hasattr(module, "count"))
     stats = _stats(module, features)
     pending = getattr(module, "moments", None)
     moves, keeps = mode.train and not module.accumulate, module.accumulate or pending is not None

@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import flax
 import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from normjax import _errors
 from normjax._modules.shell import Shell, make_param
+
+if not hasattr(nnx.Variable, "set_value"):
+    raise ImportError(
+        f"normjax.nnx: flax is {flax.__version__}, expected 0.12.1 or newer. Upgrade it: "
+        "pip install --upgrade flax. The functions and normjax.linen work with yours."
+    )
 
 Metadata = Mapping[str, Any] | None
 # Fields that may be lists.

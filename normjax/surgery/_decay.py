@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -153,10 +154,21 @@ def _words(name: str) -> set[str]:
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The words of a path, whether it is nested, dotted or slashed."""
-    text = jax.tree_util.keystr(path, simple=True, separator="/")
+    text = jax.tree_util.keystr(tuple(_unfolded(path)), simple=True, separator="/")
     names = [name for name in re.split(r"[/.]", text) if name]
     # An NNX variable holds its array one step further down.
     return tuple(names[:-1] if names[-1:] == ["value"] else names)
+
+
+def _unfolded(path: tuple[Any, ...]) -> Iterator[Any]:
+    """A wrapper of NNX holds what belongs to a weight by the path of that: as linen writes it."""
+    for key, following in zip(path, (*path[1:], None), strict=True):
+        weight = getattr(following, "key", None)
+        if isinstance(weight, tuple):
+            names = (*weight, key.key.removesuffix("s"))
+            yield from map(jax.tree_util.DictKey, names)
+        elif not isinstance(getattr(key, "key", None), tuple):
+            yield key
 
 
 def _shape(path: tuple[str, ...], leaf: Any) -> tuple[int, ...]:

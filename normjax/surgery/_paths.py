@@ -24,8 +24,9 @@ def is_nnx(value: Any) -> bool:
 
 def params_of(tree: Any) -> Any:
     """The parameters of a model of NNX, or of its state, as `nnx.Optimizer` hands them to optax."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None or not isinstance(tree, (nnx.Module, nnx.State)):
+    nnx: Any = sys.modules.get("flax.nnx")
+    # Old versions of Flax hand boxed parameters to optax, and have no such function.
+    if not hasattr(nnx, "as_pure") or not isinstance(tree, (nnx.Module, nnx.State)):
         return tree
     return nnx.as_pure(nnx.state(tree, nnx.Param) if isinstance(tree, nnx.Module) else tree)
 
