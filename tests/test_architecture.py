@@ -12,6 +12,7 @@ import pytest
 
 import normjax
 import normjax.linen
+import normjax.nnx
 import normjax.surgery
 
 PACKAGE = Path(__file__).parents[1] / "normjax"
@@ -152,13 +153,15 @@ def test_importing_normjax_leaves_flax_unloaded():
 
 def test_loading_flax_would_be_found():
     assert loads_flax("import normjax.linen")
+    assert loads_flax("import normjax.nnx")
 
 
 def test_the_rooms_of_flax_open_on_first_use():
     code = (
         "import sys, normjax\n"
-        "assert {'linen', 'surgery'} <= set(dir(normjax)) and 'flax' not in sys.modules\n"
+        "assert {'linen', 'nnx', 'surgery'} <= set(dir(normjax)) and 'flax' not in sys.modules\n"
         "assert normjax.linen is sys.modules['normjax.linen'] is normjax.linen\n"
+        "assert normjax.nnx is sys.modules['normjax.nnx'] is normjax.nnx\n"
         "assert normjax.surgery.freeze"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, cwd=PACKAGE.parent)
@@ -197,7 +200,8 @@ def test_the_oracle_knows_nothing_of_jax_or_normjax():
     assert modules == {"numpy", "typing"}
 
 
-PUBLIC = {*normjax.__all__, *normjax.linen.__all__, *normjax.surgery.__all__}
+DOORS = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
+PUBLIC = {name for door in DOORS for name in door.__all__}
 
 
 def parameters(source):

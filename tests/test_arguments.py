@@ -6,9 +6,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import normjax
 import normjax.linen
+import normjax.nnx
 
 X = np.linspace(-1, 1, 24, dtype=np.float32).reshape(2, 4, 3)
 SCALE, BIAS = np.ones(3, np.float32), np.zeros(3, np.float32)
@@ -116,6 +118,7 @@ MODULES = {
     "normjax.linen.AddRMSNorm": dict(call=dict(x=X, residual=X)),
     "normjax.linen.FilterResponseNorm": dict(call=dict(x=X)),
     "normjax.linen.DynamicTanh": dict(call=dict(x=X)),
+    "normjax.linen.LocalResponseNorm": dict(call=dict(x=X)),
     "normjax.linen.WeightNorm": dict(fields=dict(layer_instance=Inner()), args=(X,)),
     "normjax.linen.SpectralNorm": dict(
         fields=dict(layer_instance=Inner()), args=(X,), call=dict(train=True)
@@ -125,7 +128,24 @@ MODULES = {
     ),
 }
 
-
+FEATURES = dict(num_features=3)
+OF_NNX = {
+    "normjax.nnx.BatchNorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.BatchNormAct": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.BatchRenorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.LayerNorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.RMSNorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.GroupNorm": dict(fields=FEATURES | dict(num_groups=1), call=dict(x=X)),
+    "normjax.nnx.InstanceNorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.AddLayerNorm": dict(fields=FEATURES, call=dict(x=X, residual=X)),
+    "normjax.nnx.AddRMSNorm": dict(fields=FEATURES, call=dict(x=X, residual=X)),
+    "normjax.nnx.FilterResponseNorm": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.DynamicTanh": dict(fields=FEATURES, call=dict(x=X)),
+    "normjax.nnx.LocalResponseNorm": dict(fields={}, call=dict(x=X)),
+    "normjax.nnx.WeightNorm": dict(fields={}, call=dict(x=X)),
+    "normjax.nnx.SpectralNorm": dict(fields={}, call=dict(x=X)),
+    "normjax.nnx.WeightStandardized": dict(fields=dict(use_gain=True), args=(X,)),
+}
 # What is taken of VALUES, at most: the rest is refused by every function that has the argument.
 WHOLE = {"one", "zero", "NumPy whole"}
 NUMBER = WHOLE | {"half", "many", "NumPy real"}
@@ -140,10 +160,11 @@ KINDS = {
     "epsilon ddof d_max k negative_slope": NUMBER | {"infinity"},
     "r_max": {"one", "many", "infinity", "NumPy whole"},
     "momentum": {"half", "one", "zero", "NumPy whole", "NumPy real", "None"},
-    "train debias centered scaled counted": SWITCH,
+    "train debias centered scaled counted accumulate frozen": SWITCH,
     "update_stats use_running_average mask": SWITCH | {"None"},
     "axis feature_axis feature_axes reduction_axes": WHOLE | {"None", "nothing", "empty"},
     "virtual_batch_size num_groups group_size size": COUNT,
+    "num_features": set(),
     "n_steps": WHOLE | {"many", "negative", "True"},
     "dtype param_dtype stats axis_index_groups activation": {"None"},
     "axis_name": {"None", "nothing"},
@@ -214,6 +235,40 @@ def test_a_module_refuses_what_it_does_not_document_in_its_own_name(called):
         for name in set(inspect.signature(kind.__call__).parameters) - {"self", "args", "kwargs"}:
             call = lambda v, name=name: run({}, {name: v})  # noqa: E731
             taken = NONZERO if name == "mask" else TAKEN[name]
+            faults.extend(swept(called, name, call, FEW, taken))
+
+    jax.eval_shape(sweep)
+    assert not faults
+
+
+# As in linen; and what NNX itself reads: metadata, keys, a filter, a function of the user.
+UNCHECKED = ("use_", "error_", "promote_", "bias_m", "scale_m", "rngs", "variable_filter")
+
+
+@pytest.mark.parametrize("called", OF_NNX)
+def test_a_module_of_nnx_refuses_what_it_does_not_document_in_its_own_name(called):
+    kind, good, faults = found(called), OF_NNX[called], []
+    known = inspect.signature(kind.__init__).parameters
+    inputs, mode = good.get("args", ()), good.get("call", {})
+    # What a layer inside is called with is its own.
+    given = {"self", "args", "kwargs"} | ({"x"} if "layer_instance" in known else set())
+
+    def run(fields, call):
+        made = {"rngs": nnx.Rngs(0)} if "rngs" in known else {}
+        if "layer_instance" in known:
+            made["layer_instance"] = nnx.Linear(3, 2, rngs=made["rngs"])
+        kind(**made | good["fields"] | fields)(*inputs, **mode | call)
+
+    def sweep():
+        run({}, {})
+        for name in set(known) - {"self"}:
+            if not name.startswith(UNCHECKED):
+                call = lambda v, name=name: run({name: v}, {})  # noqa: E731
+                faults.extend(swept(called, name, call, FEW, TAKEN[name]))
+        for name in set(inspect.signature(kind.__call__).parameters) - given:
+            call = lambda v, name=name: run({}, {name: v})  # noqa: E731
+            # A module has a mode of its own.
+            taken = {"mask": NONZERO, "train": SWITCH | {"None"}}.get(name, TAKEN[name])
             faults.extend(swept(called, name, call, FEW, taken))
 
     jax.eval_shape(sweep)

@@ -10,10 +10,11 @@ import pytest
 
 import normjax
 import normjax.linen
+import normjax.nnx
 import normjax.surgery
 
 ROOT = Path(__file__).parents[1]
-DOORS = (normjax, normjax.linen, normjax.surgery)
+DOORS = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
 PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in DOORS for n in m.__all__}
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if not isinstance(f, type)}
 
@@ -90,6 +91,7 @@ def test_docstring_examples_run(name):
         "normjax.Moments",
         "normjax.SpectralStats",
         "normjax.linen.ImmutableBatchStatsError",
+        "normjax.nnx.BatchMoments",
         "normjax.surgery.FoldReport",
         "normjax.surgery.Finding",
         "normjax.surgery.NormReport",

@@ -12,6 +12,10 @@ ROOT = Path(__file__).parents[1]
 PROMISED = '''
 from typing import assert_type
 
+import normjax.nnx
+from flax import nnx
+
+rngs = nnx.Rngs(0)
 running = normjax.BatchStats.make(3)
 assert_type(normjax.batch_norm(x, running, train=True), tuple[jax.Array, normjax.BatchStats])
 assert_type(normjax.batch_norm(x, None, train=True), tuple[jax.Array, None])
@@ -36,6 +40,16 @@ assert_type(surgery.convert(tree), dict[str, dict[str, jax.Array]])
 assert_type(surgery.recompute(call, tree, batches), dict[str, dict[str, jax.Array]])
 assert_type(surgery.import_torch(tree, {}, []), dict[str, dict[str, jax.Array]])
 model.apply(surgery.recompute(call, variables, batches), x, train=False)
+
+layer = normjax.nnx.BatchNorm(3, rngs=rngs)
+assert_type(layer, normjax.nnx.BatchNorm)
+assert_type(layer(x, train=True), jax.Array)
+assert_type(normjax.nnx.GroupNorm(6, num_groups=3, rngs=rngs)(x, mask=None), jax.Array)
+assert_type(normjax.nnx.AddLayerNorm(3, rngs=rngs)(x, x), tuple[jax.Array, jax.Array])
+assert_type(normjax.nnx.move_batch_stats(layer), None)
+normjax.nnx.BatchNorm(3, eps=1e-5, rngs=rngs)  # type: ignore[call-arg]
+normjax.nnx.LayerNorm(3)  # type: ignore[call-arg]
+layer(x, False, True)  # type: ignore[call-arg]
 
 
 def double(x: float) -> float:

@@ -58,10 +58,12 @@ def keywords(cls: Class) -> Class:
     epsilon; the first field of most classes is no whole number.
     """
     construct: Any = cls.__init__  # type: ignore[misc]
-    first = fields(cls)[0].name
+    known = [field.name for field in fields(cls)]
+    first = known[0]
     room = cls.__module__.split(".")[1]
+    names: dict[str, Any] = {"feature_axis": "feature_axes"} if "feature_axes" in known else {}
 
-    @named(f"normjax.{room}.{cls.__name__}")
+    @named(f"normjax.{room}.{cls.__name__}", **names)
     @wraps(construct)
     def checked(*args: Any, **kwargs: Any) -> None:
         if room == "linen" and first not in WHOLE and len(args) > 1 and type(args[1]) is int:

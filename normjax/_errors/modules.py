@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from normjax._errors.arrays import Features, number_of_groups
+from normjax._errors.arrays import Features, number_of_groups, whole
 from normjax._errors.options import Mode, mode, switch
 
 
@@ -28,7 +28,7 @@ def mode_of(held: bool | None, frozen: bool, at_call: dict[str, bool | None]) ->
     else:
         average = switch(name, held)
         found = Mode(not average, f"{name}={average}", "call model.eval(), or pass train=False.")
-    if not frozen:
+    if not switch("frozen", frozen):
         return found
     if is_asked and found.train:
         raise ValueError(
@@ -36,6 +36,15 @@ def mode_of(held: bool | None, frozen: bool, at_call: dict[str, bool | None]) ->
             "or unfreeze the layer: model.set_attributes(frozen=False)."
         )
     return found._replace(train=False)
+
+
+def feature_count(given: Any) -> int:
+    """How many features a module is built for."""
+    expected = "a whole number of at least 0, the size of the feature axes."
+    number = whole("num_features", given, expected)
+    if number < 0:
+        raise ValueError(f"normjax: num_features={given}, expected {expected}")
+    return number
 
 
 def num_features(name: str, held: tuple[int, ...], features: Features) -> None:
@@ -62,6 +71,7 @@ def groups_of_features(
     num_groups: int | None, group_size: int | None, features: int
 ) -> tuple[int, int]:
     """How many groups of features there are, and how large each is."""
+    features = feature_count(features)
     groups = number_of_groups(num_groups, group_size, features, "features")
     return groups, features // groups
 

@@ -25,6 +25,12 @@ def empty_batch_moments(model: nnx.Module) -> None:
     Args:
         model: with batch norms of normjax.
 
+    Returns:
+        None; each layer has the variable `moments` then.
+
+    Guarantees:
+        neutral: to start from them or to let a layer make its own is the same.
+
     Raises:
         ValueError: no batch norm of normjax.
 
@@ -53,6 +59,9 @@ def move_batch_stats(model: nnx.Module) -> None:
 
     Args:
         model: with batch norms of normjax. Layers that kept nothing stay as they are.
+
+    Returns:
+        None; the running statistics are moved by what was kept.
 
     Guarantees:
         once: equal to the last of the micro-batches moving the statistics itself.

@@ -61,13 +61,13 @@ class _BatchNorm(nnx.Module):
     def __post_init__(
         self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
     ) -> None:
+        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
+        make_affine(self, rngs, scale=scale, bias=bias)
         counted = batch.needs_count(self)
         for name, value in BatchStats.make(self.num_features, counted=counted)._asdict().items():
             if value is not None:
                 setattr(self, name, nnx.BatchStat(value))
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
-        if self.accumulate:
+        if _errors.switch("accumulate", self.accumulate):
             self.moments = BatchMoments(Moments.make(self.num_features))
 
     def __call__(
@@ -225,7 +225,8 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
         _errors.has_count(batch.needs_count(module), hasattr(module, "count"))
     stats = _stats(module, features)
     pending = getattr(module, "moments", None)
-    moves, keeps = mode.train and not module.accumulate, module.accumulate or pending is not None
+    accumulates = _errors.switch("accumulate", module.accumulate)
+    moves, keeps = mode.train and not accumulates, accumulates or pending is not None
     kept = None
     if mode.train and keeps:
         kept = Moments.make(features.shape) if pending is None else pending.get_value()

@@ -67,7 +67,8 @@ def _static(value: Any) -> Any:
 def make_affine(module: Any, rngs: nnx.Rngs, **given: tuple[Any, Metadata]) -> None:
     """Gives the module the scale and the bias that it uses, of an initializer and metadata each."""
     make_static(module)
+    shape = (_errors.feature_count(module.num_features),)
     for name, (init, metadata) in given.items():
-        uses, shape = getattr(module, f"use_{name}"), (module.num_features,)
+        uses = getattr(module, f"use_{name}")
         value = make(module, name, init, shape, rngs, metadata) if uses else nnx.data(None)
         setattr(module, name, value)

@@ -110,7 +110,7 @@ class SpectralNorm(nnx.Module):
         _errors.layer(self.layer_instance, nnx.Module, "flax.nnx", "nnx.Linear(4, 3, rngs=rngs)")
         self.n_steps = _errors.steps(self.n_steps)
         # The name that model.train() and model.eval() set.
-        self.use_running_average = not update_stats
+        self.use_running_average = not _errors.switch("update_stats", update_stats)
         stats = {}
         for path, param in _params(self.layer_instance):
             if param.ndim < 2 or self.n_steps < 1:
