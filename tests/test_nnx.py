@@ -201,7 +201,29 @@ def changed(kind, **options):
 
 
 ONE = jnp.ones((4, 3))
+
+
+def uncounted():
+    layer = BatchNorm(3, rngs=rngs())
+    layer.set_attributes(momentum=None)
+    return layer
+
+
 ERRORS = {
+    "a count that was not kept from the start": (
+        lambda: uncounted()(ONE),
+        ValueError,
+        "normjax.nnx.BatchNorm: momentum=None, debias=True and schedules need the variable count, "
+        "which the layer has not, expected it from the start. Build the layer with these "
+        "arguments.",
+    ),
+    "a view that would keep moments for itself": (
+        lambda: nnx.view(BatchNorm(3, rngs=rngs()), accumulate=True),
+        ValueError,
+        "normjax.nnx.BatchNorm: accumulate=True in a view of a layer that has no variable moments, "
+        "which the view would keep for itself, expected a layer that has it. Build the layer with "
+        "accumulate=True, or call normjax.nnx.empty_batch_moments(model) before.",
+    ),
     "no mode": (
         lambda: BatchNorm(3, use_running_average=None, rngs=rngs())(ONE),
         ValueError,

@@ -103,6 +103,16 @@ def some_moments(number: int) -> None:
         )
 
 
+def moments_to_share(accumulate: bool, held: bool) -> None:
+    """A view shares the variables that there are; one of its own would be lost with it."""
+    if accumulate and not held:
+        raise ValueError(
+            "normjax: accumulate=True in a view of a layer that has no variable moments, which the "
+            "view would keep for itself, expected a layer that has it. Build the layer with "
+            "accumulate=True, or call normjax.nnx.empty_batch_moments(model) before."
+        )
+
+
 def of_weight(held: Mapping[Any, Any] | None, path: tuple[Any, ...]) -> Any:
     """What a wrapper keeps beside a weight of its layer."""
     if held is None or path not in held:

@@ -101,6 +101,7 @@ class _BatchNorm(nnx.Module):
         step = _errors.named(called, feature_axis="axis", stats="BatchStat")(_step)
         return step(self, use_running_average, train, Call(x, mask, scale, bias))
 
+    @_errors.named("normjax.nnx.BatchNorm")
     def set_view(
         self,
         use_running_average: bool | None = None,
@@ -118,6 +119,7 @@ class _BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
         if accumulate is not None:
+            _errors.moments_to_share(accumulate, hasattr(self, "moments"))
             self.accumulate = accumulate
         if frozen is not None:
             self.frozen = frozen
