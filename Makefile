@@ -26,6 +26,7 @@ bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m benchmarks.second_pass --out benchmarks/results
 	$(BIN)/python -m benchmarks.speed --out benchmarks/results
 	$(BIN)/python -m benchmarks.models --out benchmarks/results
+	$(BIN)/python -m benchmarks.nnx_models --out benchmarks/results
 	$(BIN)/python -m benchmarks.stack --out benchmarks/results
 	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.md
 

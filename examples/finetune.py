@@ -269,7 +269,9 @@ def main(argv=None, framework=None, doc=__doc__, picture="finetune.png"):
     assert apart < 1e-3, "a folded network must answer as before"
     if not args.smoke:
         mean = {name: np.mean([row[name] for row in table.values()]) for name in METHODS}
-        assert all(row["recompute"] > row["as it is"] for row in table.values())
+        # Of inverted images the filters themselves are wrong, and statistics mend nothing for sure.
+        for domain in ("noisy", "faded"):
+            assert table[domain]["recompute"] > table[domain]["as it is"] + 0.05
         if args.batch_size == 1:
             assert mean[METHODS[3]] > mean[METHODS[2]], "one image has no statistics of a batch"
     return table

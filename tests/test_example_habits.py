@@ -73,11 +73,13 @@ def test_fine_tuning_is_compiled_once(example, caplog):
     rng = np.random.default_rng(0)
     options = dict(steps=3, size=4, rate=1e-3, rng=rng, title="tiny")
 
-    def apply(variables, images, train, mutable):
-        return model.apply(variables, images, train=train, mutable=mutable)
+    def tool(apply):
+        return lambda variables, images, train, mutable: apply(
+            variables, images, train=train, mutable=mutable
+        )
 
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        finetune.fit(apply, variables, images, labels, **options)
+        finetune.fit((model, variables), images, labels, **options, tool=tool)
     assert sum("Compiling jit(step)" in r.getMessage() for r in caplog.records) == 1
 
 
