@@ -93,7 +93,7 @@ def test_guard_edge_statistics_seen_before(monkeypatch):
     serve = surgery.guard(jax.jit(partial(MODEL.apply, train=False)))
     serve(VARIABLES, images())
     looked = []
-    monkeypatch.setattr("normjax.surgery._guard.never_updated", lambda node: looked.append(1))
+    monkeypatch.setattr("normjax.surgery._refused.never_updated", lambda node: looked.append(1))
     serve(VARIABLES, images())
     assert not looked
     serve(jax.tree.map(jnp.copy, VARIABLES), images())

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import initializers
-from flax.nnx.nn.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -21,7 +17,8 @@ from normjax._functions import LeakyReLU
 from normjax._modules import batch
 from normjax._modules.shell import Call
 from normjax._stats import BatchStats
-from normjax.nnx._shell import Metadata, held, make_affine, shell
+from normjax.nnx._fields import Affine
+from normjax.nnx._shell import held, shell
 
 
 # The name of the collection of linen, so that variables go over the bridge both ways.
@@ -30,39 +27,21 @@ class BatchMoments(nnx.Variable[Moments]):
     """Moments of micro-batches, for which the running statistics have not moved yet."""
 
 
-@dataclass(eq=False, repr=False)
-class _BatchNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class _BatchNorm(Affine):
     """Fields and call of all batch norms."""
 
-    num_features: int
-    _: KW_ONLY
     use_running_average: bool | None = False
     axis: int | Sequence[int] = -1
     momentum: float | None = 0.99
     epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: InitVar[Initializer] = initializers.zeros
-    scale_init: InitVar[Initializer] = initializers.ones
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    promote_dtype: PromoteDtypeFn = promote_dtype
-    rngs: InitVar[nnx.Rngs]
-    bias_metadata: InitVar[Metadata] = None
-    scale_metadata: InitVar[Metadata] = None
     ddof: float = 0
     debias: bool = False
     accumulate: bool = False
     frozen: bool = False
 
-    def __post_init__(
-        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
-    ) -> None:
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
+    def __post_init__(self, *made_from: Any) -> None:
+        super().__post_init__(*made_from)
         counted = batch.needs_count(self)
         for name, value in BatchStats.make(self.num_features, counted=counted)._asdict().items():
             if value is not None:

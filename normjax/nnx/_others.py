@@ -16,12 +16,13 @@ from jax.typing import ArrayLike
 from normjax import _errors
 from normjax._modules import within
 from normjax._modules.shell import Call
-from normjax.nnx._shell import Metadata, make, make_affine, shell
+from normjax.nnx._fields import Affine, Scaled
+from normjax.nnx._shell import make, make_affine, shell
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
-class AddLayerNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class AddLayerNorm(Affine):
     """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
 
     Arguments are those of `LayerNorm`, the variables too.
@@ -35,26 +36,8 @@ class AddLayerNorm(nnx.Module):
         Array(2., dtype=float32)
     """
 
-    num_features: int
-    _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: InitVar[Initializer] = initializers.zeros
-    scale_init: InitVar[Initializer] = initializers.ones
     reduction_axes: int | Collection[int] = -1
     feature_axes: int | Collection[int] = -1
-    rngs: InitVar[nnx.Rngs]
-    bias_metadata: InitVar[Metadata] = None
-    scale_metadata: InitVar[Metadata] = None
-
-    def __post_init__(
-        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
-    ) -> None:
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
 
     @_errors.named("normjax.nnx.AddLayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
@@ -71,8 +54,8 @@ class AddLayerNorm(nnx.Module):
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
-class AddRMSNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class AddRMSNorm(Scaled):
     """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
 
     Arguments are those of `RMSNorm`, the variables too.
@@ -86,20 +69,8 @@ class AddRMSNorm(nnx.Module):
         Array(2., dtype=float32)
     """
 
-    num_features: int
-    _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_scale: bool = True
-    scale_init: InitVar[Initializer] = initializers.ones
     reduction_axes: int | Collection[int] = -1
     feature_axes: int | Collection[int] = -1
-    rngs: InitVar[nnx.Rngs]
-    scale_metadata: InitVar[Metadata] = None
-
-    def __post_init__(self, scale_init: Any, rngs: Any, scale_metadata: Any) -> None:
-        make_affine(self, rngs, scale=(scale_init, scale_metadata))
 
     @_errors.named("normjax.nnx.AddRMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(

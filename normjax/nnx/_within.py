@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import KW_ONLY, InitVar, dataclass
+from collections.abc import Collection
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from flax import nnx
-from flax.nnx import initializers
-from flax.nnx.nn.dtypes import promote_dtype
-from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike
 
 from normjax import _errors
 from normjax._modules import within
 from normjax._modules.shell import Call
-from normjax.nnx._shell import Metadata, make_affine, shell
+from normjax.nnx._fields import Affine, Scaled
+from normjax.nnx._shell import shell
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
-class LayerNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class LayerNorm(Affine):
     """`normjax.layer_norm` as a module; a drop-in for `flax.nnx.LayerNorm`.
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect: the exact
@@ -37,30 +33,8 @@ class LayerNorm(nnx.Module):
         (2, 5, 4)
     """
 
-    num_features: int
-    _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: InitVar[Initializer] = initializers.zeros
-    scale_init: InitVar[Initializer] = initializers.ones
     reduction_axes: int | Collection[int] = -1
     feature_axes: int | Collection[int] = -1
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    promote_dtype: PromoteDtypeFn = promote_dtype
-    rngs: InitVar[nnx.Rngs]
-    bias_metadata: InitVar[Metadata] = None
-    scale_metadata: InitVar[Metadata] = None
-
-    def __post_init__(
-        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
-    ) -> None:
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
 
     @_errors.named("normjax.nnx.LayerNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
@@ -82,8 +56,8 @@ class LayerNorm(nnx.Module):
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
-class RMSNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class RMSNorm(Scaled):
     """`normjax.rms_norm` as a module; a drop-in for `flax.nnx.RMSNorm`.
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect; see `LayerNorm`.
@@ -96,24 +70,8 @@ class RMSNorm(nnx.Module):
         (2, 5, 4)
     """
 
-    num_features: int
-    _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_scale: bool = True
-    scale_init: InitVar[Initializer] = initializers.ones
     reduction_axes: int | Collection[int] = -1
     feature_axes: int | Collection[int] = -1
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    promote_dtype: PromoteDtypeFn = promote_dtype
-    rngs: InitVar[nnx.Rngs]
-    scale_metadata: InitVar[Metadata] = None
-
-    def __post_init__(self, scale_init: Any, rngs: Any, scale_metadata: Any) -> None:
-        make_affine(self, rngs, scale=(scale_init, scale_metadata))
 
     @_errors.named("normjax.nnx.RMSNorm", axis="reduction_axes", feature_axis="feature_axes")
     def __call__(
@@ -135,7 +93,7 @@ class RMSNorm(nnx.Module):
 
 @_errors.keywords
 @dataclass(eq=False, repr=False)
-class GroupNorm(nnx.Module):
+class GroupNorm(Affine):
     """`normjax.group_norm` as a module; a drop-in for `flax.nnx.GroupNorm`.
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect; see `LayerNorm`.
@@ -150,35 +108,17 @@ class GroupNorm(nnx.Module):
         (2, 5, 4)
     """
 
-    num_features: int
     num_groups: int | None = 32
     group_size: int | None = None
     _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: InitVar[Initializer] = initializers.zeros
-    scale_init: InitVar[Initializer] = initializers.ones
     reduction_axes: int | Collection[int] | None = None
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    promote_dtype: PromoteDtypeFn = promote_dtype
-    rngs: InitVar[nnx.Rngs]
-    bias_metadata: InitVar[Metadata] = None
-    scale_metadata: InitVar[Metadata] = None
     feature_axis: int = -1
 
-    def __post_init__(
-        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
-    ) -> None:
+    def __post_init__(self, *made_from: Any) -> None:
         # As in Flax the constructor says what does not divide, and both numbers are known then.
         sizes = self.num_groups, self.group_size, self.num_features
         self.num_groups, self.group_size = _errors.groups_of_features(*sizes)
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
+        super().__post_init__(*made_from)
 
     @_errors.named("normjax.nnx.GroupNorm", axis="reduction_axes")
     def __call__(
@@ -201,8 +141,8 @@ class GroupNorm(nnx.Module):
 
 
 @_errors.keywords
-@dataclass(eq=False, repr=False)
-class InstanceNorm(nnx.Module):
+@dataclass(eq=False, repr=False, kw_only=True)
+class InstanceNorm(Affine):
     """`normjax.instance_norm` as a module; a drop-in for `flax.nnx.InstanceNorm`.
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect; see `LayerNorm`.
@@ -215,29 +155,7 @@ class InstanceNorm(nnx.Module):
         (2, 5, 4)
     """
 
-    num_features: int
-    _: KW_ONLY
-    epsilon: float = 1e-6
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: InitVar[Initializer] = initializers.zeros
-    scale_init: InitVar[Initializer] = initializers.ones
     feature_axes: int | Collection[int] = -1
-    axis_name: str | Sequence[str] | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    promote_dtype: PromoteDtypeFn = promote_dtype
-    rngs: InitVar[nnx.Rngs]
-    bias_metadata: InitVar[Metadata] = None
-    scale_metadata: InitVar[Metadata] = None
-
-    def __post_init__(
-        self, bias_init: Any, scale_init: Any, rngs: Any, bias_metadata: Any, scale_metadata: Any
-    ) -> None:
-        scale, bias = (scale_init, scale_metadata), (bias_init, bias_metadata)
-        make_affine(self, rngs, scale=scale, bias=bias)
 
     @_errors.named("normjax.nnx.InstanceNorm", feature_axis="feature_axes")
     def __call__(

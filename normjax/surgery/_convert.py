@@ -21,6 +21,7 @@ from normjax._core.moments import collapse
 from normjax.surgery._paths import (
     At,
     Path,
+    Tree,
     at_path,
     is_nnx,
     like,
@@ -38,13 +39,13 @@ USUAL = 32
 
 @_errors.named(CALLED)
 def convert(
-    variables: Any,
+    variables: Tree,
     *,
     num_groups: int | None = None,
     group_size: int | None = None,
     at: At = None,
     epsilon: float | None = None,
-) -> Any:
+) -> Tree:
     """Variables for the same model with group norm in the places of batch norm.
 
         scale' = scale S / s,   bias' = bias + scale (M - running mean) / s
@@ -106,7 +107,13 @@ def convert(
 
         groups_of = functools.partial(_groups, num_groups=num_groups, group_size=group_size)
         return convert.convert(variables, patterns(at), groups_of, _affine, epsilon)
-    epsilon = 1e-5 if epsilon is None else epsilon
+    return _converted(variables, num_groups, group_size, at, 1e-5 if epsilon is None else epsilon)
+
+
+def _converted(
+    variables: Any, num_groups: int | None, group_size: int | None, at: At, epsilon: float
+) -> Any:
+    """Variables of linen."""
     chosen = norms(variables, at)
     groups = _groups(chosen, num_groups, group_size)
     names = _names(chosen, norms(variables), variables.get("params", {}))

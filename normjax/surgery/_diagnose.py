@@ -14,11 +14,11 @@ from flax.core import meta
 
 from normjax import _errors
 from normjax.surgery._compiled import Seen
-from normjax.surgery._guard import never_updated
 from normjax.surgery._judge import judge, judge_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
 from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
 from normjax.surgery._record import Measure, Record
+from normjax.surgery._refused import never_updated
 from normjax.surgery._report import Finding, NormReport, Report
 from normjax.surgery._source import Source, source
 from normjax.surgery._walk import expect_batches, walk

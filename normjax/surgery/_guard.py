@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
-import numpy as np
 
 from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
 from normjax.surgery._paths import Apply, At, chosen, is_nnx, nodes, patterns, written
+from normjax.surgery._refused import expect_updated, refuse_training
 
 
 @_errors.named("normjax.surgery.guard")
@@ -90,16 +90,6 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
     return cast(Apply, guarded)
 
 
-def never_updated(node: Mapping[str, Any]) -> bool:
-    """Whether statistics are those that a layer starts from; False for what jit traces."""
-    leaves = [node[name] for name in ("mean", "var", "count") if node.get(name) is not None]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return False
-    if node.get("count") is not None:
-        return not np.any(np.asarray(node["count"]))
-    return not np.any(np.asarray(node["mean"])) and bool(np.all(np.asarray(node["var"]) == 1))
-
-
 class _Guard(Edit):
     called = "normjax.surgery.guard"
 
@@ -109,22 +99,3 @@ class _Guard(Edit):
             refuse_training(layer.path, f"{remedy}, or freeze it: guard(freeze(apply)).")
         expect_updated(layer.path, layer.stats()._asdict())
         return layer
-
-
-def refuse_training(path: str, remedy: str) -> None:
-    """A layer that trains does not serve."""
-    raise ValueError(
-        f"normjax: the batch norm at '{path}' would run in training mode, normalizing each example "
-        f"by the others in its batch. {remedy}"
-    )
-
-
-def expect_updated(path: str, node: Mapping[str, Any]) -> None:
-    """Statistics that are no longer those of a new layer."""
-    if never_updated(node):
-        raise ValueError(
-            f"normjax: the batch norm at '{path}' has statistics that were never updated "
-            "(mean 0, var 1), so it would not normalize. Train (linen: with "
-            "mutable=['batch_stats'], and keep the updates), load them with the parameters, or use "
-            "normjax.surgery.recompute."
-        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from normjax.surgery._guard import never_updated
+from normjax.surgery._refused import never_updated
 from normjax.surgery._report import FEW_SAMPLES, Finding, NormReport
 
 # Nats, the mean over channels: variances that differ by the factor 1.8, or means by 0.45

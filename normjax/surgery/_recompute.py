@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, overload
 
 import numpy as np
 
 from normjax import _errors
 from normjax.surgery._compiled import Records, Seen
-from normjax.surgery._paths import At, at_path, patterns, with_stats, written
+from normjax.surgery._paths import At, Tree, at_path, patterns, with_stats, written
 from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._source import source
 from normjax.surgery._walk import walk
+
+
+@overload
+def recompute(
+    call: Callable[..., Any],
+    variables: Tree,
+    batches: Iterable[Any],
+    *,
+    at: At = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Tree: ...
+
+
+@overload
+def recompute(
+    call: Tree,
+    variables: Iterable[Any],
+    /,
+    *,
+    at: At = None,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Tree: ...
 
 
 @_errors.named("normjax.surgery.recompute", runs_model=True)

@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 
 from normjax import _errors
-from normjax.surgery._guard import expect_updated, refuse_training
 from normjax.surgery._nnx.layers import batch_norms, copied, names, pass_through, read
 from normjax.surgery._paths import params_of, written
+from normjax.surgery._refused import expect_updated, refuse_training
 
 
 def freeze(model: Any, at: tuple[str, ...] | None) -> Any:

@@ -1,0 +1,38 @@
+"""What a guard refuses: training, and statistics that were never updated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def never_updated(node: Mapping[str, Any]) -> bool:
+    """Whether statistics are those that a layer starts from; False for what jit traces."""
+    leaves = [node[name] for name in ("mean", "var", "count") if node.get(name) is not None]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    if node.get("count") is not None:
+        return not np.any(np.asarray(node["count"]))
+    return not np.any(np.asarray(node["mean"])) and bool(np.all(np.asarray(node["var"]) == 1))
+
+
+def refuse_training(path: str, remedy: str) -> None:
+    """A layer that trains does not serve."""
+    raise ValueError(
+        f"normjax: the batch norm at '{path}' would run in training mode, normalizing each example "
+        f"by the others in its batch. {remedy}"
+    )
+
+
+def expect_updated(path: str, node: Mapping[str, Any]) -> None:
+    """Statistics that are no longer those of a new layer."""
+    if never_updated(node):
+        raise ValueError(
+            f"normjax: the batch norm at '{path}' has statistics that were never updated "
+            "(mean 0, var 1), so it would not normalize. Train (linen: with "
+            "mutable=['batch_stats'], and keep the updates), load them with the parameters, or use "
+            "normjax.surgery.recompute."
+        )
