@@ -1,13 +1,16 @@
 """The tools on models of flax.nnx: three that import only Flax go through every one of them."""
 
+import pickle
 import warnings
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import normjax
 import normjax.nnx
@@ -112,14 +115,31 @@ def test_recompute_by_a_function_where_the_model_cannot_be_called():
         np.testing.assert_array_equal(one, other)
 
 
-def test_recompute_again_compiles_nothing():
-    model = ResNet(nnx.Rngs(0))
-    surgery.recompute(model, BATCHES[:1], progress=False)
-    traced = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResNet, "__call__", lambda self, x: traced.append(x))
-        surgery.recompute(nnx.clone(model), BATCHES, progress=False)
-    assert not traced
+TRACED: list[int] = []
+SHIFT = 0.0
+
+
+class Counting(nnx.Module):
+    """Counts how often it is traced, and reads a global."""
+
+    def __init__(self):
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        TRACED.append(1)
+        return self.norm(x + SHIFT)
+
+
+def test_recompute_again_compiles_nothing(monkeypatch):
+    TRACED.clear()
+    first = surgery.recompute(Counting(), BATCHES, progress=False)
+    assert len(TRACED) == 1
+    surgery.recompute(first, BATCHES, progress=False)
+    assert len(TRACED) == 1
+    # What the calls read is another value: never a stale trace.
+    monkeypatch.setattr("tests.test_surgery_nnx.SHIFT", 5.0)
+    shifted = surgery.recompute(first, BATCHES, progress=False)
+    np.testing.assert_allclose(shifted.norm.mean[...], first.norm.mean[...] + 5, rtol=1e-5)
 
 
 @every_model
@@ -451,19 +471,184 @@ def test_freeze_edge_copy_of_batch_norm_in_nnx():
         surgery.freeze(Overriding(3, rngs=nnx.Rngs(0)))
 
 
+class Activating(nnx.BatchNorm):
+    """Another method beside the call of Flax."""
+
+    def activated(self, x):
+        return nnx.relu(self(x))
+
+
+def test_a_subclass_of_flax_stays_of_its_class():
+    layer = surgery.recompute(Activating(3, rngs=nnx.Rngs(0)), [images(0)], progress=False)
+    frozen = surgery.freeze(layer)
+    assert isinstance(frozen, Activating)
+    again = pickle.loads(pickle.dumps(frozen))
+    np.testing.assert_array_equal(again.activated(images(0)), frozen.activated(images(0)))
+
+
 class Ours(normjax.nnx.BatchNorm):
-    """Code around ours runs as it is."""
+    """Code around ours, by arguments of its own."""
+
+    def __call__(self, inputs, training=False):
+        return super().__call__(jnp.exp(inputs / 8) + 10, train=training) + 1
+
+
+def test_a_subclass_of_ours_runs_as_it_is_and_is_seen_where_it_calls_ours():
+    layer, x = Ours(3, rngs=nnx.Rngs(0)), images(0)
+    new = surgery.recompute(lambda layer, x: layer(x, training=True), layer, [x], progress=False)
+    seen = np.exp(np.asarray(x, np.float64) / 8) + 10
+    np.testing.assert_allclose(new.mean[...], seen.mean((0, 1, 2)), rtol=1e-6)
+    assert isinstance(surgery.freeze(new), Ours)
+    with pytest.raises(ValueError, match="would run in training mode"):
+        surgery.guard(new)(x, training=True)
+    with pytest.raises(ValueError, match="the Ours at '' has a __call__ of its own"):
+        surgery.convert(new, num_groups=1)
+
+
+def test_guards_compose():
+    layer = surgery.recompute(normjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0)), [images(0)])
+    guarded = surgery.guard(surgery.guard(layer))
+    new = surgery.recompute(guarded, [images(1)], progress=False)
+    copy = pickle.loads(pickle.dumps(new))
+    copy.train()
+    with pytest.raises(ValueError, match="would run in training mode"):
+        copy(images(0))
+
+
+def over_devices(model, batch):
+    """A function that binds the axis itself."""
+    mapped = nnx.vmap(lambda model, x: model(x), in_axes=(None, 0), axis_name="batch")
+    return mapped(model, batch.reshape(4, -1, *batch.shape[1:]))
+
+
+def test_an_axis_that_the_call_binds_is_shared_over():
+    shared = surgery.synchronize(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "batch")
+    new = surgery.recompute(over_devices, shared, BATCHES, progress=False)
+    want = np.concatenate([np.asarray(x, np.float64).reshape(-1, 3) for x in BATCHES])
+    np.testing.assert_allclose(new.mean[...], want.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(new.var[...], want.var(0), rtol=1e-6)
+    surgery.diagnose(over_devices, new, BATCHES, progress=False).raise_if_serious()
+    # Unbound, the batch at hand is the whole one.
+    alone = surgery.recompute(shared, BATCHES, progress=False)
+    np.testing.assert_allclose(alone.var[...], want.var(0), rtol=1e-6)
+
+
+class OfLinen(nn.Module):
+    normed: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(3)(x)
+        return nn.BatchNorm(use_running_average=True)(x) if self.normed else x
+
+
+class Mixed(nnx.Module):
+    def __init__(self, normed):
+        self.linen = nnx.bridge.ToNNX(OfLinen(normed), rngs=nnx.Rngs(0)).lazy_init(images(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
-        return super().__call__(x) + 1
+        return self.norm(self.linen(x))
 
 
-def test_a_subclass_of_ours_with_code_of_its_own_is_frozen():
-    layer = Ours(3, rngs=nnx.Rngs(0))
-    x = images(0)
-    frozen = surgery.freeze(surgery.recompute(layer, [x], progress=False))
-    np.testing.assert_allclose(jnp.mean(frozen(x)), 1, atol=1e-5)
-    assert isinstance(frozen, Ours)
+@pytest.mark.parametrize("tool", [surgery.freeze, surgery.guard, surgery.reset, surgery.convert])
+def test_a_batch_norm_of_linen_within_is_not_passed_over(tool):
+    with pytest.raises(ValueError, match="at 'linen/BatchNorm_0' holds a mean .* not those of lin"):
+        tool(Mixed(True))
+    with pytest.raises(ValueError, match="at 'linen/BatchNorm_0'"):
+        surgery.recompute(Mixed(True), BATCHES, progress=False)
+
+
+def test_a_part_of_linen_is_folded_with_the_rest():
+    model = surgery.recompute(Mixed(False), BATCHES, progress=False)
+    serve, folded, report = surgery.fold(model, BATCHES[0])
+    assert len(report.folded) == 1
+    np.testing.assert_allclose(serve(folded, BATCHES[0]), evaluated(model, BATCHES[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("tool", [surgery.recompute, surgery.diagnose])
+def test_what_is_not_recognized_may_be_left_out_of_a_run(tool):
+    tool(Holder(), BATCHES, at="norm", progress=False)
+    with pytest.raises(ValueError, match="Stranger at 'strange'"):
+        tool(Holder(), BATCHES, progress=False)
+
+
+class Dropping(nnx.Module):
+    """Channels that are dropped for a whole batch."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.drop = nnx.Dropout(0.5, broadcast_dims=(0, 1, 2), rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.drop(x))
+
+
+def test_each_batch_has_its_own_dropout():
+    model = Dropping()
+    first, again = (surgery.recompute(model, [images(0)] * 30, progress=False) for _ in range(2))
+    # Dropped in half of the batches and doubled in the others.
+    assert np.all(np.asarray(first.norm.var[...]) > 4)
+    np.testing.assert_array_equal(first.norm.var[...], again.norm.var[...])
+
+
+def test_variables_that_hold_several_arrays_stay():
+    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    model.pair = nnx.Param((jnp.ones(2), jnp.zeros(2)))
+    model.tree = nnx.BatchStat({"a": jnp.ones(2)})
+    new = surgery.recompute(surgery.reset(model), BATCHES, progress=False)
+    assert new.pair.get_value()[0] is model.pair.get_value()[0]
+    assert new.tree.get_value()["a"] is model.tree.get_value()["a"]
+
+
+def test_imported_arrays_lie_where_the_old_ones_lay():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(None, "d"))
+    model = nnx.Linear(2, 8, rngs=nnx.Rngs(0))
+    model.kernel.set_value(jax.device_put(model.kernel.get_value(), place))
+    state = {"weight": np.ones((8, 2), np.float32), "bias": np.ones(8, np.float32)}
+    filled = surgery.import_torch(model, state, [("", "", "linear")])
+    assert filled.kernel.get_value().sharding == place
+
+
+def test_several_feature_axes_are_measured():
+    layer, x = normjax.nnx.BatchNorm(24, axis=(1, 2), rngs=nnx.Rngs(0)), images(0)[..., 0]
+    x = x[:, :4, :6]
+    new = surgery.recompute(layer, [x], progress=False)
+    np.testing.assert_allclose(new.mean[...], np.asarray(x).mean(0).ravel(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"at '' has axis=\(1, 2\), expected one axis"):
+        surgery.convert(layer, num_groups=2)
+
+
+def test_an_abstract_model_is_filled_or_refused():
+    abstract = nnx.eval_shape(lambda: ResNet(nnx.Rngs(0)))
+    rules = rules_of(abstract)
+    state = surgery.export_torch(ResNet(nnx.Rngs(0)), rules)
+    filled = surgery.import_torch(abstract, state, rules)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(filled)))
+    with pytest.raises(ValueError, match="mean is ShapeDtypeStruct, expected an array"):
+        surgery.reset(abstract)
+    dropping = nnx.eval_shape(Dropping)
+    state = surgery.export_torch(Dropping(), [("norm", "norm", "batch_norm")])
+    with pytest.raises(ValueError, match=r"'drop/rngs/count'.* would stay abstract"):
+        surgery.import_torch(dropping, state, [("norm", "norm", "batch_norm")])
+
+
+def test_a_shared_parameter_is_frozen_at_each_of_its_layers():
+    model = nnx.Sequential(*(nnx.BatchNorm(3, rngs=nnx.Rngs(i)) for i in range(2)))
+    first, second = model.layers
+    second.scale, second.bias = first.scale, first.bias
+    for at in ("layers/0", "layers/1"):
+        assert all(jax.tree.leaves(surgery.frozen_mask(model, at=at)))
+
+
+@pytest.mark.parametrize("tool", [surgery.reset, lambda m: surgery.recompute(m, [images(0)])])
+def test_moments_of_the_old_statistics_are_dropped(tool):
+    layer = normjax.nnx.BatchNorm(3, accumulate=True, rngs=nnx.Rngs(0))
+    layer(images(0) + 100)
+    assert not np.any(tool(layer).moments.get_value().count)
+    assert np.all(layer.moments.get_value().count)
 
 
 @pytest.mark.parametrize("tool", [surgery.recompute, surgery.diagnose])

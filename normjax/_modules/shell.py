@@ -30,6 +30,7 @@ class Shell(NamedTuple):
         param: `param(name, features)` is the parameter of that name and of the shape of the
             features; without features it is a number.
         initializing: whether the call is there for its shapes alone; no devices take part in it.
+        alone: whether the batch at hand is the whole one, whatever devices the fields name.
         frozen: whether no gradient reaches the parameters.
         promote: `promote(arrays, dtype=...)`, a rule of the user for the dtypes of x, the running
             statistics, scale and bias. None: y alone has the dtype to which they promote.
@@ -39,6 +40,7 @@ class Shell(NamedTuple):
     fields: Any
     param: Callable[[str, _errors.Features | None], Any]
     initializing: bool = False
+    alone: bool = False
     frozen: bool = False
     promote: Callable[..., Any] | None = None
     promotes_stats: bool = False
@@ -61,7 +63,8 @@ class Shell(NamedTuple):
 
     def devices(self) -> dict[str, Any]:
         """Which devices share statistics; none while shapes are made, as in Flax."""
-        names = () if self.initializing else ("axis_name", "axis_index_groups")
+        none = self.initializing or self.alone
+        names = () if none else ("axis_name", "axis_index_groups")
         return {name: getattr(self.fields, name) for name in names if hasattr(self.fields, name)}
 
     def promoted(self, *arrays: Any) -> tuple[Any, ...]:

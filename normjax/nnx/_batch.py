@@ -76,8 +76,10 @@ class _BatchNorm(Affine):
             ValueError: no mode or two modes, `train=True` for a frozen layer, an x of another
                 number of features; and whatever `normjax.batch_norm` raises.
         """
+        # The errors of an observer are named by the tool that put it there.
         called = f"normjax.nnx.{type(self).__name__}"
-        step = _errors.named(called, feature_axis="axis", stats="BatchStat")(_step)
+        names = dict(feature_axis="axis", stats="BatchStat")
+        step = _errors.named(called, runs_model=True, **names)(_step)
         return step(self, use_running_average, train, Call(x, mask, scale, bias))
 
     @_errors.named("normjax.nnx.BatchNorm")
@@ -202,6 +204,10 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
     asked = dict(train=train, use_running_average=use_running_average)
     mode = _errors.mode_of(module.use_running_average, module.frozen, asked)
     call, features = batch.read(module, call)
+    # What the tools for trained models put there: it is shown each call, and says whether the batch
+    # at hand is the whole one.
+    observer = getattr(module, "normjax_observer", None)
+    alone = observer is not None and observer(module, call, mode)
     if mode.train:
         _errors.has_count(batch.needs_count(module), hasattr(module, "count"))
     stats = _stats(module, features)
@@ -211,7 +217,7 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
     kept = None
     if mode.train and keeps:
         kept = Moments.make(features.shape) if pending is None else pending.get_value()
-    read = shell(module, frozen=module.frozen, promotes_stats=True)
+    read = shell(module, alone=alone, frozen=module.frozen, promotes_stats=True)
     y, memory = batch.step(read, call, features, mode, batch.Memory(stats, kept), moves)
     if memory.moments is not None:
         _keep(module, memory.moments)

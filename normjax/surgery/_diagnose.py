@@ -89,7 +89,7 @@ def diagnose(
         >>> [finding.kind for finding in surgery.diagnose(call, variables, [x]).findings]
         ['never updated']
     """
-    held = source(_Measure, call, variables, batches)
+    held = source(_Measure, call, variables, batches, at)
     run, variables, batches = held.run, held.variables, held.batches
     norms(variables, at)
     expect_batches(batches)

@@ -116,7 +116,7 @@ def recompute(
         >>> surgery.recompute(call, variables, batches)["batch_stats"]["var"]
         Array([2.], dtype=float32)
     """
-    held = source(Measure, call, variables, batches)
+    held = source(Measure, call, variables, batches, at)
     run, given = held.run, patterns(at)
 
     def each(seen: Seen, batch: Any) -> None:
@@ -127,7 +127,7 @@ def recompute(
     _expect_measured(run, records, given)
     stats = held.variables["batch_stats"]
     changed = {path: record.stats(at_path(stats, path)) for path, record in records.items()}
-    return held.result(with_stats(held.variables, changed))
+    return held.result(with_stats(held.variables, changed), at)
 
 
 def _expect_measured(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -137,20 +139,23 @@ def _see(layer: Layer, center: Array) -> Record:
     x, axis = jnp.asarray(layer.x), layer.axis
     axes = _errors.features(x.shape, axis)
     features, reduced = axes.shape, axes.reduced
-    if features != center.shape:
+    if prod(features) != prod(center.shape):
         raise ValueError(
             f"normjax: the batch norm at '{layer.path}' is given features of shape {features}, "
             f"expected {center.shape}, that of its statistics. The batches are not those of this "
             "model, or the features lie on another axis than the layer says."
         )
-    x = x.astype(accumulation_dtype(x.dtype, center.dtype)) - jnp.expand_dims(center, reduced)
+    # In NNX the statistics of several feature axes are one vector.
+    middle = jnp.expand_dims(center.reshape(features), reduced)
+    x = x.astype(accumulation_dtype(x.dtype, center.dtype)) - middle
     moments, within, examples = _measure(x, reduced, _errors.nonzero(layer.mask))
     if layer.axis_name is not None:
         options: dict[str, Any] = dict(axis_index_groups=layer.axis_index_groups)
         moments = synchronize(moments, layer.axis_name, **options)
         within, examples = lax.psum((within, examples), layer.axis_name, **options)
-    moments, within, examples = (
-        _each(center.shape, value) for value in (moments, within, examples)
+    moments, within, examples = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, features).reshape(center.shape),
+        (moments, within, examples),
     )
     one, none = jnp.ones_like(within), jnp.zeros_like(within)
     return Record(
@@ -179,10 +184,3 @@ def _measure(x: Array, reduced: tuple[int, ...], mask: Array | None) -> tuple[Mo
     counted = jnp.broadcast_to(stacked.count > 0, stacked.m2.shape)
     moments = collapse(stacked)
     return moments, stacked.m2.sum(0), counted.sum(0).astype(moments.m2.dtype)
-
-
-def _each(shape: tuple[int, ...], value: Any) -> Any:
-    """One number for each feature, also where all have the same."""
-    if isinstance(value, Moments):
-        return Moments(*(_each(shape, leaf) for leaf in value))
-    return jnp.broadcast_to(jnp.asarray(value), shape)

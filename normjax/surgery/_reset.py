@@ -44,9 +44,9 @@ def reset(variables: Tree, *, at: At = None) -> Tree:
         Array([1.], dtype=float32)
     """
     if is_nnx(variables):
-        from normjax.surgery._nnx.layers import on_variables
+        from normjax.surgery._nnx.layers import with_statistics
 
-        return on_variables(variables, lambda held: reset(held, at=at), patterns(at))
+        return with_statistics(variables, lambda held: reset(held, at=at), patterns(at))
     found = norms(variables, at)
 
     def start(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,10 +44,10 @@ def import_arrays(
 ) -> Any:
     """The variables with the arrays of `state` in their places; of a model of NNX another one."""
     if is_nnx(variables):
-        from normjax.surgery._nnx.layers import variables_of, with_variables
+        from normjax.surgery._nnx.layers import filled, variables_of
 
         held = variables_of(variables)
-        return with_variables(variables, import_arrays(name_mapping, held, state, rules))
+        return filled(variables, import_arrays(name_mapping, held, state, rules))
     places = _places(name_mapping, variables, rules)
     named = [place for place in places if place.name is not None]
     names = {str(place.name): place.path for place in reversed(named)}

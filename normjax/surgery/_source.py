@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from normjax.surgery._compiled import compiled
-from normjax.surgery._paths import is_nnx
+from normjax.surgery._paths import At, is_nnx, patterns
 from normjax.surgery._record import Measure
 
 
@@ -27,16 +27,16 @@ class Source(NamedTuple):
     variables: Mapping[str, Any]
     batches: Iterable[Any]
 
-    def result(self, variables: Mapping[str, Any]) -> Any:
-        """New variables, in the form in which the old ones were given."""
+    def result(self, variables: Mapping[str, Any], at: At) -> Any:
+        """Variables with other statistics, in the form in which the old ones were given."""
         if self.model is None:
             return variables
-        from normjax.surgery._nnx.layers import with_variables
+        from normjax.surgery._nnx.layers import with_statistics
 
-        return with_variables(self.model, variables)
+        return with_statistics(self.model, lambda _: variables, patterns(at))
 
 
-def source(measure: type[Measure], call: Any, variables: Any, batches: Any) -> Source:
+def source(measure: type[Measure], call: Any, variables: Any, batches: Any, at: At) -> Source:
     """`(call, variables, batches)` of linen, `(model, batches)` or `(call, model, batches)`."""
     if is_nnx(call):
         if batches is None:
@@ -57,5 +57,5 @@ def source(measure: type[Measure], call: Any, variables: Any, batches: Any) -> S
         return Source(compiled(measure, call), call, None, variables, batches)
     from normjax.surgery._nnx.measure import measured
 
-    run, held = measured(measure, variables, call)
+    run, held = measured(measure, variables, call, patterns(at))
     return Source(run, call, variables, held, batches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -11,10 +13,39 @@ from jax import Array
 from jax.typing import ArrayLike
 
 import normjax.nnx
+from normjax.nnx._batch import _BatchNorm
 
 
 class BatchNorm(normjax.nnx.BatchNorm, nnx.BatchNorm):  # type: ignore[misc]
     """A layer of Flax that runs by the code of normjax; filters by either class find it."""
+
+
+def adopt(layer: Any) -> None:
+    """Makes a layer of Flax run by the code of normjax; the fields that it lacks have defaults."""
+    if isinstance(layer, _BatchNorm):
+        return
+    for field in dataclasses.fields(BatchNorm):
+        if not hasattr(layer, field.name):
+            setattr(layer, field.name, field.default)
+    kind: Any = type(layer)
+    layer.__class__ = BatchNorm if kind is nnx.BatchNorm else _extending(kind)
+
+
+@functools.cache
+def _extending(kind: type) -> type:
+    """For a class that extends that of Flax, and keeps its call."""
+
+    def reduce(layer: Any) -> Any:
+        return _restored, (kind, dict(vars(layer)))
+
+    name = {"__module__": kind.__module__, "__reduce__": reduce}
+    return type(kind.__name__, (normjax.nnx.BatchNorm, kind), name)
+
+
+def _restored(kind: type, values: dict[str, Any]) -> Any:
+    layer: Any = object.__new__(_extending(kind))
+    vars(layer).update(values)
+    return layer
 
 
 @dataclass(eq=False, repr=False)

@@ -7,9 +7,10 @@ from typing import Any
 
 from flax import nnx
 
+from normjax.nnx._batch import _BatchNorm
 from normjax.surgery._nnx.adopted import GroupNorm
 from normjax.surgery._nnx.layers import batch_norms, become
-from normjax.surgery._paths import Path
+from normjax.surgery._paths import Path, written
 
 
 def convert(
@@ -28,6 +29,7 @@ def convert(
     }
     groups = groups_of(stats)
     for path, layer in layers.items():
+        _expect_convertible(written(path), layer)
         floor = layer.epsilon if epsilon is None else epsilon
         vectors = {n: getattr(layer, n) for n in ("scale", "bias")}
         affine = {n: v.get_value() for n, v in vectors.items() if v is not None}
@@ -47,3 +49,18 @@ def convert(
             setattr(norm, name, nnx.Param(value, **metadata))
         become(layer, norm)
     return copy
+
+
+def _expect_convertible(path: str, layer: Any) -> None:
+    """What is known of a layer is all that it does, and its features lie along one axis."""
+    kind = type(layer)
+    if kind.__call__ not in (nnx.BatchNorm.__call__, _BatchNorm.__call__):
+        raise ValueError(
+            f"normjax: the {kind.__name__} at '{path}' has a __call__ of its own, which a group "
+            "norm in its place would not have. Name the others: at=."
+        )
+    if not isinstance(layer.axis, int):
+        raise ValueError(
+            f"normjax: the batch norm at '{path}' has axis={layer.axis}, expected one axis of "
+            "features, as group norm has. Name the others: at=."
+        )

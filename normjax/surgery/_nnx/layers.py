@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from normjax import _errors
+from normjax import Moments, _errors
 from normjax.nnx._batch import _BatchNorm
-from normjax.surgery._nnx.adopted import BatchNorm
-from normjax.surgery._paths import Path, chosen, expect_matches, written
+from normjax.surgery._nnx.adopted import adopt
+from normjax.surgery._paths import Path, at_path, chosen, expect_matches, nodes, written
 
 # The names of the collections of linen, which the tools read.
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
@@ -28,62 +26,98 @@ def names(path: tuple[Any, ...]) -> Path:
     return tuple(map(str, path))
 
 
+def _arrays(model: nnx.Module, kind: Any) -> dict[Path, Any]:
+    """The variables of a kind by path; those that hold a tree of arrays are left out."""
+    found = {names(p): v for p, v in nnx.to_flat_state(nnx.state(model, kind))}
+    return {path: v for path, v in found.items() if hasattr(v.get_value(), "shape")}
+
+
 def variables_of(model: nnx.Module) -> dict[str, Any]:
     """Parameters and statistics as nested dictionaries of arrays, as linen has them."""
     return {
-        name: unflatten_dict(
-            {
-                names(path): variable.get_value()
-                for path, variable in nnx.to_flat_state(nnx.state(model, kind))
-            }
-        )
+        name: unflatten_dict({p: v.get_value() for p, v in _arrays(model, kind).items()})
         for name, kind in COLLECTIONS.items()
     }
 
 
 def with_variables(model: Any, variables: Mapping[str, Any]) -> Any:
-    """A copy of the model that holds these variables."""
+    """A copy of the model that holds these variables, each where the old one lay."""
     copy = nnx.clone(model)
     for name, kind in COLLECTIONS.items():
-        values = flatten_dict(variables[name])
-        for path, variable in nnx.to_flat_state(nnx.state(copy, kind)):
-            variable.set_value(jnp.asarray(values[names(path)]))
+        for path, variable in _arrays(copy, kind).items():
+            old, new = variable.get_value(), at_path(variables[name], path)
+            if new is not old:
+                variable.set_value(_placed(new, old))
     return copy
 
 
-def on_variables(
+def filled(model: Any, variables: Mapping[str, Any]) -> Any:
+    """`with_variables` for a model that `nnx.eval_shape` made; nothing of it may stay abstract."""
+    copy = with_variables(model, variables)
+    abstract = [
+        written(names(path))
+        for path, variable in nnx.to_flat_state(nnx.state(copy))
+        if any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(variable.get_value()))
+    ]
+    if abstract:
+        raise ValueError(
+            f"normjax: {abstract} would stay abstract, as nnx.eval_shape made them, expected "
+            "arrays: they are no parameters or statistics. Pass the model itself, made without "
+            "nnx.eval_shape."
+        )
+    return copy
+
+
+def _placed(new: Any, old: Any) -> Any:
+    several = isinstance(old, jax.Array) and len(old.devices()) > 1
+    return jax.device_put(new, old.sharding) if several else jnp.asarray(new)
+
+
+def with_statistics(
     model: Any, tool: Callable[[dict[str, Any]], Mapping[str, Any]], at: tuple[str, ...] | None
 ) -> Any:
-    """A copy of the model whose variables went through a tool for those of linen."""
-    batch_norms(model, at)
-    return with_variables(model, tool(variables_of(model)))
+    """A copy of the model whose variables went through a tool that makes other statistics."""
+    for layer in batch_norms(model, at).values():
+        for name in ("mean", "var"):
+            _errors.restored(name, getattr(layer, name).get_value())
+    copy = with_variables(model, tool(variables_of(model)))
+    for layer in batch_norms(copy, at).values():
+        if getattr(layer, "moments", None) is not None:
+            # What was kept of micro-batches belongs to the old statistics.
+            kept = layer.moments.get_value()
+            layer.moments.set_value(Moments.make(kept.mean.shape, kept.mean.dtype))
+    return copy
 
 
 def batch_norms(model: nnx.Module, at: tuple[str, ...] | None = None) -> dict[Path, Any]:
-    """The chosen batch norms of a model by path; at least one."""
-    modules = {names(path): module for path, module in nnx.iter_modules(model)}
-    known = {path: module for path, module in modules.items() if is_batch_norm(module)}
-    others = {
-        path: module
-        for path, module in modules.items()
-        if path not in known and _keeps_statistics(module)
-    }
+    """The chosen batch norms of a model by path; at least one, and none that is not recognized."""
+    known = known_batch_norms(model)
+    kinds = {names(path): type(module).__name__ for path, module in nnx.iter_modules(model)}
+    # Statistics in a dictionary, and those of a module of linen within, are of no module of NNX.
+    statistics = nodes(variables_of(model)["batch_stats"])
+    others = {path: kinds.get(path, "dictionary") for path in statistics if path not in known}
     if not known and not others:
         raise ValueError(
             "normjax: the model has no batch norm, expected at least one. Recognized are "
             "flax.nnx.BatchNorm and the batch norms of normjax.nnx. Pass the whole model."
         )
     expect_matches(at, [written(path) for path in (*known, *others)])
-    for path, module in others.items():
+    for path, kind in others.items():
         if chosen(written(path), at):
             raise ValueError(
-                f"normjax: the {type(module).__name__} at '{written(path)}' holds a mean and a var "
-                "in nnx.BatchStat, as a batch norm does, and was not recognized as one. Recognized "
+                f"normjax: the {kind} at '{written(path)}' holds a mean and a var in "
+                "nnx.BatchStat, as a batch norm does, and was not recognized as one. Recognized "
                 "are flax.nnx.BatchNorm, unless a subclass has a __call__ of its own, and the "
-                "batch norms of normjax.nnx with what extends them. If it is no batch norm, name "
-                "those that are: at=."
+                "batch norms of normjax.nnx with what extends them; not those of linen. If it is "
+                "no batch norm, name those that are: at=."
             )
     return {path: module for path, module in known.items() if chosen(written(path), at)}
+
+
+def known_batch_norms(model: nnx.Module) -> dict[Path, Any]:
+    """The recognized batch norms of a model by path."""
+    modules = {names(path): module for path, module in nnx.iter_modules(model)}
+    return {path: module for path, module in modules.items() if is_batch_norm(module)}
 
 
 def is_batch_norm(module: Any) -> bool:
@@ -94,10 +128,6 @@ def is_batch_norm(module: Any) -> bool:
     )
 
 
-def _keeps_statistics(module: Any) -> bool:
-    return all(isinstance(getattr(module, n, None), nnx.BatchStat) for n in ("mean", "var"))
-
-
 def serving(call: Callable, model: nnx.Module) -> tuple[Callable, nnx.State]:
     """`call(model, *inputs)` as a function of the state of the model in evaluation mode."""
     copy = nnx.clone(model)
@@ -106,11 +136,10 @@ def serving(call: Callable, model: nnx.Module) -> tuple[Callable, nnx.State]:
 
     def serve(state: nnx.State, *inputs: Any) -> Any:
         model = nnx.merge(graphdef, state)
-        called: dict[Path, Any] = {
-            names(p): module for p, module in nnx.iter_modules(model) if callable(module)
-        }
-        for path, module in called.items():
-            outer = max((n for n in range(len(path)) if path[:n] in called), default=0)
+        # Layers alone: what a user's module computes itself has no name.
+        scoped: dict[Path, Any] = {names(p): m for p, m in nnx.iter_modules(model) if _is_layer(m)}
+        for path, module in scoped.items():
+            outer = max((n for n in range(len(path)) if path[:n] in scoped), default=0)
             module.normjax_scope = written(path[outer:])
             pass_through(module, _Scoped)
         return call(model, *inputs)
@@ -118,16 +147,16 @@ def serving(call: Callable, model: nnx.Module) -> tuple[Callable, nnx.State]:
     return serve, state
 
 
+def _is_layer(module: Any) -> bool:
+    return callable(module) and type(module).__module__.startswith(("flax.nnx.nn.", "normjax."))
+
+
 def copied(model: Any, at: tuple[str, ...] | None) -> tuple[Any, dict[Path, Any]]:
     """A copy of the model, and its chosen batch norms, all of which run by the code of normjax."""
     copy = nnx.clone(model)
     layers = batch_norms(copy, at)
     for layer in layers.values():
-        if not isinstance(layer, _BatchNorm):
-            for field in dataclasses.fields(BatchNorm):
-                if not hasattr(layer, field.name):
-                    setattr(layer, field.name, field.default)
-            layer.__class__ = BatchNorm
+        adopt(layer)
     return copy, layers
 
 
@@ -141,7 +170,8 @@ def become(layer: nnx.Module, other: nnx.Module) -> None:
 def pass_through(layer: Any, mixin: Any) -> None:
     """Sends the calls of a layer through the method of a mixin, an nnx.Module, first."""
     kind: Any = type(layer)
-    layer.__class__ = _derived(mixin, kind)
+    if not issubclass(kind, mixin):
+        layer.__class__ = _derived(mixin, kind)
 
 
 @functools.cache
@@ -157,19 +187,3 @@ class _Scoped(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with jax.named_scope(self.normjax_scope) if self.normjax_scope else nullcontext():
             return super().__call__(*args, **kwargs)
-
-
-class Given(NamedTuple):
-    """What a batch norm is called with."""
-
-    x: Any
-    train: bool
-    mask: Any
-
-
-def read(layer: Any, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Given:
-    """The arguments of `call`, the method of a batch norm, and the mode that it will run in."""
-    given = inspect.signature(call).bind(*args, **kwargs).arguments
-    asked = {name: given.get(name) for name in ("train", "use_running_average")}
-    mode = _errors.mode_of(layer.use_running_average, getattr(layer, "frozen", False), asked)
-    return Given(given["x"], mode.train, given.get("mask"))

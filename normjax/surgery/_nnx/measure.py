@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from normjax._errors.devices import bound_names
-from normjax.surgery._compiled import Records, Seen
+from normjax.surgery._compiled import Records, Seen, read_by, reference
+from normjax.surgery._kept import Kept
 from normjax.surgery._layers import Layer
-from normjax.surgery._nnx.layers import batch_norms, names, pass_through, read, variables_of
+from normjax.surgery._nnx.adopted import adopt
+from normjax.surgery._nnx.layers import (
+    batch_norms,
+    is_batch_norm,
+    known_batch_norms,
+    names,
+    pass_through,
+    variables_of,
+)
 from normjax.surgery._paths import Path, written
 from normjax.surgery._record import SLOT, Measure, Record
 
@@ -29,36 +39,45 @@ class _Record(nnx.BatchStat):
 
 
 class Measured:
-    """As `Compiled` for linen: a model with measuring layers, and as it serves.
+    """A model with measuring layers, and as it serves: what `Compiled` is for linen.
 
     Attributes:
         measure: what measures.
-        step: `step(variables, centers, batch)` returns what was `Seen`.
+        reads: what the calls of the modules read beside their arguments, when it was compiled.
+        step: `step(variables, number, centers, batch)` returns what was `Seen`.
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
 
-    trains = "the model, after model.train(),"
-    remedy = "Look whether it is frozen, or sets the mode of its layers itself."
-    takes_part = "pass a function first, lambda model, batch: model(batch[0])"
-
-    def __init__(self, measure: type[Measure], graphdef: Any, call: Call | None):
+    def __init__(self, measure: type[Measure], graphdef: Any, call: Call | None, reads: list[Any]):
         self.measure = measure()
+        self.reads = [*map(reference, reads)]
         self.graphdef = graphdef
         self.call = call or (lambda model, batch: model(batch))
         self.step = jax.jit(self._step)
         self.serve = jax.jit(self._serve)
 
-    def _step(self, variables: Mapping[str, Any], centers: Mapping[Path, Any], batch: Any) -> Seen:
+    def holds(self, reads: list[Any]) -> bool:
+        """Whether the modules still read the same objects."""
+        same = len(reads) == len(self.reads)
+        return same and all(old() is new for old, new in zip(self.reads, reads, strict=True))
+
+    def _step(
+        self,
+        variables: Mapping[str, Any],
+        number: Any,
+        centers: Mapping[Path, Any],
+        batch: Any,
+    ) -> Seen:
         model = nnx.merge(self.graphdef, variables[STATE])
-        layers = batch_norms(model)
+        for _, count in nnx.to_flat_state(nnx.state(model, nnx.RngCount)):
+            # Each batch has keys of its own for dropout.
+            count.set_value(count.get_value() + number * 2**16)
+        layers = known_batch_norms(model)
         for path, layer in layers.items():
-            pass_through(layer, _Measured)
-            layer.normjax_measure, layer.normjax_path = self.measure, written(path)
+            adopt(layer)
+            layer.normjax_observer = Measuring(self.measure, written(path))
             if path in centers:
                 setattr(layer, SLOT, _Record(Record.start(centers[path])))
-            if not bound_names():
-                # The batch at hand is the whole one.
-                layer.axis_name = layer.axis_index_groups = None
         model.train()
         outputs = self.call(model, batch)
         records: Records = {path: getattr(layers[path], SLOT).get_value() for path in centers}
@@ -71,52 +90,86 @@ class Measured:
         return self.call(model, batch)
 
 
-def measured(measure: Any, model: nnx.Module, call: Call | None) -> tuple[Measured, Any]:
+class Run:
+    """What was compiled, for one walk over batches, which it counts."""
+
+    trains = "the model, after model.train(),"
+    remedy = "Look whether it is frozen, or sets the mode of its layers itself."
+    takes_part = "pass a function first, lambda model, batch: model(batch[0])"
+
+    def __init__(self, measured: Measured):
+        self.measure, self.serve, self._measured = measured.measure, measured.serve, measured
+        self._numbers = itertools.count()
+
+    def step(self, variables: Any, centers: Any, batch: Any) -> Seen:
+        """What the layers see in a batch."""
+        number = jnp.asarray(next(self._numbers), jnp.uint32)
+        return self._measured.step(variables, number, centers, batch)
+
+
+_kept = Kept()
+
+
+def measured(
+    measure: Any, model: nnx.Module, call: Call | None, at: tuple[str, ...] | None
+) -> tuple[Run, Any]:
     """What runs the model, and its variables.
 
-    A model of one structure is compiled once; one that is run by a function each time.
+    Models of one class and structure share what is compiled; one that is run by a function is
+    compiled each time.
     """
+    batch_norms(model, at)
     graphdef, state = nnx.split(model)
     variables = {**variables_of(model), STATE: state}
-    if call is not None:
-        return Measured(measure, graphdef, call), variables
+    reads = list(_read_by_modules(model))
+    make = functools.partial(Measured, measure, graphdef, call, reads)
     try:
-        return _compiled(measure, graphdef), variables
-    except TypeError:  # An attribute of the model cannot be hashed.
-        return Measured(measure, graphdef, None), variables
+        hash(graphdef)
+        shared = call is None
+    except TypeError:
+        shared = False  # An attribute of the model cannot be hashed.
+    if not shared:
+        return Run(make()), variables
+    key = (measure, graphdef)
+    found = _kept.get(type(model), key, make)
+    if not found.holds(reads):
+        _kept.forget(type(model), key)
+        found = _kept.get(type(model), key, make)
+    return Run(found), variables
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(measure: type[Measure], graphdef: Any) -> Measured:
-    return Measured(measure, graphdef, None)
+def _read_by_modules(model: nnx.Module) -> Iterator[Any]:
+    """What the calls of the modules of a model read beside their arguments."""
+    done: set[int] = set()
+    for kind in dict.fromkeys(type(module) for _, module in nnx.iter_modules(model)):
+        call = getattr(kind, "__call__", None)  # noqa: B004
+        if not kind.__module__.startswith(("flax.", "normjax.")):
+            yield call
+            yield from read_by(call, done)
 
 
-class _Measured(nnx.Module):
-    """Shows the call of a layer to what measures."""
+class Measuring:
+    """Shows the calls of a layer to what measures."""
 
-    normjax_measure: Any
-    normjax_path: str
+    def __init__(self, measure: Measure, path: str):
+        self.measure, self.path = measure, path
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call: Any = super().__call__
-        self.normjax_measure(_seen(self, read(self, call, args, kwargs)))
-        return call(*args, **kwargs)
-
-
-def _seen(layer: Any, given: Any) -> Layer:
-    return Layer(
-        path=layer.normjax_path,
-        module=_Slots(layer),
-        x=given.x,
-        train=given.train,
-        mask=given.mask,
-        scale=None,
-        bias=None,
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        run=lambda layer: None,
-        frozen=getattr(layer, "frozen", False),
-    )
+    def __call__(self, layer: Any, call: Any, mode: Any) -> bool:
+        """Whether the layer names devices, and the batch at hand is the whole one."""
+        seen = Layer(
+            path=self.path,
+            module=_Slots(layer),
+            x=call.x,
+            train=mode.train,
+            mask=call.mask,
+            scale=None,
+            bias=None,
+            axis_name=layer.axis_name,
+            axis_index_groups=layer.axis_index_groups,
+            run=lambda layer: None,
+            frozen=layer.frozen,
+        )
+        return self.measure(seen).axis_name is not seen.axis_name
 
 
 class _Slots:
@@ -147,59 +200,54 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose
 def biased(model: nnx.Module, call: Call | None, batch: Any) -> dict[str, str]:
     """The batch norms that are given the output of a layer with a bias, and that layer."""
     graphdef, state = nnx.split(model)
-    made: dict[int, tuple[Any, str]] = {}
-    found: dict[str, str] = {}
+    watch = Watching()
 
     def run(state: Any, batch: Any) -> Any:
         copy = nnx.merge(graphdef, state)
-        modules = {names(path): module for path, module in nnx.iter_modules(copy)}
-        watched: dict[Path, type] = {
-            path: _Makes for path, module in modules.items() if _has_bias(module)
-        }
-        watched |= dict.fromkeys(batch_norms(copy), _Takes)
-        for path, mixin in watched.items():
-            layer: Any = modules[path]
-            pass_through(layer, mixin)
-            layer.normjax_path, layer.normjax_watched = written(path), _Watched(made, found)
-            if not bound_names() and mixin is _Takes:
-                layer.axis_name = layer.axis_index_groups = None
+        modules: dict[Path, Any] = {names(p): module for p, module in nnx.iter_modules(copy)}
+        for path, layer in modules.items():
+            if _has_bias(layer):
+                pass_through(layer, _Makes)
+                layer.normjax_made = functools.partial(watch.made, written(path))
+            if is_batch_norm(layer):
+                adopt(layer)
+                layer.normjax_observer = functools.partial(watch.taken, written(path))
         copy.train()
         return (call or (lambda model, batch: model(batch)))(copy, batch)
 
     jax.eval_shape(run, state, batch)
-    return found
+    return watch.biased
 
 
 def _has_bias(module: Any) -> bool:
     return isinstance(module, LINEAR) and getattr(module, "bias", None) is not None
 
 
-class _Watched:
-    """The outputs of layers with a bias, kept so that no id is given away; and who takes them."""
+class Watching:
+    """Follows the outputs of layers with a bias; they are kept, so that no id is given anew."""
 
-    def __init__(self, made: dict[int, tuple[Any, str]], found: dict[str, str]):
-        self.made, self.found = made, found
+    def __init__(self) -> None:
+        self.outputs: dict[int, tuple[Any, str]] = {}
+        self.biased: dict[str, str] = {}
+
+    def made(self, path: str, y: Any) -> None:
+        """A layer has put out y."""
+        self.outputs[id(y)] = y, path
+
+    def taken(self, path: str, layer: Any, call: Any, mode: Any) -> bool:
+        """A batch norm is given x."""
+        maker = self.outputs.get(id(call.x))
+        if maker and mode.train and layer.axis in (-1, jnp.ndim(call.x) - 1):
+            self.biased[path] = maker[1]
+        return layer.axis_name is not None and not bound_names()
 
 
 class _Makes(nnx.Module):
-    normjax_watched: Any
-    normjax_path: str
+    """Tells of its output."""
+
+    normjax_made: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         y = super().__call__(*args, **kwargs)
-        self.normjax_watched.made[id(y)] = y, self.normjax_path
+        self.normjax_made(y)
         return y
-
-
-class _Takes(nnx.Module):
-    normjax_watched: Any
-    normjax_path: str
-    axis: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call: Any = super().__call__
-        given = read(self, call, args, kwargs)
-        maker = self.normjax_watched.made.get(id(given.x))
-        if maker and given.train and self.axis in (-1, jnp.ndim(given.x) - 1):
-            self.normjax_watched.found[self.normjax_path] = maker[1]
-        return call(*args, **kwargs)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from flax import nnx
 
 from normjax import _errors
-from normjax.surgery._nnx.layers import batch_norms, copied, names, pass_through, read
+from normjax.surgery._nnx.layers import batch_norms, copied, names
 from normjax.surgery._paths import params_of, written
 from normjax.surgery._refused import expect_updated, refuse_training
 
@@ -23,13 +24,17 @@ def freeze(model: Any, at: tuple[str, ...] | None) -> Any:
 
 def frozen_mask(model: nnx.Module, at: tuple[str, ...] | None) -> Any:
     """`normjax.surgery.frozen_mask`."""
-    frozen = set(batch_norms(model, at))
+    layers = batch_norms(model, at).values()
+    # By identity, since layers may share a parameter.
+    frozen = {id(v) for layer in layers for v in (layer.scale, layer.bias) if v is not None}
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    marked = {names(path) for path, variable in state if id(variable) in frozen}
 
-    def belongs(path: tuple, _: Any) -> bool:
-        keys = names(tuple(getattr(key, "key", key) for key in path))
-        return any(keys[: len(norm)] == norm for norm in frozen)
+    def is_marked(path: tuple, _: Any) -> bool:
+        keys = (getattr(key, "key", None) for key in path)
+        return names(tuple(key for key in keys if key is not None)) in marked
 
-    return jax.tree_util.tree_map_with_path(belongs, params_of(model))
+    return jax.tree_util.tree_map_with_path(is_marked, params_of(model))
 
 
 def synchronize(model: Any, axis_name: str | tuple[str, ...], at: tuple[str, ...] | None) -> Any:
@@ -45,24 +50,24 @@ def guard(model: Any, at: tuple[str, ...] | None) -> Any:
     copy, layers = copied(model, at)
     for path, layer in layers.items():
         expect_updated(written(path), _statistics(layer))
-        pass_through(layer, _Guarded)
-        layer.normjax_path = written(path)
+        layer.normjax_observer = Guarding(written(path))
     return copy
 
 
-class _Guarded(nnx.Module):
+@dataclass(frozen=True)
+class Guarding:
     """Fails where the layer would train, or normalize by statistics that were never updated."""
 
-    normjax_path: str
+    path: str
 
-    @_errors.named("normjax.surgery.guard", runs_model=True)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call: Any = super().__call__
-        if read(self, call, args, kwargs).train:
+    @_errors.named("normjax.surgery.guard")
+    def __call__(self, layer: Any, call: Any, mode: Any) -> bool:
+        """Looks at one call of the layer."""
+        if mode.train:
             remedy = "Call model.eval() first, or freeze it: guard(freeze(model))."
-            refuse_training(self.normjax_path, remedy)
-        expect_updated(self.normjax_path, _statistics(self))
-        return call(*args, **kwargs)
+            refuse_training(self.path, remedy)
+        expect_updated(self.path, _statistics(layer))
+        return False
 
 
 def _statistics(layer: Any) -> dict[str, Any]:
