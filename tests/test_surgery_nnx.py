@@ -2,6 +2,8 @@
 
 import pickle
 import warnings
+from types import SimpleNamespace
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -115,31 +117,75 @@ def test_recompute_by_a_function_where_the_model_cannot_be_called():
         np.testing.assert_array_equal(one, other)
 
 
-TRACED: list[int] = []
 SHIFT = 0.0
 
 
-class Counting(nnx.Module):
-    """Counts how often it is traced, and reads a global."""
+class Reading(nnx.Module):
+    """A method beside the call that reads a global, and an object that may change."""
 
     def __init__(self):
         self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        self.held = nnx.static(SimpleNamespace(shift=0.0))
+
+    def moved(self, x):
+        return x + SHIFT + self.held.shift
 
     def __call__(self, x):
-        TRACED.append(1)
-        return self.norm(x + SHIFT)
+        return self.norm(self.moved(x))
 
 
-def test_recompute_again_compiles_nothing(monkeypatch):
-    TRACED.clear()
-    first = surgery.recompute(Counting(), BATCHES, progress=False)
-    assert len(TRACED) == 1
-    surgery.recompute(first, BATCHES, progress=False)
-    assert len(TRACED) == 1
-    # What the calls read is another value: never a stale trace.
+def test_no_trace_is_stale(monkeypatch):
+    model = Reading()
+    first = surgery.recompute(model, BATCHES, progress=False)
     monkeypatch.setattr("tests.test_surgery_nnx.SHIFT", 5.0)
-    shifted = surgery.recompute(first, BATCHES, progress=False)
-    np.testing.assert_allclose(shifted.norm.mean[...], first.norm.mean[...] + 5, rtol=1e-5)
+    model.held.shift = 2.0
+    shifted = surgery.recompute(model, BATCHES, progress=False)
+    np.testing.assert_allclose(shifted.norm.mean[...], first.norm.mean[...] + 7, rtol=1e-5)
+
+
+def test_a_model_is_compiled_once_in_a_run():
+    traced = []
+
+    def call(model, x):
+        traced.append(x)
+        return model(x)
+
+    surgery.recompute(call, Reading(), BATCHES, progress=False)
+    assert len(traced) == 1
+
+
+def test_hijax_variables_of_the_model_stay():
+    with nnx.var_defaults(hijax=True):
+        model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    surgery.diagnose(model, [images(0)], progress=False)
+    assert not np.any(model.mean.get_value())
+
+
+def test_tools_run_inside_of_a_compiled_function(trained):
+    reset = nnx.jit(lambda model: surgery.reset(model).bn1.mean[...])
+    assert not np.any(reset(trained["ResNet"]))
+
+
+class Registering(nnx.BatchNorm):
+    """A base that knows its subclasses by name."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        assert cls.__name__ not in Registering.known
+        Registering.known[cls.__name__] = cls
+
+
+class Registered(Registering):
+    pass
+
+
+def test_a_base_is_not_told_of_derived_classes():
+    layer = Registered(3, rngs=nnx.Rngs(0))
+    assert isinstance(surgery.freeze(layer), Registered)
+    surgery.diagnose(layer, [images(0)], progress=False)
+    assert Registering.known == {"Registered": Registered}
 
 
 @every_model
@@ -627,8 +673,9 @@ def test_an_abstract_model_is_filled_or_refused():
     state = surgery.export_torch(ResNet(nnx.Rngs(0)), rules)
     filled = surgery.import_torch(abstract, state, rules)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(nnx.state(filled)))
-    with pytest.raises(ValueError, match="mean is ShapeDtypeStruct, expected an array"):
-        surgery.reset(abstract)
+    for tool in (surgery.reset, surgery.convert, lambda model: surgery.recompute(model, BATCHES)):
+        with pytest.raises(ValueError, match="mean is ShapeDtypeStruct, expected an array"):
+            tool(abstract)
     dropping = nnx.eval_shape(Dropping)
     state = surgery.export_torch(Dropping(), [("norm", "norm", "batch_norm")])
     with pytest.raises(ValueError, match=r"'drop/rngs/count'.* would stay abstract"):

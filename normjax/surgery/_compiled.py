@@ -51,16 +51,16 @@ class Compiled:
 
     def __init__(self, measure: type[Measure], call: Callable):
         self.measure = measure()
-        self.reads = tuple(map(reference, read_by(call, set())))
+        self.reads = tuple(map(_reference, _read_by(call, set())))
         # What jit keeps must not keep `call` alive, with all that it holds.
         method = isinstance(call, MethodType)
-        alive = weakref.WeakMethod(call) if method else reference(call)
+        alive = weakref.WeakMethod(call) if method else _reference(call)
         self.step = jax.jit(functools.partial(_step, alive, self.measure))
         self.serve = jax.jit(functools.partial(_serve, alive))
 
     def holds(self, call: Callable) -> bool:
         """Whether `call` still reads the same objects, so that no trace is out of date."""
-        now = tuple(read_by(call, set()))
+        now = tuple(_read_by(call, set()))
         same = len(now) == len(self.reads)
         return same and all(old() is new for old, new in zip(self.reads, now, strict=True))
 
@@ -105,7 +105,7 @@ def _serve(alive: Callable, variables: Mapping[str, Any], batch: Any) -> Any:
     return alive()(variables, batch, train=False, mutable=False)
 
 
-def reference(value: Any) -> Callable[[], Any]:
+def _reference(value: Any) -> Callable[[], Any]:
     """A weak reference, where the value takes one."""
     try:
         return weakref.ref(value)
@@ -113,10 +113,10 @@ def reference(value: Any) -> Callable[[], Any]:
         return lambda: value
 
 
-def read_by(function: Any, done: set[int]) -> Iterator[Any]:
+def _read_by(function: Any, done: set[int]) -> Iterator[Any]:
     """What a function reads beside its arguments, and what the functions of its file read."""
     if isinstance(function, functools.partial):
-        yield from read_by(function.func, done)
+        yield from _read_by(function.func, done)
     if not isinstance(function, FunctionType) or id(function) in done:
         return
     done.add(id(function))
@@ -126,7 +126,7 @@ def read_by(function: Any, done: set[int]) -> Iterator[Any]:
     for value in (*cells, *read, *(function.__defaults__ or ())):
         yield value
         if getattr(value, "__globals__", None) is function.__globals__:
-            yield from read_by(value, done)
+            yield from _read_by(value, done)
 
 
 def _names(code: CodeType) -> Iterator[str]:

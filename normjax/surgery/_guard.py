@@ -41,7 +41,7 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
     Edge cases:
         ===================================  ==================================================
         statistics traced by jit             the mode alone is looked at
-        statistics seen before               looked at once
+        statistics seen before               looked at once; in NNX at each call outside of jit
         copy of batch norm                   recognized as in `freeze`
         ===================================  ==================================================
 

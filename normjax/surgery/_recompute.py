@@ -81,8 +81,8 @@ def recompute(
         any model: layers of Flax and of normjax, also inside jit, remat, scan and vmap of Flax;
             copies of them as in `freeze`.
         nothing left out: a chosen layer that was not measured is an error that names it.
-        compiled once: a second call with the same function and shapes compiles nothing, nor does
-            one with a model of NNX of the same structure.
+        compiled once: a second call with the same function and shapes compiles nothing. A model of
+            NNX is compiled in each call, since what its methods read cannot be known.
         pure: the variables that were given stay as they are, also when something fails.
 
     Edge cases:

@@ -20,6 +20,14 @@ class BatchNorm(normjax.nnx.BatchNorm, nnx.BatchNorm):  # type: ignore[misc]
     """A layer of Flax that runs by the code of normjax; filters by either class find it."""
 
 
+class Derived(nnx.Module):
+    """A base of classes that are made of a user's class, whose own base is not told of them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        own: Any = nnx.Module.__init_subclass__
+        own.__func__(cls, **options)
+
+
 def adopt(layer: Any) -> None:
     """Makes a layer of Flax run by the code of normjax; the fields that it lacks have defaults."""
     if isinstance(layer, _BatchNorm):
@@ -39,7 +47,7 @@ def _extending(kind: type) -> type:
         return _restored, (kind, dict(vars(layer)))
 
     name = {"__module__": kind.__module__, "__reduce__": reduce}
-    return type(kind.__name__, (normjax.nnx.BatchNorm, kind), name)
+    return type(kind.__name__, (Derived, normjax.nnx.BatchNorm, kind), name)
 
 
 def _restored(kind: type, values: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from normjax.nnx._batch import _BatchNorm
 from normjax.surgery._nnx.adopted import GroupNorm
-from normjax.surgery._nnx.layers import batch_norms, become
+from normjax.surgery._nnx.layers import batch_norms, become, expect_arrays
 from normjax.surgery._paths import Path, written
 
 
@@ -23,6 +23,8 @@ def convert(
     """`normjax.surgery.convert`, by its numbers of groups and its scale and bias."""
     copy = nnx.clone(model)
     layers = batch_norms(copy, at)
+    for layer in layers.values():
+        expect_arrays(layer)
     stats = {
         path: {name: getattr(layer, name).get_value() for name in ("mean", "var")}
         for path, layer in layers.items()

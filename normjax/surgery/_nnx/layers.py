@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 
 from normjax import Moments, _errors
 from normjax.nnx._batch import _BatchNorm
-from normjax.surgery._nnx.adopted import adopt
+from normjax.surgery._nnx.adopted import Derived, adopt
 from normjax.surgery._paths import Path, at_path, chosen, expect_matches, nodes, written
 
 # The names of the collections of linen, which the tools read.
@@ -69,7 +69,8 @@ def filled(model: Any, variables: Mapping[str, Any]) -> Any:
 
 
 def _placed(new: Any, old: Any) -> Any:
-    several = isinstance(old, jax.Array) and len(old.devices()) > 1
+    known = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer)
+    several = known and len(old.devices()) > 1
     return jax.device_put(new, old.sharding) if several else jnp.asarray(new)
 
 
@@ -78,8 +79,7 @@ def with_statistics(
 ) -> Any:
     """A copy of the model whose variables went through a tool that makes other statistics."""
     for layer in batch_norms(model, at).values():
-        for name in ("mean", "var"):
-            _errors.restored(name, getattr(layer, name).get_value())
+        expect_arrays(layer)
     copy = with_variables(model, tool(variables_of(model)))
     for layer in batch_norms(copy, at).values():
         if getattr(layer, "moments", None) is not None:
@@ -87,6 +87,17 @@ def with_statistics(
             kept = layer.moments.get_value()
             layer.moments.set_value(Moments.make(kept.mean.shape, kept.mean.dtype))
     return copy
+
+
+def expect_arrays(layer: Any) -> None:
+    """Statistics that are there, which those of a model of `nnx.eval_shape` are not."""
+    for name in ("mean", "var"):
+        _errors.restored(name, getattr(layer, name).get_value())
+
+
+def pure(state: nnx.State) -> Any:
+    """The state without its variables, which are the model's own if they are hijax variables."""
+    return nnx.as_pure(state) if hasattr(nnx, "as_pure") else nnx.pure(state)
 
 
 def batch_norms(model: nnx.Module, at: tuple[str, ...] | None = None) -> dict[Path, Any]:
@@ -128,13 +139,13 @@ def is_batch_norm(module: Any) -> bool:
     )
 
 
-def serving(call: Callable, model: nnx.Module) -> tuple[Callable, nnx.State]:
+def serving(call: Callable, model: nnx.Module) -> tuple[Callable, Any]:
     """`call(model, *inputs)` as a function of the state of the model in evaluation mode."""
     copy = nnx.clone(model)
     copy.eval()
     graphdef, state = nnx.split(copy)
 
-    def serve(state: nnx.State, *inputs: Any) -> Any:
+    def serve(state: Any, *inputs: Any) -> Any:
         model = nnx.merge(graphdef, state)
         # Layers alone: what a user's module computes itself has no name.
         scoped: dict[Path, Any] = {names(p): m for p, m in nnx.iter_modules(model) if _is_layer(m)}
@@ -144,7 +155,7 @@ def serving(call: Callable, model: nnx.Module) -> tuple[Callable, nnx.State]:
             pass_through(module, _Scoped)
         return call(model, *inputs)
 
-    return serve, state
+    return serve, pure(state)
 
 
 def _is_layer(module: Any) -> bool:
@@ -168,7 +179,7 @@ def become(layer: nnx.Module, other: nnx.Module) -> None:
 
 
 def pass_through(layer: Any, mixin: Any) -> None:
-    """Sends the calls of a layer through the method of a mixin, an nnx.Module, first."""
+    """Sends the calls of a layer through the method of a mixin, a `Derived`, first."""
     kind: Any = type(layer)
     if not issubclass(kind, mixin):
         layer.__class__ = _derived(mixin, kind)
@@ -179,7 +190,7 @@ def _derived(mixin: type, kind: type) -> type:
     return type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
 
 
-class _Scoped(nnx.Module):
+class _Scoped(Derived):
     """Names what a module computes by its attribute, as linen does, for reports."""
 
     normjax_scope: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from normjax._errors.devices import bound_names
-from normjax.surgery._compiled import Records, Seen, read_by, reference
-from normjax.surgery._kept import Kept
+from normjax.surgery._compiled import Records, Seen
 from normjax.surgery._layers import Layer
-from normjax.surgery._nnx.adopted import adopt
+from normjax.surgery._nnx.adopted import Derived, adopt
 from normjax.surgery._nnx.layers import (
     batch_norms,
+    expect_arrays,
     is_batch_norm,
     known_batch_norms,
     names,
     pass_through,
+    pure,
     variables_of,
 )
 from normjax.surgery._paths import Path, written
@@ -43,23 +44,16 @@ class Measured:
 
     Attributes:
         measure: what measures.
-        reads: what the calls of the modules read beside their arguments, when it was compiled.
         step: `step(variables, number, centers, batch)` returns what was `Seen`.
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
 
-    def __init__(self, measure: type[Measure], graphdef: Any, call: Call | None, reads: list[Any]):
+    def __init__(self, measure: type[Measure], graphdef: Any, call: Call | None):
         self.measure = measure()
-        self.reads = [*map(reference, reads)]
         self.graphdef = graphdef
         self.call = call or (lambda model, batch: model(batch))
         self.step = jax.jit(self._step)
         self.serve = jax.jit(self._serve)
-
-    def holds(self, reads: list[Any]) -> bool:
-        """Whether the modules still read the same objects."""
-        same = len(reads) == len(self.reads)
-        return same and all(old() is new for old, new in zip(self.reads, reads, strict=True))
 
     def _step(
         self,
@@ -107,45 +101,19 @@ class Run:
         return self._measured.step(variables, number, centers, batch)
 
 
-_kept = Kept()
-
-
 def measured(
-    measure: Any, model: nnx.Module, call: Call | None, at: tuple[str, ...] | None
+    measure: type[Measure], model: nnx.Module, call: Call | None, at: tuple[str, ...] | None
 ) -> tuple[Run, Any]:
     """What runs the model, and its variables.
 
-    Models of one class and structure share what is compiled; one that is run by a function is
-    compiled each time.
+    Compiled for each call of a tool: what the methods of a model read beside their arguments, or
+    whether an object that it holds has changed, cannot be known.
     """
-    batch_norms(model, at)
+    for layer in batch_norms(model, at).values():
+        expect_arrays(layer)
     graphdef, state = nnx.split(model)
-    variables = {**variables_of(model), STATE: state}
-    reads = list(_read_by_modules(model))
-    make = functools.partial(Measured, measure, graphdef, call, reads)
-    try:
-        hash(graphdef)
-        shared = call is None
-    except TypeError:
-        shared = False  # An attribute of the model cannot be hashed.
-    if not shared:
-        return Run(make()), variables
-    key = (measure, graphdef)
-    found = _kept.get(type(model), key, make)
-    if not found.holds(reads):
-        _kept.forget(type(model), key)
-        found = _kept.get(type(model), key, make)
-    return Run(found), variables
-
-
-def _read_by_modules(model: nnx.Module) -> Iterator[Any]:
-    """What the calls of the modules of a model read beside their arguments."""
-    done: set[int] = set()
-    for kind in dict.fromkeys(type(module) for _, module in nnx.iter_modules(model)):
-        call = getattr(kind, "__call__", None)  # noqa: B004
-        if not kind.__module__.startswith(("flax.", "normjax.")):
-            yield call
-            yield from read_by(call, done)
+    variables = {**variables_of(model), STATE: pure(state)}
+    return Run(Measured(measure, graphdef, call)), variables
 
 
 class Measuring:
@@ -215,7 +183,7 @@ def biased(model: nnx.Module, call: Call | None, batch: Any) -> dict[str, str]:
         copy.train()
         return (call or (lambda model, batch: model(batch)))(copy, batch)
 
-    jax.eval_shape(run, state, batch)
+    jax.eval_shape(run, pure(state), batch)
     return watch.biased
 
 
@@ -242,7 +210,7 @@ class Watching:
         return layer.axis_name is not None and not bound_names()
 
 
-class _Makes(nnx.Module):
+class _Makes(Derived):
     """Tells of its output."""
 
     normjax_made: Any
