@@ -217,6 +217,18 @@ ERRORS = {
         "which the layer has not, expected it from the start. Build the layer with these "
         "arguments.",
     ),
+    "a key in place of rngs": (
+        lambda: BatchNorm(3, rngs=jax.random.key(0)),
+        TypeError,
+        "normjax.nnx.BatchNorm: rngs is PRNGKeyArray, expected nnx.Rngs. Pass rngs=nnx.Rngs(0), "
+        "or nnx.Rngs(key).",
+    ),
+    "affine of PyTorch": (
+        lambda: BatchNorm(3, affine=False, rngs=rngs()),
+        TypeError,
+        "normjax.nnx.BatchNorm: got affine=False, an argument of PyTorch; scale and bias have a "
+        "switch each. Pass use_scale= and use_bias=.",
+    ),
     "a view that would keep moments for itself": (
         lambda: nnx.view(BatchNorm(3, rngs=rngs()), accumulate=True),
         ValueError,

@@ -712,6 +712,22 @@ def test_bad_input_is_worded(tool):
             tool(*given, progress=False)
 
 
+@pytest.mark.parametrize(
+    "tool", [surgery.freeze, surgery.guard, surgery.reset, surgery.convert, surgery.frozen_mask]
+)
+def test_a_class_or_a_state_is_no_model(tool):
+    with pytest.raises(TypeError, match="got the class ResNet, expected a model"):
+        tool(ResNet)
+    with pytest.raises(TypeError, match=r"got a State of flax.nnx, .* nnx.merge\(graphdef"):
+        tool(nnx.state(ResNet(nnx.Rngs(0))))
+
+
+def test_the_report_of_a_frozen_model_claims_nothing():
+    report = surgery.diagnose(surgery.freeze(ResNet(nnx.Rngs(0))), BATCHES, progress=False)
+    assert not report.norms
+    assert "healthy" not in str(report)
+
+
 def test_recompute_edge_model_of_nnx_that_is_frozen_whole():
     model = surgery.freeze(ResNet(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="ran none of the batch norms .* Look whether it is froz"):

@@ -16,7 +16,7 @@ from normjax._errors.door import keywords, named
 from normjax._errors.dtypes import floating_dtype, output_dtype
 from normjax._errors.modules import (
     feature_count, groups_of_features, has_count, mode_of, moments_to_share, num_features,
-    of_weight, restored, some_batch_norm, some_moments,
+    of_weight, random_streams, restored, some_batch_norm, some_moments,
 )  # fmt: skip
 from normjax._errors.options import (
     Mode, activation, bound, ddof, entries, epsilon, finite, initializer, layer, mode, momentum,

@@ -83,6 +83,8 @@ def _of_pytorch(function: Callable[..., Any], given: dict[str, Any]) -> str | No
         features = "it is called num_features. Pass num_features=."
     remedies = {
         "eps": "it is called epsilon, as in Flax. Pass epsilon=.",
+        "affine": "scale and bias have a switch each. Pass use_scale= and use_bias=.",
+        "elementwise_affine": "scale and bias have a switch each. Pass use_scale= and use_bias=.",
         "num_features": features,
         "num_channels": features,
         "normalized_shape": features,

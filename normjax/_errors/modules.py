@@ -57,6 +57,15 @@ def num_features(name: str, held: tuple[int, ...], features: Features) -> None:
         )
 
 
+def random_streams(value: Any) -> None:
+    """What the initializers draw from."""
+    if not hasattr(value, "params"):
+        raise TypeError(
+            f"normjax: rngs is {type(value).__name__}, expected nnx.Rngs. Pass rngs=nnx.Rngs(0), "
+            "or nnx.Rngs(key)."
+        )
+
+
 def restored(name: str, value: Any) -> Any:
     """The value of a variable, which a restored state may have left abstract."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, complex)):

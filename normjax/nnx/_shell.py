@@ -48,6 +48,7 @@ def make(
     metadata: Metadata = None,
 ) -> nnx.Param:  # fmt: skip
     """A new parameter of this shape, which `init` makes in the module's `param_dtype`."""
+    _errors.random_streams(rngs)
     value = make_param(init, name, rngs.params(), shape, module.param_dtype)
     return nnx.Param(value, **(metadata or {}))
 

@@ -147,8 +147,8 @@ def _groups(
         if others:
             warnings.warn(
                 f"{CALLED}: the groups are {'; '.join(others)}, since {USUAL} does not divide "
-                "their channels. Give the GroupNorm of these layers the same num_groups, or pass "
-                "num_groups= or group_size= that fits all layers.",
+                "their channels. GroupNorm in the code of a model that loads them needs the same "
+                "num_groups. Or pass num_groups= or group_size= that fits all layers.",
                 stacklevel=4,
             )
         return {path: usual[n] for path, n in channels.items()}

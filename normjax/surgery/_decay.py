@@ -26,7 +26,7 @@ TOKENS = {"token", "tokens", "register", "registers"}
 PRODUCTS = {"kernel", "weight", "weights", "proj", "projection", "linear", "dense", "conv", "mlp"}
 
 
-@_errors.named("surgery.decay_mask")
+@_errors.named("normjax.surgery.decay_mask")
 def decay_mask(params: Any) -> Any:
     """A tree of booleans: True where weight decay belongs, for `optax.adamw(mask=...)`.
 

@@ -56,7 +56,7 @@ class FoldReport:
         return "\n".join(lines)
 
 
-@_errors.named("surgery.fold", runs_model=True)
+@_errors.named("normjax.surgery.fold", runs_model=True)
 def fold(
     call: Callable[..., Any], variables: Any, *inputs: Any
 ) -> tuple[Callable[..., Any], tuple[Array, ...], FoldReport]:

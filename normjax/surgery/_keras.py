@@ -69,7 +69,7 @@ KERAS = NameMapping(
 )
 
 
-@_errors.named("surgery.import_keras")
+@_errors.named("normjax.surgery.import_keras")
 def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Tree:
     """Fills the variables of a Flax model from the weights of its Keras twin.
 
@@ -122,7 +122,7 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
     return import_arrays(KERAS, variables, weights, rules)
 
 
-@_errors.named("surgery.export_keras")
+@_errors.named("normjax.surgery.export_keras")
 def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """The weights of the Keras twin by path, from the variables of a Flax model.
 

@@ -25,7 +25,7 @@ from normjax import BatchStats, _errors
 from normjax._errors.devices import bound_names
 from normjax.surgery._copies import copy_of, run_copy, statistics_of
 from normjax.surgery._kept import Kept
-from normjax.surgery._paths import Apply, chosen, expect_matches, is_nnx, written
+from normjax.surgery._paths import Apply, chosen, expect_matches, expect_no_state, is_nnx, written
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,6 +116,7 @@ def not_recognized(collection: str) -> str:
 
 def expect_function(function: Any, expected: str) -> None:
     """A function that runs a model; modules are what it is mistaken for."""
+    expect_no_state(function)
     if isinstance(function, nn.Module) or is_nnx(function) or not callable(function):
         raise TypeError(f"normjax: got {type(function).__name__}, expected {expected}")
 

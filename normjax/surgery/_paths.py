@@ -18,8 +18,23 @@ Tree = TypeVar("Tree")
 
 def is_nnx(value: Any) -> bool:
     """Whether this is a model of flax.nnx, which is not imported to find out."""
-    nnx = sys.modules.get("flax.nnx")
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(value, type) and issubclass(value, nnx.Module):
+        raise TypeError(
+            f"normjax: got the class {value.__name__}, expected a model, which is an instance of "
+            f"it. Pass {value.__name__}(..., rngs=nnx.Rngs(0))."
+        )
     return nnx is not None and isinstance(value, nnx.Module)
+
+
+def expect_no_state(value: Any) -> None:
+    """The state of a model of NNX does not say which layers are batch norms."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(value, nnx.State):
+        raise TypeError(
+            "normjax: got a State of flax.nnx, expected the model itself, which says which layers "
+            "are batch norms. Pass the model, or nnx.merge(graphdef, state)."
+        )
 
 
 def params_of(tree: Any) -> Any:
@@ -66,6 +81,7 @@ def expect_matches(at: tuple[str, ...] | None, paths: Collection[str]) -> None:
 
 def norms(variables: Any, at: At = None) -> dict[Path, dict[str, Any]]:
     """The running statistics of the chosen batch norms by path; at least one."""
+    expect_no_state(variables)
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"normjax: variables is {type(variables).__name__}, expected the dictionary that "

@@ -162,6 +162,8 @@ class Report:
     def _summary(self) -> str:
         serious = sum(finding.serious for finding in self.findings)
         found = f"{len(self.findings)} findings, {serious} serious" if self.findings else "healthy"
+        if not self.norms and not self.findings:
+            found = "nothing to compare, since all batch norms that ran are frozen"
         apart = ""
         if self.outputs_apart is not None:
             apart = f"; outputs of training and evaluation differ by {self.outputs_apart:.2g}"

@@ -120,7 +120,7 @@ TORCH = NameMapping(
 )
 
 
-@_errors.named("surgery.import_torch")
+@_errors.named("normjax.surgery.import_torch")
 def import_torch(
     variables: Tree, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
 ) -> Tree:
@@ -216,7 +216,7 @@ def import_torch(
     return import_arrays(TORCH, variables, state, rules)
 
 
-@_errors.named("surgery.export_torch")
+@_errors.named("normjax.surgery.export_torch")
 def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
     """The state dict of the PyTorch twin, from the variables of a Flax model.
 
@@ -256,7 +256,7 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
     return export_arrays(TORCH, variables, rules)
 
 
-@_errors.named("surgery.torch_fields")
+@_errors.named("normjax.surgery.torch_fields")
 def torch_fields(module: Any) -> dict[str, Any]:
     """The fields of the linen module that acts as a norm of PyTorch.
 

@@ -95,7 +95,7 @@ FAMILIES = {
 }
 
 
-@_errors.named("surgery.torchvision_rules")
+@_errors.named("normjax.surgery.torchvision_rules")
 def torchvision_rules(family: str) -> list[Rule]:
     """The rules of `import_torch` for a family of models of torchvision.
 
