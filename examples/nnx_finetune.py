@@ -2,7 +2,7 @@
 
 A residual network that knows Flax alone is trained on handwritten digits, and then meets inverted,
 noisy and faded ones. Every tool takes the model itself: `surgery.freeze(model)` is a frozen copy,
-which `model.train()` does not thaw.
+which `model.train()` does not undo.
 
     python examples/nnx_finetune.py             # about a minute on two cores
     python examples/nnx_finetune.py --smoke     # a few seconds, to see that it runs
