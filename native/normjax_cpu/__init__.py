@@ -1,0 +1,29 @@
+"""Kernels of normjax for CPUs. normjax finds and calls them; there is nothing to call here."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+KERNELS = (
+    "normjax_rows_forward",
+    "normjax_rows_backward",
+    "normjax_columns_moments",
+    "normjax_columns_forward",
+    "normjax_columns_backward",
+)
+
+(_path,) = Path(__file__).parent.glob("libnormjax_cpu.*")
+_library = ctypes.CDLL(str(_path))
+
+INTERFACE: int = _library.normjax_interface()
+XLA_FFI_VERSION: tuple[int, int] = (
+    _library.normjax_xla_ffi_major(),
+    _library.normjax_xla_ffi_minor(),
+)
+
+
+def functions() -> dict[str, Any]:
+    """The functions that XLA calls, by the names under which they are registered."""
+    return {name: getattr(_library, name) for name in KERNELS}

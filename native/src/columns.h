@@ -1,0 +1,477 @@
+// Norms over columns: x has shape (examples, rows, features), each feature of an example its own
+// sums over the rows, and groups of neighboring features their own statistics. Batch norm has one
+// example, instance norm groups of one feature.
+
+#ifndef NORMJAX_COLUMNS_H_
+#define NORMJAX_COLUMNS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "parallel.h"
+#include "vectors.h"
+
+namespace normjax {
+
+// So many columns are summed at a time: their sums stay in the cache of a core.
+constexpr Index kColumns = 1024;
+
+// Neighboring blocks that a thread takes at once.
+constexpr Index kTogether = 4;
+
+// How rows are divided into pieces of work, the same for any number of threads.
+//
+// Rows of few features are taken several at a time as one wide row, whose columns are merged at the
+// end: so a loop over columns is long for any number of features.
+struct Pieces {
+  Index rows, features, blocks;
+  Index fold = 1;        // Rows of a wide row.
+  Index block_rows = 0;  // Rows of a block, a multiple of fold.
+
+  Pieces(Index rows, Index features, Index blocks, Index lanes)
+      : rows(rows), features(features), blocks(blocks) {
+    constexpr Index kWide = 256;
+    if (features < kWide) {
+      // Whole vectors, if they are no wider than the columns that are summed at a time.
+      const Index whole = lanes / std::gcd(features, lanes);
+      fold = whole * features <= kColumns ? whole * std::max<Index>(1, kWide / (whole * features))
+                                          : 1;
+    }
+    const Index share = (rows + blocks - 1) / blocks;
+    block_rows = (share + fold - 1) / fold * fold;
+  }
+
+  Index begin(Index block) const { return std::min(rows, block * block_rows); }
+  Index end(Index block) const { return begin(block + 1); }
+};
+
+// Columns of a block that are summed together.
+struct Tile {
+  Index first;   // The first column.
+  Index width;   // Of a wide row.
+  Index stride;  // From one wide row to the next.
+  Index full;    // How many wide rows there are.
+  Index tail;    // Entries of the last one, which is not full.
+
+  // How many rows a column of the tile has.
+  Index count(Index column) const { return full + (column < tail ? 1 : 0); }
+};
+
+// body(tile, offset) for each tile of a block, and the offset of its first entry.
+template <class Body>
+NORMJAX_INLINE void for_each_tile(const Pieces& pieces, Index block, Body body) {
+  const Index begin = pieces.begin(block), rows = pieces.end(block) - begin;
+  const Index features = pieces.features, offset = begin * features;
+  if (pieces.fold > 1) {
+    const Index width = pieces.fold * features;
+    body(Tile{0, width, width, rows / pieces.fold, rows % pieces.fold * features}, offset);
+    return;
+  }
+  for (Index c = 0; c < features; c += kColumns) {
+    body(Tile{c, std::min(kColumns, features - c), features, rows, 0}, offset + c);
+  }
+}
+
+// Adds terms(i, w, lanes, out) to the sums of column w for all entries i of a tile, four rows at a
+// time: few of the roundings are those of long sums, and few steps load and store the sums.
+template <class A, int N, class Terms>
+NORMJAX_INLINE void add_rows(const Tile& tile, A (&sums)[N][kColumns], Terms terms) {
+  const auto add = [&](Index width, auto rows, Index i) NORMJAX_INLINE_LAMBDA {
+    for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+      Vector<A> total[N];
+      terms(i + w, w, part, total);
+      for (int r = 1; r < rows(); ++r) {
+        Vector<A> more[N];
+        terms(i + r * tile.stride + w, w, part, more);
+        for (int k = 0; k < N; ++k) total[k] += more[k];
+      }
+      for (int k = 0; k < N; ++k) {
+        store(sums[k] + w, load(sums[k] + w, part) + total[k], part);
+      }
+    });
+  };
+  constexpr std::integral_constant<int, 4> kFour{};
+  constexpr std::integral_constant<int, 1> kOne{};
+  Index row = 0;
+  for (; row + kFour() <= tile.full; row += kFour()) add(tile.width, kFour, row * tile.stride);
+  for (; row < tile.full; ++row) add(tile.width, kOne, row * tile.stride);
+  if (tile.tail > 0) add(tile.tail, kOne, row * tile.stride);
+}
+
+// Mean and sum of squared deviations of a column, by the merge of Chan, Golub, LeVeque (1983).
+struct ColumnMoments {
+  double mean, m2;
+};
+
+// pieces(p) has the count, the mean and the m2 of piece p.
+template <class Of>
+NORMJAX_INLINE ColumnMoments merged(Index pieces, Of of) {
+  double count = 0, mean = 0, m2 = 0;
+  for (Index p = 0; p < pieces; ++p) {
+    const auto [n, m, s] = of(p);
+    count += n;
+    mean += n * m;
+  }
+  mean /= std::max(count, 1.0);
+  for (Index p = 0; p < pieces; ++p) {
+    const auto [n, m, s] = of(p);
+    m2 += s + n * (m - mean) * (m - mean);
+  }
+  return {mean, m2};
+}
+
+struct Piece {
+  double count, mean, m2;
+};
+
+// mean and m2 of each column of a block, to parts (2, features).
+template <class T>
+NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
+                                  Accumulator<T>* parts) {
+  using A = Accumulator<T>;
+  for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
+    const T* from = x + offset;
+    alignas(64) A sum[1][kColumns] = {}, around[2][kColumns] = {}, center[kColumns];
+    add_rows<A, 1>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+      prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
+      out[0] = load(from + i, part);
+    });
+    for (Index w = 0; w < tile.width; ++w) {
+      center[w] = sum[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
+    }
+    // The next block, if this thread takes it, comes to the cache meanwhile.
+    const bool goes_on = (block + 1) % kTogether != 0;
+    const Index next = pieces.block_rows * pieces.features;
+    add_rows<A, 2>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+      if (goes_on) prefetch<kLanes<A> * sizeof(T)>(from + next + i);
+      const Vector<A> d = load(from + i, part) - load(center + w, part);
+      out[0] = d;
+      out[1] = d * d;
+    });
+    // Corrected by what the first mean has lost to rounding.
+    const auto column = [&](Index w) {
+      const double n = tile.count(w), rest = around[0][w] / std::max(n, 1.0), m2 = around[1][w];
+      return Piece{n, center[w] + rest, std::isfinite(m2) ? std::max(0.0, m2 - rest * rest * n) : m2};
+    };
+    const Index features = std::min(pieces.features, tile.width);
+    for (Index c = 0; c < features; ++c) {
+      const ColumnMoments all =
+          merged(tile.width / features, [&](Index p) { return column(p * features + c); });
+      parts[tile.first + c] = static_cast<A>(all.mean);
+      parts[pieces.features + tile.first + c] = static_cast<A>(all.m2);
+    }
+  });
+}
+
+// mean and m2 of each column, of those of all blocks (blocks, 2, features).
+template <class A>
+NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
+  constexpr Index kWidth = 64;
+  const Index features = pieces.features;
+  for (Index begin = 0; begin < features; begin += kWidth) {
+    const Index width = std::min(kWidth, features - begin);
+    double means[kWidth] = {}, squares[kWidth] = {};
+    for (Index b = 0; b < pieces.blocks; ++b) {
+      const A* part = parts + 2 * b * features + begin;
+      const double n = pieces.end(b) - pieces.begin(b);
+      for (Index i = 0; i < width; ++i) means[i] += n * part[i];
+    }
+    for (Index i = 0; i < width; ++i) means[i] /= std::max<Index>(1, pieces.rows);
+    for (Index b = 0; b < pieces.blocks; ++b) {
+      const A* part = parts + 2 * b * features + begin;
+      const double n = pieces.end(b) - pieces.begin(b);
+      for (Index i = 0; i < width; ++i) {
+        const double d = part[i] - means[i];
+        squares[i] += part[features + i] + n * d * d;
+      }
+    }
+    for (Index i = 0; i < width; ++i) mean[begin + i] = static_cast<A>(means[i]);
+    for (Index i = 0; i < width; ++i) m2[begin + i] = static_cast<A>(squares[i]);
+  }
+}
+
+// The sums of t and of t (x - center) over the rows of a block, to parts (2, features).
+template <class T>
+NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* center,
+                               const Pieces pieces, Index block, Accumulator<T>* parts) {
+  using A = Accumulator<T>;
+  for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
+    const T *t_from = t + offset, *x_from = x + offset;
+    const Index features = std::min(pieces.features, tile.width);
+    alignas(64) A sums[2][kColumns] = {}, wide[kColumns];
+    for (Index w = 0; w < tile.width; ++w) wide[w] = center[tile.first + w % features];
+    add_rows<A, 2>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+      prefetch<kLanes<A> * sizeof(T)>(t_from + i + 4 * tile.stride);
+      prefetch<kLanes<A> * sizeof(T)>(x_from + i + 4 * tile.stride);
+      out[0] = load(t_from + i, part);
+      out[1] = out[0] * (load(x_from + i, part) - load(wide + w, part));
+    });
+    for (int k = 0; k < 2; ++k) {
+      for (Index c = 0; c < features; ++c) {
+        double sum = 0;
+        for (Index w = c; w < tile.width; w += features) sum += sums[k][w];
+        parts[k * pieces.features + tile.first + c] = static_cast<A>(sum);
+      }
+    }
+  });
+}
+
+// The sums of parts (blocks, 2, features) over the blocks.
+template <class A>
+NORMJAX_CLONES void add_blocks(const A* parts, const Pieces pieces, A* sums) {
+  constexpr Index kWidth = 64;
+  const Index end = 2 * pieces.features;
+  for (Index begin = 0; begin < end; begin += kWidth) {
+    const Index width = std::min(kWidth, end - begin);
+    double total[kWidth] = {};
+    for (Index b = 0; b < pieces.blocks; ++b) {
+      const A* part = parts + 2 * b * pieces.features + begin;
+      for (Index i = 0; i < width; ++i) total[i] += part[i];
+    }
+    for (Index i = 0; i < width; ++i) sums[begin + i] = static_cast<A>(total[i]);
+  }
+}
+
+// to = map(i, w, lanes, vectors) for all entries i of a block, each in column w; with the vectors of
+// the columns as wide as the rows are taken.
+template <class T, int N, class Map>
+NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulator<T>* vectors,
+                             T* to, bool streams, Map map) {
+  using A = Accumulator<T>;
+  for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
+    const Index features = std::min(pieces.features, tile.width);
+    alignas(64) A wide[N][kColumns];
+    for (int k = 0; k < N; ++k) {
+      const A* vector = vectors + k * pieces.features + tile.first;
+      for (Index w = 0; w < tile.width; w += features) {
+        std::copy(vector, vector + features, wide[k] + w);
+      }
+    }
+    const auto map_row = [&](Index i, Index width, auto put) NORMJAX_INLINE_LAMBDA {
+      for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+        put(to + i + w, map(i + w, w, part, wide), part);
+      });
+    };
+    for (Index row = 0; row <= tile.full; ++row) {
+      const Index i = offset + row * tile.stride, width = row < tile.full ? tile.width : tile.tail;
+      streams && can_stream(to + i) ? map_row(i, width, Stream{}) : map_row(i, width, Store{});
+    }
+  });
+  finish_streams();
+}
+
+// y = (x - center) gain + shift, with vectors (3, features).
+template <class T>
+NORMJAX_CLONES void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pieces,
+                                    Index block, bool streams, T* y) {
+  using A = Accumulator<T>;
+  map_rows<T, 3>(pieces, block, vectors, y, streams,
+                 [=](Index i, Index w, auto part, auto& own) NORMJAX_INLINE_LAMBDA {
+                   const Vector<A> d = load(x + i, part) - load(own[0] + w, part);
+                   return d * load(own[1] + w, part) + load(own[2] + w, part);
+                 });
+}
+
+// dx = dy gain + (x - center) slope + shift, with vectors (4, features).
+template <class T>
+NORMJAX_CLONES void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors,
+                                    const Pieces pieces, Index block, bool streams, T* dx) {
+  using A = Accumulator<T>;
+  map_rows<T, 4>(pieces, block, vectors, dx, streams,
+                 [=](Index i, Index w, auto part, auto& own) NORMJAX_INLINE_LAMBDA {
+                   const Vector<A> d = load(x + i, part) - load(own[0] + w, part);
+                   return load(dy + i, part) * load(own[1] + w, part) +
+                          (d * load(own[2] + w, part) + load(own[3] + w, part));
+                 });
+}
+
+// body(block) for the blocks of piece i.
+template <class Body>
+void for_each_block(const Pieces& pieces, Index i, const Body& body) {
+  for (Index b = i * kTogether; b < std::min(pieces.blocks, (i + 1) * kTogether); ++b) body(b);
+}
+
+inline Index pieces_of_work(const Pieces& pieces) {
+  return (pieces.blocks + kTogether - 1) / kTogether;
+}
+
+// Examples that fit into the cache of a core are the work of one thread.
+constexpr std::size_t kOwnCache = 512 << 10;
+
+// mean and m2 of each column of each example.
+template <class T>
+struct ColumnsMoments {
+  using A = Accumulator<T>;
+  Index examples;
+  Pieces pieces;
+  const T* x;
+  A *mean, *m2;  // (examples, features)
+  A* parts;      // (examples, blocks, 2, features)
+};
+
+template <class T, class Pool>
+void run(const ColumnsMoments<T>& in, Pool& pool) {
+  const Pieces& pieces = in.pieces;
+  const Index features = pieces.features, entries = pieces.rows * features;
+  const Index work = pieces_of_work(pieces);
+  parallel_for(pool, in.examples * work, [&](Index i) {
+    const Index example = i / work;
+    for_each_block(pieces, i % work, [&](Index b) {
+      block_moments(in.x + example * entries, pieces, b,
+                    in.parts + (example * pieces.blocks + b) * 2 * features);
+    });
+  });
+  parallel_for(pool, in.examples, [&](Index example) {
+    merge_blocks(in.parts + example * pieces.blocks * 2 * features, pieces,
+                 in.mean + example * features, in.m2 + example * features);
+  });
+}
+
+// y, and mean and m2 of each group of each example.
+template <class T>
+struct ColumnsForward {
+  using A = Accumulator<T>;
+  Index examples, groups;
+  bool streams;
+  Pieces pieces;
+  A epsilon;
+  const T* x;
+  const A *scale, *bias;  // (features), or null
+  T* y;
+  A *mean, *m2;  // (examples, groups)
+  A* parts;      // (examples, blocks, 2, features)
+  A* vectors;    // (examples, 3, features)
+};
+
+// The moments of groups from those of their features, and what the features are normalized by.
+template <class T>
+void normalize_groups(const ColumnsForward<T>& in, Index example, typename ColumnsForward<T>::A* vectors) {
+  using A = Accumulator<T>;
+  const Index features = in.pieces.features, size = features / in.groups;
+  const double rows = in.pieces.rows;
+  A *center = vectors, *gain = vectors + features, *shift = vectors + 2 * features;
+  for (Index g = 0; g < in.groups; ++g) {
+    const Index first = g * size;
+    const ColumnMoments all = merged(size, [&](Index c) {
+      return Piece{rows, center[first + c], gain[first + c]};
+    });
+    const A mean = static_cast<A>(all.mean), m2 = static_cast<A>(all.m2);
+    const A inverse = A{1} / std::sqrt(m2 / static_cast<A>(rows * size) + in.epsilon);
+    in.mean[example * in.groups + g] = mean;
+    in.m2[example * in.groups + g] = m2;
+    for (Index c = first; c < first + size; ++c) {
+      center[c] = mean;
+      gain[c] = in.scale == nullptr ? inverse : inverse * in.scale[c];
+      shift[c] = in.bias == nullptr ? A{0} : in.bias[c];
+    }
+  }
+}
+
+template <class T, class Pool>
+void run(const ColumnsForward<T>& in, Pool& pool) {
+  const Pieces& pieces = in.pieces;
+  const Index features = pieces.features, entries = pieces.rows * features;
+  const auto parts = [&](Index example) { return in.parts + example * pieces.blocks * 2 * features; };
+  const auto vectors = [&](Index example) { return in.vectors + example * 3 * features; };
+  const Index work = pieces_of_work(pieces);
+  two_passes(
+      pool, in.examples, work, entries * sizeof(T) <= kOwnCache,
+      [&](Index e, Index i) {
+        for_each_block(pieces, i, [&](Index b) {
+          block_moments(in.x + e * entries, pieces, b, parts(e) + 2 * b * features);
+        });
+      },
+      [&](Index e) {
+        merge_blocks(parts(e), pieces, vectors(e), vectors(e) + features);
+        normalize_groups(in, e, vectors(e));
+      },
+      // Backwards: what was measured last is still in the cache.
+      [&](Index e, Index i) {
+        for_each_block(pieces, work - 1 - i, [&](Index b) {
+          block_normalize(in.x + e * entries, vectors(e), pieces, b, in.streams, in.y + e * entries);
+        });
+      });
+}
+
+// With d = x - mean and inv = (var + epsilon)^(-1/2), where a mean is that of a group:
+//
+//     dx = inv (g - mean(g) - inv^2 d mean(g d)),   g = dy scale
+//
+// and the sums of dy and of dy d over the rows, of which dbias and dscale are made.
+template <class T>
+struct ColumnsBackward {
+  using A = Accumulator<T>;
+  Index examples, groups;
+  bool streams;
+  Pieces pieces;
+  const T *dy, *x;
+  const A *mean, *inverse;  // (examples, groups)
+  const A* scale;           // (features), or null
+  T* dx;
+  A* sums;     // (examples, 2, features)
+  A* parts;    // (examples, blocks, 2, features)
+  A* vectors;  // (examples, 4, features)
+};
+
+template <class T>
+void propagate_groups(const ColumnsBackward<T>& in, Index example, typename ColumnsBackward<T>::A* vectors) {
+  using A = Accumulator<T>;
+  const Index features = in.pieces.features, size = features / in.groups;
+  const double count = static_cast<double>(in.pieces.rows) * size;
+  const A* sums = in.sums + example * 2 * features;
+  for (Index g = 0; g < in.groups; ++g) {
+    const Index first = g * size;
+    double of_g = 0, of_products = 0;
+    for (Index c = first; c < first + size; ++c) {
+      const double scale = in.scale == nullptr ? 1 : in.scale[c];
+      of_g += scale * sums[c];
+      of_products += scale * sums[features + c];
+    }
+    // One power of inv after the other, since their product may leave the range.
+    const double inv = in.inverse[example * in.groups + g];
+    for (Index c = first; c < first + size; ++c) {
+      const double scale = in.scale == nullptr ? 1 : in.scale[c];
+      vectors[features + c] = static_cast<A>(inv * scale);
+      vectors[2 * features + c] = static_cast<A>(-(inv * (inv * (inv * (of_products / count)))));
+      vectors[3 * features + c] = static_cast<A>(-inv * (of_g / count));
+    }
+  }
+}
+
+template <class T, class Pool>
+void run(const ColumnsBackward<T>& in, Pool& pool) {
+  const Pieces& pieces = in.pieces;
+  const Index features = pieces.features, entries = pieces.rows * features;
+  const auto parts = [&](Index example) { return in.parts + example * pieces.blocks * 2 * features; };
+  const auto vectors = [&](Index example) { return in.vectors + example * 4 * features; };
+  const Index work = pieces_of_work(pieces);
+  for (Index e = 0; e < in.examples; ++e) {
+    for (Index c = 0; c < features; ++c) {
+      vectors(e)[c] = in.mean[e * in.groups + c / (features / in.groups)];
+    }
+  }
+  two_passes(
+      pool, in.examples, work, entries * sizeof(T) <= kOwnCache,
+      [&](Index e, Index i) {
+        for_each_block(pieces, i, [&](Index b) {
+          block_sums(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b,
+                     parts(e) + 2 * b * features);
+        });
+      },
+      [&](Index e) {
+        add_blocks(parts(e), pieces, in.sums + e * 2 * features);
+        propagate_groups(in, e, vectors(e));
+      },
+      [&](Index e, Index i) {
+        if (in.dx == nullptr) return;
+        for_each_block(pieces, work - 1 - i, [&](Index b) {
+          block_propagate(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b, in.streams,
+                          in.dx + e * entries);
+        });
+      });
+}
+
+}  // namespace normjax
+
+#endif  // NORMJAX_COLUMNS_H_

@@ -1,0 +1,268 @@
+// Vectors of 32 bytes in the dtype of accumulation, loaded from and stored to every dtype.
+//
+// These are the vector types of GCC and Clang, which the compiler maps to what a processor has: one
+// AVX-512 register, two of AVX2, four of SSE or NEON. So sums have the same lanes everywhere.
+
+#ifndef NORMJAX_VECTORS_H_
+#define NORMJAX_VECTORS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#define NORMJAX_STREAMS
+#endif
+
+namespace normjax {
+
+#define NORMJAX_INLINE inline __attribute__((always_inline))
+#define NORMJAX_INLINE_LAMBDA __attribute__((always_inline))
+
+// One copy of a function for each generation of processors; the loader chooses.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(NORMJAX_NO_CLONES)
+#define NORMJAX_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define NORMJAX_CLONES
+#endif
+
+// Vectors are never passed to a function that is not inlined, so their ABI does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+using Index = std::ptrdiff_t;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+struct Float16 {
+  std::uint16_t bits;
+};
+
+// Statistics of half precision are accumulated in float.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(32)));
+};
+
+template <class A>
+using Vector = typename VectorOf<A>::type;
+
+template <class A>
+constexpr Index kLanes = 32 / sizeof(A);
+
+typedef std::uint16_t Words __attribute__((vector_size(16)));
+typedef std::uint32_t Bits __attribute__((vector_size(32)));
+
+template <class To, class From>
+NORMJAX_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+NORMJAX_INLINE Vector<double> widened(const Vector<double>& v, double) { return v; }
+
+NORMJAX_INLINE Vector<float> widened(const Vector<float>& v, float) { return v; }
+
+// An array, since GCC 12 converts one in half the time that it takes for a vector.
+NORMJAX_INLINE Bits widened_bits(const Words& v) {
+  std::uint16_t words[kLanes<float>];
+  std::uint32_t bits[kLanes<float>];
+  std::memcpy(words, &v, sizeof(words));
+  for (Index i = 0; i < kLanes<float>; ++i) bits[i] = words[i];
+  return bit_cast<Bits>(bits);
+}
+
+NORMJAX_INLINE Vector<float> widened(const Words& v, BFloat16) {
+  return bit_cast<Vector<float>>(widened_bits(v) << 16);
+}
+
+NORMJAX_INLINE Vector<float> widened(const Words& v, Float16) {
+  const Bits half = widened_bits(v), magnitude = half & 0x7fff;
+  // Exponents of float are 112 larger. Infinity and NaN have the largest one in both.
+  Bits normal = (magnitude << 13) + (112u << 23);
+  normal += (magnitude >= 0x7c00) ? Bits{} + (112u << 23) : Bits{};
+  // Below the least normal number the value is the integer times 2^-24. No denormal number of
+  // float occurs on the way, which a processor that flushes them would take as zero.
+  typedef std::int32_t Signed __attribute__((vector_size(32)));
+  const Vector<float> small =
+      __builtin_convertvector(bit_cast<Signed>(magnitude), Vector<float>) * 0x1p-24f;
+  const Bits value = (magnitude < 0x0400) ? bit_cast<Bits>(small) : normal;
+  return bit_cast<Vector<float>>(value | ((half & 0x8000) << 16));
+}
+
+NORMJAX_INLINE Vector<double> narrowed(const Vector<double>& v, double) { return v; }
+
+NORMJAX_INLINE Vector<float> narrowed(const Vector<float>& v, float) { return v; }
+
+// To the nearest, ties to even.
+NORMJAX_INLINE Words narrowed(const Vector<float>& v, BFloat16) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet_nan = bits | 0x400000;
+  return __builtin_convertvector(((v != v) ? quiet_nan : rounded) >> 16, Words);
+}
+
+NORMJAX_INLINE Words narrowed(const Vector<float>& v, Float16) {
+  const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
+  // From 2^-14 up: the exponent changes, and 13 bits are rounded away. What rounds beyond the
+  // largest number becomes infinity by its own carry, and so does all above.
+  Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  normal = (magnitude >= 0x47800000) ? Bits{} + 0x7c00 : normal;
+  // Below it: added to 0.5, the last bit is worth 2^-24, and the addition rounds.
+  const Vector<float> shifted = bit_cast<Vector<float>>(magnitude) + 0.5f;
+  const Bits small = bit_cast<Bits>(shifted) - 0x3f000000;
+  Bits value = (magnitude < 0x38800000) ? small : normal;
+  value = (magnitude > 0x7f800000) ? Bits{} + 0x7e00 : value;
+  return __builtin_convertvector(value | ((bits >> 16) & 0x8000), Words);
+}
+
+// Begins to bring so many bytes to the cache.
+template <Index Bytes>
+NORMJAX_INLINE void prefetch(const void* from) {
+  constexpr Index kLine = 64;
+  for (Index i = 0; i < Bytes; i += kLine) {
+    __builtin_prefetch(static_cast<const char*>(from) + i);
+  }
+}
+
+// How many lanes of a vector are there: all, or the first few at the end of an array.
+struct Full {};
+
+struct Partial {
+  Index lanes;
+};
+
+template <class T>
+using Stored = std::conditional_t<sizeof(T) == 2, Words, Vector<Accumulator<T>>>;
+
+template <class T>
+NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Full, Accumulator<T> = 0) {
+  Stored<T> stored;
+  std::memcpy(&stored, from, sizeof(stored));
+  return widened(stored, T{});
+}
+
+// The lanes that are not there are `rest`.
+template <class T>
+NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Partial part, Accumulator<T> rest = 0) {
+  using A = Accumulator<T>;
+  Stored<T> stored{};
+  std::memcpy(&stored, from, part.lanes * sizeof(T));
+  Vector<A> v = widened(stored, T{});
+  for (Index i = part.lanes; i < kLanes<A>; ++i) v[i] = rest;
+  return v;
+}
+
+template <class T>
+NORMJAX_INLINE void store(T* to, const Vector<Accumulator<T>>& v, Full) {
+  const Stored<T> stored = narrowed(v, T{});
+  std::memcpy(to, &stored, sizeof(stored));
+}
+
+template <class T>
+NORMJAX_INLINE void store(T* to, const Vector<Accumulator<T>>& v, Partial part) {
+  const Stored<T> stored = narrowed(v, T{});
+  std::memcpy(to, &stored, part.lanes * sizeof(T));
+}
+
+// As store, past the cache: what is not read again soon need not be read before it is written.
+template <class T>
+NORMJAX_INLINE void stream(T* to, const Vector<Accumulator<T>>& v, Full) {
+#ifdef NORMJAX_STREAMS
+  const Stored<T> stored = narrowed(v, T{});
+  __m128i parts[sizeof(stored) / sizeof(__m128i)];
+  std::memcpy(parts, &stored, sizeof(stored));
+  for (std::size_t i = 0; i < sizeof(stored) / sizeof(__m128i); ++i) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, parts[i]);
+  }
+#else
+  store(to, v, Full{});
+#endif
+}
+
+template <class T>
+NORMJAX_INLINE void stream(T* to, const Vector<Accumulator<T>>& v, Partial part) {
+  store(to, v, part);
+}
+
+// Streams need memory that is aligned so.
+NORMJAX_INLINE bool can_stream(const void* to) {
+  return reinterpret_cast<std::uintptr_t>(to) % 16 == 0;
+}
+
+// To be called when all is streamed, before another thread may read it.
+NORMJAX_INLINE void finish_streams() {
+#ifdef NORMJAX_STREAMS
+  _mm_sfence();
+#endif
+}
+
+struct Store {
+  template <class... Arguments>
+  NORMJAX_INLINE void operator()(const Arguments&... arguments) const {
+    store(arguments...);
+  }
+};
+
+struct Stream {
+  template <class... Arguments>
+  NORMJAX_INLINE void operator()(const Arguments&... arguments) const {
+    stream(arguments...);
+  }
+};
+
+// step(i, lanes) for each vector of n entries.
+template <class A, class Step>
+NORMJAX_INLINE void for_each_vector(Index n, Step step) {
+  Index i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) step(i, Full{});
+  if (i < n) step(i, Partial{n - i});
+}
+
+template <class A, class Step, int... Slot>
+NORMJAX_INLINE void in_turns(Index i, Step& step, std::integer_sequence<int, Slot...>) {
+  (step(i + Slot * kLanes<A>, Full{}, std::integral_constant<int, Slot>{}), ...);
+}
+
+// step(i, lanes, slot), with Slots slots in turns: so many sums run side by side.
+template <class A, int Slots, class Step>
+NORMJAX_INLINE void for_each_vector_in_turns(Index n, Step step) {
+  constexpr Index kWidth = kLanes<A>;
+  Index i = 0;
+  for (; i + Slots * kWidth <= n; i += Slots * kWidth) {
+    in_turns<A>(i, step, std::make_integer_sequence<int, Slots>{});
+  }
+  constexpr std::integral_constant<int, 0> kFirst{};
+  for (; i + kWidth <= n; i += kWidth) step(i, Full{}, kFirst);
+  if (i < n) step(i, Partial{n - i}, kFirst);
+}
+
+// The sum of all lanes.
+template <class A>
+NORMJAX_INLINE A total(const Vector<A>& v) {
+  A lanes[kLanes<A>];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (Index half = kLanes<A> / 2; half > 0; half /= 2) {
+    for (Index i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class A, std::size_t Slots>
+NORMJAX_INLINE A total_of_slots(const Vector<A> (&slots)[Slots]) {
+  if constexpr (Slots == 1) return total<A>(slots[0]);
+  return total<A>((slots[0] + slots[1]) + (slots[2] + slots[3]));
+}
+
+}  // namespace normjax
+
+#endif  // NORMJAX_VECTORS_H_
