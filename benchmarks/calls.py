@@ -18,7 +18,7 @@ MODES = (TRAINING, EVALUATION)
 
 # A pause before each timed call: the threads of the library that was timed before it spin for a
 # while after their work is done, and would take the cores from the next.
-SETTLE_SECONDS = 0.002
+SETTLE_SECONDS = 0.015
 COMPILATIONS = 2
 
 
@@ -139,6 +139,7 @@ def interleave(
         random.shuffle(order)
         for key in order:
             time.sleep(SETTLE_SECONDS)
+            calls[key].run()
             start = time.perf_counter()
             calls[key].run()
             times[key].append(time.perf_counter() - start)

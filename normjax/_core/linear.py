@@ -14,7 +14,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from normjax._core.lowering import by_platform, tangents_of
+from normjax._core.lowering import KERNELS, by_platform, tangents_of, without_kernels
 from normjax._core.mask import deviation, select_finite
 from normjax._core.platforms import PLATFORMS, gpu
 from normjax._core.platforms.cpu import isolate
@@ -35,10 +35,10 @@ class Map:
     written: Function
     lowered: Function | None = None
 
-    def __call__(self, *operands: Any) -> Sequence[Array]:
+    def __call__(self, *operands: Any, types: Any) -> Sequence[Array]:
         if self.lowered is None:
             return self.written(*operands)
-        return by_platform(self.lowered, *operands)
+        return by_platform(self.lowered, *operands, types=types)
 
     def batched(self, kept: Sequence[int | None]) -> Map:
         """Over a first axis of all terms, and over the axes `kept` of what is kept."""
@@ -49,7 +49,7 @@ class Map:
         lowered = self.lowered
         return Map(
             partial(mapped, self.written),
-            lowered and (lambda platform, *v: mapped(partial(lowered, platform), *v)),
+            lowered and (lambda platform, *v: mapped(partial(lowered, without_kernels(platform)), *v)),
         )
 
 
@@ -138,6 +138,29 @@ def line(
         return PLATFORMS[platform].totals((t, deviated(u, x, mask, center)), axes)
 
     return _linear([a, b], kept, Map(both), Map(sums, lowered))
+
+
+def norm_tangent(
+    written: Callable[..., Array], terms: Sequence[Array], kept: Sequence[Array], kernel: Function
+) -> Array:
+    """written(*terms, *kept), linear in the terms, which are of the rank of what is kept.
+
+    The transpose is that of `written`, or `kernel(cotangent, *kept)` where kernels may be called.
+    """
+    terms, _ = _placed(kept[0].shape, terms, kept)
+    types = [jax.typeof(t) for t in terms]
+
+    def forward(*operands: Array) -> list[Array]:
+        return [written(*operands)]
+
+    def transposed(cotangent: Array, *kept: Array) -> Sequence[Array]:
+        zeros = [ad.instantiate_zeros(ad.Zero(t)) for t in types]
+        return jax.vjp(lambda *terms: written(*terms, *kept), *zeros)[1](cotangent)
+
+    def lowered(platform: str, cotangent: Array, *kept: Array) -> Sequence[Array]:
+        return (kernel if platform == KERNELS else transposed)(cotangent, *kept)
+
+    return _linear(list(terms), kept, Map(forward), Map(transposed, lowered))[0]
 
 
 def deviated(t: Array, x: Array, mask: Array | None, center: Array | None) -> Array:
@@ -250,12 +273,15 @@ def _batch(
 
 _linear_p = Primitive("linear")
 _linear_p.multiple_results = True
-_linear_p.def_impl(lambda *operands, forward, **_: forward(*operands))
+_linear_p.def_impl(lambda *operands, forward, types, **_: forward(*operands, types=types))
 _linear_p.def_abstract_eval(lambda *_, types, **__: types)
 ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 mlir.register_lowering(
     _linear_p,
-    mlir.lower_fun(lambda *operands, forward, **_: forward(*operands), multiple_results=True),
+    mlir.lower_fun(
+        lambda *operands, forward, types, **_: forward(*operands, types=types),
+        multiple_results=True,
+    ),
 )

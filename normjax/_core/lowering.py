@@ -17,21 +17,27 @@ from jax.interpreters import ad, batching, mlir
 _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", nullcontext)
 
 PLATFORMS = ("cpu", "gpu", "tpu")
+# A CPU on which the kernels of normjax-cpu may be called.
+KERNELS = "kernels"
+CPU = ("cpu", KERNELS)
 VARIABLE = "NORMJAX_LOWER_AS"
 
 # A function of a platform's name and of operands.
 Function = Callable[..., Sequence[Array]]
 
 
-def by_platform(function: Function, *operands: Array) -> list[Array]:
+def by_platform(function: Function, *operands: Array, types: Any = None) -> list[Array]:
     """`function(platform, *operands)`, traced for each platform when it is lowered for it.
+
+    `types` are those of the results, found by tracing where they are not given.
 
     The function has the same results for all of them, but for rounding. It is for use in functions
     that have a derivative rule of their own. Where JAX passes over that rule, as in a second
     derivative of a scan, the derivative is that of the CPU's form, whose operations all have one.
     """
     # The types of the results say how they lie on a mesh, and along which mapped axes they vary.
-    types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
+    if types is None:
+        types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
     mesh = jax.sharding.get_abstract_mesh()
     return _by_platform_p.bind(*operands, function=function, types=tuple(types), mesh=mesh)
 
@@ -45,6 +51,24 @@ def lowered_as(platform: str) -> str:
             f"{', '.join(PLATFORMS)}. Unset it to lower for the platform at hand."
         )
     return asked
+
+
+def may_call_kernels(context: Any) -> bool:
+    """Whether what is lowered runs whole on each device, and in this process.
+
+    XLA cannot partition a kernel, and another process may not have it.
+    """
+    if os.environ.get(VARIABLE) or context.module_context.lowering_parameters.for_export:
+        return False
+    place = context.module_context.axis_context
+    if hasattr(place, "manual_axes"):
+        return place.manual_axes == frozenset(place.mesh.axis_names)
+    return getattr(place, "num_devices", 1) == 1
+
+
+def without_kernels(platform: str) -> str:
+    """The platform for a form that is mapped: kernels have no form for examples."""
+    return "cpu" if platform == KERNELS else platform
 
 
 def _run(*operands: Array, **how: Any) -> list[Array]:
@@ -72,18 +96,27 @@ def _jvp(primals: Any, tangents: Any, *, function: Function, **how: Any) -> Any:
 
 def _batched(operands: Any, axes: Any, *, function: Function, **_: Any) -> Any:
     def each(platform: str, *operands: Array) -> Sequence[Array]:
-        return jax.vmap(partial(function, platform), axes)(*operands)
+        return jax.vmap(partial(function, without_kernels(platform)), axes)(*operands)
 
     out = by_platform(each, *operands)
     return out, [0] * len(out)
 
 
 def _lowering(platform: str) -> Callable[..., Any]:
-    def chosen(*operands: Array, function: Function, types: Any, mesh: Any) -> Sequence[Array]:
-        with _use_mesh(mesh):
-            return function(lowered_as(platform), *operands)
+    def lowering(
+        context: Any, *operands: Any, function: Function, types: Any, mesh: Any
+    ) -> Sequence[Any]:
+        name = lowered_as(platform)
+        if platform == "cpu" and may_call_kernels(context):
+            name = KERNELS
 
-    return mlir.lower_fun(chosen, multiple_results=True)
+        def chosen(*operands: Array) -> Sequence[Array]:
+            with _use_mesh(mesh):
+                return function(name, *operands)
+
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *operands)
+
+    return lowering
 
 
 _by_platform_p = Primitive("by_platform")

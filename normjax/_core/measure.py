@@ -22,12 +22,12 @@ from normjax._core.algorithms import (
     unless_far,
 )
 from normjax._core.devices import AxisName, Groups, agreed, fingerprint, total_over_devices, varies
-from normjax._core.dtypes import accumulation_dtype, upcast
+from normjax._core.dtypes import abs_square, accumulation_dtype, upcast
 from normjax._core.linear import diagonal
-from normjax._core.lowering import by_platform
+from normjax._core.lowering import CPU, by_platform
 from normjax._core.mask import Count, counted, deviation, product_of_sizes, safe_count, select
 from normjax._core.moments import Moments, collapse, synchronized
-from normjax._core.platforms import PLATFORMS, cpu, gpu, tpu
+from normjax._core.platforms import PLATFORMS, gpu, tpu
 from normjax._core.platforms.cpu import isolate, materialize
 from normjax._core.remat import moments_of_norm
 
@@ -96,6 +96,13 @@ class Reduction(NamedTuple):
             axis_name=tuple(name) if isinstance(name, list) else name,
             axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
         )
+
+    def count(self, x: Array) -> Count:
+        """How many entries of x share, on this device and without a mask."""
+        count = counted(x, None, self.axes)
+        if self.groups is None:
+            return count
+        return self.groups.pooled_count(count, x.shape[self.groups.axis])
 
     def total(self, sums: list[Array]) -> list[Array]:
         """Of the sums over the axes those over all features and devices that share."""
@@ -190,14 +197,14 @@ def shared_moments(
         pivot = lax.stop_gradient(pivot).astype(accumulation_dtype(x.dtype))
         if name is None:
             given = x, mask, count, pivot, floor
-            return Moments(count, *_chosen(partial(_around, axes=axes, kept=kept), given))
+            return Moments(count, *chosen(partial(_around, axes=axes, kept=kept), given))
         if reduction.axis_index_groups is None and not varies(pivot, name):
             return _shared_around(x, mask, count, pivot, floor, reduction, kept)
     if reduction.groups is None:
         moments = Moments(count, *_local(x, mask, count, axes, reduction.centered, kept))
     else:
         form = partial(_of_groups, axes=axes, groups=reduction.groups, kept=kept)
-        both = _chosen(form, (x, mask, count, lax.stop_gradient(floor)))
+        both = chosen(form, (x, mask, count, lax.stop_gradient(floor)))
         moments = Moments(
             reduction.groups.pooled_count(count, x.shape[reduction.groups.axis]), *both
         )
@@ -234,7 +241,7 @@ def moments_for_output(
         axes, centered = reduction.axes, reduction.centered
         return gpu.measure(x, mask, count, axes=axes, centered=centered, kept=False)
 
-    return Moments(count, *_chosen(form, (x, mask, count, *both)))
+    return Moments(count, *chosen(form, (x, mask, count, *both)))
 
 
 @moments_for_output.defjvp
@@ -275,7 +282,7 @@ def _local(
 ) -> tuple[Array, Array]:
     """mean and m2 of what lies on this device."""
     form = partial(_measured, axes=axes, centered=centered, kept=kept)
-    mean, m2 = _chosen(form, (x, mask, count))
+    mean, m2 = chosen(form, (x, mask, count))
     return mean, m2
 
 
@@ -302,7 +309,7 @@ def _shared_around(
     """
     axes, name = reduction.axes, reduction.axis_name
     assert name is not None
-    sums = _chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
+    sums = chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
     # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
     # in which nothing varies. A constant count is multiplied, not exchanged.
     unknown = None if varies(x, name) else fingerprint(pivot)
@@ -321,7 +328,7 @@ def _shared_around(
     return Moments(whole, *lax.cond(exact, lambda: (mean, m2), again))
 
 
-def _chosen(form: Any, operands: Any) -> list[Array]:
+def chosen(form: Any, operands: Any, types: Any = None) -> list[Array]:
     """by_platform of a function of a tree of operands. Constants, a count for example, stay so."""
     leaves, structure = jax.tree.flatten(operands)
     arrays = [v for v in leaves if not isinstance(v, np.generic)]
@@ -333,7 +340,7 @@ def _chosen(form: Any, operands: Any) -> list[Array]:
 
     # Without the arrays, which would leak from the trace that they belong to.
     constants = [v if isinstance(v, np.generic) else None for v in leaves]
-    return by_platform(flat, *arrays)
+    return by_platform(flat, *arrays, types=types)
 
 
 def _measured(platform: str, x: Array, mask: Any, count: Count, **how: Any) -> Any:
@@ -369,8 +376,9 @@ def _around(
     axes: tuple[int, ...], kept: bool,
 ) -> Any:  # fmt: skip
     """One pass around the pivot where that is cheaper; measured again where it was far."""
-    if platform == "cpu":
-        return cpu.measure(x, mask, count, axes=axes, centered=True, kept=kept)
+    if platform in CPU:
+        form = PLATFORMS[platform].measure
+        return form(x, mask, count, axes=axes, centered=True, kept=kept)
     sums = sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)
     return around_or_two_pass(sums, x, mask, pivot, count, floor, axes)
 
@@ -379,7 +387,10 @@ def _sums(
     platform: str, x: Array, mask: Any, count: Count, pivot: Array, *, axes: tuple[int, ...],
     kept: bool,
 ) -> Any:  # fmt: skip
-    """The sums around a pivot, in the way of the platform."""
-    if platform == "cpu":
-        return cpu.sums_around(x, mask, pivot, axes, count, kept)
+    """The sums around a pivot, in the way of the platform; on a CPU of the exact moments."""
+    if platform in CPU:
+        form = PLATFORMS[platform].measure
+        mean, m2 = form(x, mask, count, axes=axes, centered=True, kept=kept)
+        shift = mean - pivot
+        return shift * jnp.asarray(count).astype(shift.dtype), m2 + abs_square(shift) * count
     return sums_around(x, mask, pivot, axes, PLATFORMS[platform].totals)

@@ -135,7 +135,7 @@ def apply(x: Array, mask: Array | None, vectors: Vectors, output: Output) -> Arr
     """The map itself."""
     mean, _, scale, bias = vectors
     number = common_dtype(x, *vectors)
-    gain = _inverse(vectors, number)
+    gain = inverse(vectors, number)
     if scale is not None and _folds(scale, gain):
         gain, scale = gain * scale, None
     # A product of two vectors that has the size of x would be an operation more for each entry.
@@ -202,7 +202,7 @@ def _affine_tangent(
     number = common_dtype(x, *vectors)
     # The powers of inv are applied one by one, because var^(-3/2) alone leaves the range of
     # float32 for x of the size 1e15.
-    inv = _inverse(vectors, number)
+    inv = inverse(vectors, number)
     shift = None if d_mean is None else -d_mean * inv
     slope = None if d_var is None else -0.5 * inv * (d_var.astype(number) * inv * inv)
     if scale is not None and _folds(scale, inv):
@@ -249,7 +249,8 @@ def _broadcast(shape: tuple[int, ...], tangents: tuple[Any, ...], beside: Any) -
     return jax.tree.unflatten(structure, wholes)
 
 
-def _inverse(vectors: Vectors, dtype: np.dtype) -> Array:
+def inverse(vectors: Vectors, dtype: np.dtype) -> Array:
+    """The reciprocal of the deviation."""
     return lax.rsqrt(vectors.var).astype(dtype)
 
 

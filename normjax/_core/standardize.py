@@ -12,9 +12,12 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from normjax import _errors
-from normjax._core.dtypes import common_dtype, real_dtype
+from normjax._core.dtypes import accumulation_dtype, common_dtype, real_dtype
+from normjax._core.linear import norm_tangent
+from normjax._core.lowering import KERNELS
 from normjax._core.measure import (
     Reduction,
+    chosen,
     moments_for_output,
     moments_tangent,
     shared_moments,
@@ -27,10 +30,12 @@ from normjax._core.normalize import (
     added,
     apply,
     given,
+    inverse,
     normalized,
     product,
     tangent,
 )
+from normjax._core.platforms import kernels
 from normjax._core.remat import input_of_norm, moments_of_norm
 
 
@@ -100,26 +105,66 @@ def _jitted(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
     return y, squeezed(moments, options.reduction.axes)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def standardized(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
-    """`standardize` inside of a larger function; moments in the rank of x."""
-    moments = _measured(inputs, options, kept=False)
-    vectors, _ = _vectors(moments, inputs, options)
-    return apply(inputs.x, inputs.mask, vectors, options.output), moments
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def standardized(
+    inputs: Inputs, options: Options, kept: bool = False
+) -> tuple[Array, Moments]:
+    """`standardize` inside of a larger function; moments in the rank of x.
+
+    `kept` says that a derivative reads the moments again.
+    """
+    how = _kernel(inputs, options)
+    if how is not None:
+        return _by_kernel(inputs, options, how, kept)
+    return _composed(inputs, options, kept)
+
+
+def _composed(inputs: Inputs, options: Options, kept: bool) -> tuple[Array, Moments]:
+    """Measured, then normalized."""
+    moments = _measured(inputs, options, kept)
+    if not kept:
+        vectors, _ = _vectors(moments, inputs, options)
+        return apply(inputs.x, inputs.mask, vectors, options.output), moments
+    moments = moments_of_norm(moments)
+    own = moments_for_output(inputs.x, inputs.mask, moments, options.reduction)
+    vectors, _ = _vectors(own, inputs, options)
+    return normalized(inputs.x, inputs.mask, vectors, options.output), moments
 
 
 @partial(standardized.defjvp, symbolic_zeros=True)
-def _standardized_jvp(options: Options, primals: Any, tangents: Any) -> Any:
-    # One rule for measuring and normalizing, in which dx is upcast once: the cotangents of both
-    # meet in it and are rounded once. On a CPU, rounding each takes 1.9 times as long.
+def _standardized_jvp(options: Options, _: bool, primals: Any, tangents: Any) -> Any:
     (inputs,), (d_inputs,) = primals, tangents
+    how = _kernel(inputs, options)
+    if how is None:
+        y, moments = _composed(inputs, options, True)
+    else:
+        y, moments = standardized(inputs, options, True)
+        moments = moments_of_norm(moments)
+    dx, *d_affine = map(given, (d_inputs.x, d_inputs.scale, d_inputs.bias, d_inputs.epsilon))
+    if how is not None and dx is not None and d_affine[-1] is None:
+        dy = _tangent_by_kernel(inputs, moments, options, how, dx, *d_affine[:2])
+        dx = dx.astype(common_dtype(inputs.x))
+        d_mean, d_m2 = moments_tangent(inputs.x, inputs.mask, moments, dx, options.reduction)
+        d_moments = Moments(jnp.zeros_like(moments.count), d_mean, d_m2)
+    else:
+        dy, d_moments = _tangent(inputs, moments, options, dx, *d_affine)
+    return (y, moments), (dy, d_moments)
+
+
+def _tangent(
+    inputs: Inputs, moments: Moments, options: Options,
+    dx: Array | None, d_scale: Array | None, d_bias: Array | None, d_var: Array | None,
+) -> tuple[Array, Moments]:  # fmt: skip
+    """dy and the tangents of the moments.
+
+    One rule for measuring and normalizing, in which dx is upcast once: the cotangents of both meet
+    in it and are rounded once. On a CPU, rounding each takes 1.9 times as long.
+    """
     x, mask, *_ = inputs
-    moments = moments_of_norm(_measured(inputs, options, kept=True))
     vectors, corrected = _vectors(moments, inputs, options)
     number = common_dtype(x, *vectors)
     dx, d_scale, d_bias, d_var = (
-        v if v is None else v.astype(number)
-        for v in map(given, (d_inputs.x, d_inputs.scale, d_inputs.bias, d_inputs.epsilon))
+        v if v is None else v.astype(number) for v in (dx, d_scale, d_bias, d_var)
     )
     d_moments, d_mean = jax.tree.map(jnp.zeros_like, moments), None
     if dx is not None:
@@ -129,9 +174,84 @@ def _standardized_jvp(options: Options, primals: Any, tangents: Any) -> Any:
         d_var = added(_spread(d_moments._replace(count=moments.count), options), d_var)
         d_mean = d_mean if options.reduction.centered else None
     d_vectors = Vectors(d_mean, d_var, *corrected(d_scale, d_bias))
-    own, _ = _vectors(moments_for_output(x, mask, moments, options.reduction), inputs, options)
-    y = normalized(x, mask, own, options.output)
-    return (y, moments), (tangent(x, mask, vectors, dx, d_vectors, options.output), d_moments)
+    return tangent(x, mask, vectors, dx, d_vectors, options.output), d_moments
+
+
+def _kernel(inputs: Inputs, options: Options) -> kernels.View | None:
+    """How the kernels of a CPU see x; None where there is no kernel for this norm."""
+    x, where = inputs.x, options.reduction
+    local = inputs.mask is None and options.correction is None and where.axis_name is None
+    if not local or x.dtype not in kernels.DTYPES or options.output != Output(x.dtype):
+        return None
+    if any(jax.typeof(x).sharding.spec) or kernels.plugin() is None:
+        return None
+    how = kernels.view(x.shape, where.axes, where.groups)
+    if isinstance(how, kernels.Columns):
+        features = range(where.axes[-1] + 1, x.ndim)
+        known = where.centered and not options.summed
+    else:
+        features, known = where.axes, how is not None
+    affine = [v for v in (inputs.scale, inputs.bias) if v is not None]
+    shape = tuple(n if a in features else 1 for a, n in enumerate(x.shape))
+    known = known and all(v.shape == shape for v in affine)
+    known = known and common_dtype(x, *affine) == accumulation_dtype(x.dtype)
+    return how if known else None
+
+
+def _by_kernel(
+    inputs: Inputs, options: Options, how: kernels.View, kept: bool
+) -> tuple[Array, Moments]:
+    """`_composed`, by one kernel where kernels may be called."""
+    x, where = inputs.x, options.reduction
+    count = where.count(x)
+    inputs = inputs._replace(epsilon=jnp.asarray(inputs.epsilon, accumulation_dtype(x.dtype)))
+
+    def form(platform: str, inputs: Inputs) -> list[Array]:
+        if platform != KERNELS:
+            y, (_, *both) = _composed(inputs, options, kept)
+            return [y, *both]
+        x, _, scale, bias, epsilon, *_ = inputs
+        divisor = 1.0 if options.summed else float(count)
+        y, mean, m2 = kernels.forward(x, scale, bias, epsilon, how, where.centered, divisor)
+        return [y, *(how.to_features(v).reshape(kept_shape) for v in (mean, m2))]
+
+    kind = jax.typeof(x).update(weak_type=False)
+    kept_shape = tuple(1 if a in where.axes else n for a, n in enumerate(x.shape))
+    one = kind.update(shape=kept_shape, dtype=accumulation_dtype(x.dtype))
+    y, mean, m2 = chosen(form, (inputs,), types=(kind, one, one))
+    return y, Moments(count, mean, m2)
+
+
+def _tangent_by_kernel(
+    inputs: Inputs, moments: Moments, options: Options, how: kernels.View,
+    dx: Array, d_scale: Array | None, d_bias: Array | None,
+) -> Array:  # fmt: skip
+    """dy of `_tangent`, as one map whose transpose is one kernel where kernels may be called."""
+    where, count = options.reduction, options.reduction.count(inputs.x)
+    terms, structure = jax.tree.flatten((dx, d_scale, d_bias))
+    epsilon = jnp.asarray(inputs.epsilon, accumulation_dtype(inputs.x.dtype))
+    inputs = inputs._replace(bias=None, epsilon=epsilon, pivot=None)
+    kept, own = jax.tree.flatten((inputs, moments[1:]))
+
+    def written(*operands: Array) -> Array:
+        terms = jax.tree.unflatten(structure, operands[: structure.num_leaves])
+        inputs, both = jax.tree.unflatten(own, operands[structure.num_leaves :])
+        return _tangent(inputs, Moments(count, *both), options, *terms, None)[0]
+
+    def kernel(dy: Array, *kept: Array) -> list[Array]:
+        inputs, both = jax.tree.unflatten(own, kept)
+        vectors, _ = _vectors(Moments(count, *both), inputs, options)
+        each = (how.of_features(v) for v in (both[0], inverse(vectors, vectors.var.dtype)))
+        divisor = 1.0 if options.summed else float(count)
+        affine = len(terms) > 1
+        dx, *sums = kernels.backward(
+            dy, inputs.x, *each, inputs.scale, how, where.centered, divisor, affine
+        )
+        found = jax.tree.unflatten(structure, terms)
+        sums = [v for v, term in zip(sums, found[1:], strict=False) if term is not None]
+        return [v.reshape(t.shape).astype(t.dtype) for v, t in zip([dx, *sums], terms, strict=True)]
+
+    return norm_tangent(written, terms, kept, kernel)
 
 
 def _measured(inputs: Inputs, options: Options, kept: bool) -> Moments:

@@ -59,15 +59,6 @@ def measure(
     return pivot + rest, jnp.where(jnp.isfinite(squares), m2, squares)
 
 
-def sums_around(
-    x: Array, mask: Array | None, pivot: Array, axes: tuple[int, ...], count: Count, kept: bool
-) -> tuple[Array, Array]:
-    """sum(x - pivot) and sum(|x - pivot|^2), by way of the exact moments."""
-    mean, m2 = measure(x, mask, count, axes=axes, centered=True, kept=kept)
-    shift = mean - pivot
-    return shift * jnp.asarray(count).astype(shift.dtype), m2 + abs_square(shift) * count
-
-
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
     """Of each its sum over `axes`, which stay with size 1."""
     return [summed(x, axes) for x in arrays]
