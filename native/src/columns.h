@@ -315,8 +315,9 @@ void run(const ColumnsMoments<T>& in, Pool& pool) {
   const Pieces& pieces = in.pieces;
   const Index features = pieces.features, entries = pieces.rows * features;
   const Index work = pieces_of_work(pieces);
-  parallel_for(pool, in.examples * work, [&](Index i) {
-    const Index example = i / work;
+  // Backwards: whoever normalizes x next begins with what is still in the cache.
+  parallel_for(pool, in.examples * work, [&](Index item) {
+    const Index i = in.examples * work - 1 - item, example = i / work;
     for_each_block(pieces, i % work, [&](Index b) {
       block_moments(in.x + example * entries, pieces, b,
                     in.parts + (example * pieces.blocks + b) * 2 * features);

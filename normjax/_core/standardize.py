@@ -114,7 +114,7 @@ def standardized(
     `kept` says that a derivative reads the moments again.
     """
     how = _kernel(inputs, options)
-    if how is not None:
+    if how is not None and how.normalizes:
         return _by_kernel(inputs, options, how, kept)
     return _composed(inputs, options, kept)
 
@@ -135,7 +135,7 @@ def _composed(inputs: Inputs, options: Options, kept: bool) -> tuple[Array, Mome
 def _standardized_jvp(options: Options, _: bool, primals: Any, tangents: Any) -> Any:
     (inputs,), (d_inputs,) = primals, tangents
     how = _kernel(inputs, options)
-    if how is None:
+    if how is None or not how.normalizes:
         y, moments = _composed(inputs, options, True)
     else:
         y, moments = standardized(inputs, options, True)

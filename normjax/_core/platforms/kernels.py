@@ -51,6 +51,8 @@ class Rows(NamedTuple):
         """How many entries scale and bias have."""
         return self.entries
 
+    normalizes = True
+
     def to_features(self, v: Array) -> Array:
         """What the kernels give, as the norms keep it: one for each row."""
         return v
@@ -72,6 +74,11 @@ class Columns(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """That of x for the kernels."""
         return self.examples, self.rows, self.features
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether y is written by the kernel that measures x, while it lies in cache."""
+        return self.examples > 1
 
     def to_features(self, v: Array) -> Array:
         """What the kernels give for each group, for each of its features."""

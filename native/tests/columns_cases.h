@@ -1,0 +1,108 @@
+// The shapes on which kernels of columns are tried.
+
+#ifndef NORMJAX_TESTS_COLUMNS_CASES_H_
+#define NORMJAX_TESTS_COLUMNS_CASES_H_
+
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "check.h"
+#include "columns.h"
+
+namespace normjax::test {
+
+struct ColumnsCase {
+  Index examples, rows, features, groups, blocks;
+  bool scale = true, bias = true, streams = false;
+  Index shift = 1;  // Of all arrays from a multiple of 64 bytes, in entries.
+  double mean = 0, deviation = 1, epsilon = 1e-5;
+  bool propagates = true;  // Whether the backward kernel is to give dx.
+
+  Index entries() const { return rows * features; }
+  Index size() const { return features / groups; }
+  Index count() const { return rows * size(); }
+
+  template <class T>
+  Pieces pieces() const {
+    return Pieces(rows, features, blocks, kLanes<Accumulator<T>>);
+  }
+
+  std::string name() const {
+    return text("examples", examples, "rows", rows, "features", features, "groups", groups,
+                "blocks", blocks, "scale", scale, "bias", bias, "streams", streams, "shift", shift,
+                "mean", mean, "deviation", deviation, "propagates", propagates);
+  }
+};
+
+inline Index any_divisor(Index n, Random& random) {
+  std::vector<Index> divisors;
+  for (Index d = 1; d <= n; ++d) {
+    if (n % d == 0) divisors.push_back(d);
+  }
+  return divisors[random.below(divisors.size())];
+}
+
+inline ColumnsCase with_any_options(ColumnsCase c, Random& random) {
+  c.groups = any_divisor(c.features, random);
+  c.scale = random.coin();
+  c.bias = random.coin();
+  c.streams = random.coin();
+  c.shift = random.below(2);
+  c.propagates = random.below(4) != 0;
+  return c;
+}
+
+// Every number of features, with rows and blocks of many kinds: one block and several, those that
+// do not divide, more blocks than rows.
+inline std::vector<ColumnsCase> sizes() {
+  struct Rows {
+    Index rows, blocks;
+  };
+  constexpr Rows kFew[] = {{1, 1}, {1, 3}, {2, 1}, {3, 5}, {5, 2}, {7, 3}, {13, 4}};
+  constexpr Rows kMany[] = {{64, 9}, {97, 1}, {97, 6}, {101, 150}};
+  constexpr Index kExamples[] = {1, 2, 3, 5};
+  Random random(3);
+  std::vector<ColumnsCase> all;
+  for (Index features : {1, 2, 3, 5, 7, 8, 13, 32, 64, 97, 255, 256, 257, 1023, 1024, 1025, 2050}) {
+    const auto add = [&](Rows rows, Index examples) {
+      all.push_back(with_any_options({examples, rows.rows, features, 1, rows.blocks}, random));
+    };
+    for (Rows rows : kFew) add(rows, kExamples[random.below(4)]);
+    for (Rows rows : kMany) add(rows, features < 300 ? kExamples[random.below(4)] : 1);
+  }
+  // Blocks of many wide rows.
+  all.push_back(with_any_options({1, 10007, 3, 1, 1}, random));
+  all.push_back(with_any_options({1, 10007, 3, 1, 13}, random));
+  return all;
+}
+
+// Examples that are more than the cache of a core, so that all threads take part in each.
+template <class T>
+std::vector<ColumnsCase> large_sizes() {
+  Random random(4);
+  std::vector<ColumnsCase> all;
+  const auto add = [&](Index examples, Index features, Index blocks) {
+    const Index rows = Index{kOwnCache / sizeof(T)} / features + 1;
+    all.push_back(with_any_options({examples, rows, features, 1, blocks}, random));
+  };
+  add(1, 3, 17);
+  add(3, 64, 9);
+  add(5, 257, 8);
+  add(2, 1025, 5);
+  add(1, 2050, 40);
+  return all;
+}
+
+// On these, bits are compared: folded rows and wide ones, within the cache of a core and beyond it.
+template <class T>
+std::vector<ColumnsCase> bitwise_sizes() {
+  constexpr Index kLarge = Index{kOwnCache / sizeof(T)};
+  return {{3, 101, 3, 1, 6},     {2, 97, 32, 4, 13},  {5, 13, 255, 255, 2},
+          {1, 67, 1025, 205, 9}, {2, 64, 1024, 8, 3}, {3, kLarge / 257 + 1, 257, 257, 11},
+          {1, kLarge / 8 + 1, 8, 2, 50}};
+}
+
+}  // namespace normjax::test
+
+#endif  // NORMJAX_TESTS_COLUMNS_CASES_H_

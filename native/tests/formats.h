@@ -1,0 +1,147 @@
+// What the bits of the dtypes mean, written from their definition and not from the kernels.
+
+#ifndef NORMJAX_TESTS_FORMATS_H_
+#define NORMJAX_TESTS_FORMATS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+namespace normjax::test {
+
+using Real = long double;
+
+// A format of 16 bits: a sign, an exponent and a fraction.
+struct Format {
+  int exponent_bits, fraction_bits;
+
+  constexpr int largest_exponent() const { return (1 << exponent_bits) - 1; }
+  constexpr int infinity() const { return largest_exponent() << fraction_bits; }
+  // The least number is 2 to this power.
+  constexpr int least() const { return 2 - (1 << (exponent_bits - 1)) - fraction_bits; }
+};
+
+constexpr Format kBFloat16{8, 7}, kFloat16{5, 10};
+
+inline double decode(std::uint16_t bits, Format format) {
+  const int exponent = (bits >> format.fraction_bits) & format.largest_exponent();
+  const int fraction = bits & ((1 << format.fraction_bits) - 1);
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == format.largest_exponent()) {
+    const double special = fraction == 0 ? std::numeric_limits<double>::infinity()
+                                         : std::numeric_limits<double>::quiet_NaN();
+    return std::copysign(special, sign);
+  }
+  if (exponent == 0) return sign * std::ldexp(fraction, format.least());
+  return sign * std::ldexp(fraction + (1 << format.fraction_bits), exponent - 1 + format.least());
+}
+
+// The integer nearest to value / 2^shift, the even one of two.
+inline std::uint32_t divided(std::uint32_t value, int shift) {
+  if (shift > 31) return 0;
+  const std::uint32_t whole = value >> shift, rest = value - (whole << shift);
+  const std::uint32_t half = std::uint32_t{1} << (shift - 1);
+  return whole + (rest > half || (rest == half && whole % 2 == 1));
+}
+
+// The bits of the number nearest to a float, the even one of two. NaN has some fraction.
+inline std::uint16_t encode(std::uint32_t bits, Format format) {
+  const std::uint32_t sign = (bits >> 16) & 0x8000, fraction = bits & 0x7fffff;
+  const int exponent = (bits >> 23) & 0xff;
+  if (exponent == 0xff) return sign | format.infinity() | (fraction != 0);
+  // The float is significand 2^power, and what is stored a multiple of 2^unit.
+  const std::uint32_t significand = exponent == 0 ? fraction : fraction | 0x800000;
+  if (significand == 0) return sign;
+  const int power = std::max(exponent, 1) - 150;
+  int length = 0;
+  while (significand >> length != 0) ++length;
+  const int unit = std::max(power + length - 1 - format.fraction_bits, format.least());
+  const std::uint32_t multiple = unit > power ? divided(significand, unit - power)
+                                              : significand << (power - unit);
+  // The leading one of a normal number counts as one more in its exponent.
+  const std::int64_t all =
+      (std::int64_t{unit - format.least()} << format.fraction_bits) + multiple;
+  return sign | static_cast<std::uint16_t>(std::min<std::int64_t>(all, format.infinity()));
+}
+
+inline std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// A dtype: its significant bits, and its least number as a power of two.
+template <class T>
+struct Dtype {
+  static constexpr int digits = std::numeric_limits<T>::digits;
+  static constexpr int least = std::numeric_limits<T>::min_exponent - digits;
+  static constexpr const char* name = sizeof(T) == 4 ? "float" : "double";
+  static Real real(T value) { return value; }
+  static T nearest(Real value) { return static_cast<T>(value); }
+};
+
+template <class T>
+struct HalfDtype {
+  static Real real(T value) {
+    static const std::vector<float> values = [] {
+      std::vector<float> all(65536);
+      for (int i = 0; i < 65536; ++i) all[i] = static_cast<float>(decode(i, Dtype<T>::format));
+      return all;
+    }();
+    return values[value.bits];
+  }
+  // By way of float, as the kernels store.
+  static T nearest(Real value) {
+    return T{encode(bits_of(static_cast<float>(value)), Dtype<T>::format)};
+  }
+};
+
+template <>
+struct Dtype<BFloat16> : HalfDtype<BFloat16> {
+  static constexpr Format format = kBFloat16;
+  static constexpr int digits = format.fraction_bits + 1;
+  static constexpr int least = format.least();
+  static constexpr const char* name = "BFloat16";
+};
+
+template <>
+struct Dtype<Float16> : HalfDtype<Float16> {
+  static constexpr Format format = kFloat16;
+  static constexpr int digits = format.fraction_bits + 1;
+  static constexpr int least = format.least();
+  static constexpr const char* name = "Float16";
+};
+
+template <class T>
+Real real(T value) {
+  return Dtype<T>::real(value);
+}
+
+template <class T>
+T nearest(Real value) {
+  return Dtype<T>::nearest(value);
+}
+
+// call(T{}) for every dtype.
+template <class Call>
+void for_each_dtype(Call call) {
+  call(float{});
+  call(double{});
+  call(BFloat16{});
+  call(Float16{});
+}
+
+}  // namespace normjax::test
+
+#endif  // NORMJAX_TESTS_FORMATS_H_

@@ -1,0 +1,333 @@
+// ColumnsBackward against the sums of dy and of dy (x - mean), and the formula of dx, in long
+// double.
+
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "check.h"
+#include "columns_cases.h"
+#include "kernels.h"
+#include "oracle.h"
+
+namespace normjax::test {
+namespace {
+
+using Case = ColumnsCase;
+
+template <class T>
+struct Arrays {
+  using A = Accumulator<T>;
+  Input<T> dy, x;
+  Input<A> mean, inverse, scale;
+  Output<T> dx;
+  Output<A> sums, parts, vectors;
+
+  explicit Arrays(const Case& c)
+      : dy(c.examples * c.entries(), c.shift),
+        x(dy.size(), c.shift),
+        mean(c.examples * c.groups, c.shift),
+        inverse(mean.size(), c.shift),
+        scale(c.scale ? c.features : 0, c.shift),
+        dx(c.propagates ? dy.size() : 0, c.shift),
+        sums(c.examples * 2 * c.features, c.shift),
+        parts(c.examples * c.blocks * 2 * c.features, c.shift),
+        vectors(c.examples * 4 * c.features, c.shift) {
+    fill(dy, c.rows * 10007 + c.features + 1, 0.1, 1);
+    fill(x, c.rows * 10007 + c.features, c.mean, c.deviation);
+    fill(scale, c.features, 1, 0.5);
+    for (Index e = 0; e < c.examples; ++e) measure(c, e);
+  }
+
+  // As the forward kernel leaves them.
+  void measure(const Case& c, Index example) {
+    std::vector<Real> sum(c.groups), m2(c.groups);
+    const auto each = [&](auto call) {
+      for (Index i = 0; i < c.entries(); ++i) {
+        call(real(x[example * c.entries() + i]), i % c.features / c.size());
+      }
+    };
+    each([&](Real value, Index g) { sum[g] += value; });
+    each([&](Real value, Index g) {
+      const Real d = value - sum[g] / c.count();
+      m2[g] += d * d;
+    });
+    for (Index g = 0; g < c.groups; ++g) {
+      mean[example * c.groups + g] = static_cast<A>(sum[g] / c.count());
+      const Real variance = m2[g] / c.count() + c.epsilon;
+      inverse[example * c.groups + g] = static_cast<A>(1 / std::sqrt(variance));
+    }
+  }
+
+  void run(const Case& c, int threads = 2) {
+    const ColumnsBackward<T> in{
+        c.examples,     c.groups,    c.streams,      c.pieces<T>(), dy.data(),
+        x.data(),       mean.data(), inverse.data(), scale.data(),  dx.data(),
+        sums.data(),    parts.data(), vectors.data()};
+    normjax::run(in, shared_pool(threads));
+    CHECK(dx.intact() && sums.intact() && parts.intact() && vectors.intact(), c.name());
+  }
+
+  bool same_results(const Arrays& other) const {
+    return dx.same_bits(other.dx) && sums.same_bits(other.sums);
+  }
+};
+
+// An entry of an example, and where its statistics are.
+template <class T>
+struct Entry {
+  Real dy, d, g, normalized, inverse;
+
+  Entry(const Case& c, const Arrays<T>& a, Index example, Index row, Index feature) {
+    const Index i = example * c.entries() + row * c.features + feature;
+    const Index group = example * c.groups + feature / c.size();
+    inverse = a.inverse[group];
+    dy = real(a.dy[i]);
+    d = real(a.x[i]) - a.mean[group];
+    g = dy * (c.scale ? Real{a.scale[feature]} : 1);
+    normalized = d * inverse;
+  }
+};
+
+template <class T>
+void check_sums(const Case& c, const Arrays<T>& a, Index example) {
+  using A = Accumulator<T>;
+  const A* found = a.sums.data() + example * 2 * c.features;
+  for (Index k = 0; k < c.features; ++k) {
+    Real sum = 0, products = 0, magnitude = 0, product_magnitude = 0;
+    for (Index r = 0; r < c.rows; ++r) {
+      const Entry<T> entry(c, a, example, r, k);
+      sum += entry.dy;
+      magnitude += std::abs(entry.dy);
+      products += entry.dy * entry.d;
+      product_magnitude += std::abs(entry.dy * entry.d);
+    }
+    CHECK(std::abs(found[k] - sum) <= sum_tolerance<A>(c.rows, magnitude), c.name(), "example",
+          example, "feature", k, "expected", sum, "found", found[k]);
+    CHECK(std::abs(found[c.features + k] - products) <= sum_tolerance<A>(c.rows, product_magnitude),
+          c.name(), "example", example, "feature", k, "expected", products, "found",
+          found[c.features + k]);
+  }
+}
+
+// Means over the entries of a group, of g and of g times normalized x.
+struct GroupMeans {
+  Real g = 0, products = 0, g_magnitude = 0, product_magnitude = 0;
+};
+
+template <class T>
+std::vector<GroupMeans> group_means(const Case& c, const Arrays<T>& a, Index example) {
+  std::vector<GroupMeans> means(c.groups);
+  for (Index r = 0; r < c.rows; ++r) {
+    for (Index k = 0; k < c.features; ++k) {
+      const Entry<T> entry(c, a, example, r, k);
+      GroupMeans& m = means[k / c.size()];
+      m.g += entry.g / c.count();
+      m.products += entry.g * entry.normalized / c.count();
+      m.g_magnitude += std::abs(entry.g) / c.count();
+      m.product_magnitude += std::abs(entry.g * entry.normalized) / c.count();
+    }
+  }
+  return means;
+}
+
+template <class T>
+void check_dx(const Case& c, const Arrays<T>& a, Index example) {
+  const std::vector<GroupMeans> means = group_means(c, a, example);
+  for (Index r = 0; r < c.rows; ++r) {
+    for (Index k = 0; k < c.features; ++k) {
+      const GroupMeans& m = means[k / c.size()];
+      const Entry<T> entry(c, a, example, r, k);
+      const Real expected = entry.inverse * (entry.g - m.g - entry.normalized * m.products);
+      const Real magnitude = std::abs(entry.g) + m.g_magnitude +
+                             std::abs(entry.normalized) * m.product_magnitude;
+      const Real found = real(a.dx[example * c.entries() + r * c.features + k]);
+      const Real allowed = dx_tolerance<T>(entry.inverse, magnitude, expected);
+      CHECK(std::abs(found - expected) <= allowed, c.name(), "example", example, "row", r,
+            "feature", k, "expected", expected, "found", found, "allowed", allowed);
+    }
+  }
+}
+
+template <class T>
+void check_results(const Case& c, const Arrays<T>& a) {
+  for (Index e = 0; e < c.examples; ++e) {
+    check_sums(c, a, e);
+    if (c.propagates) check_dx(c, a, e);
+  }
+}
+
+template <class T>
+void check_case(const Case& c) {
+  Arrays<T> a(c);
+  a.run(c);
+  check_results(c, a);
+}
+
+template <class T>
+void test_sizes() {
+  for (const Case& c : sizes()) check_case<T>(c);
+}
+
+template <class T>
+void test_large_sizes() {
+  for (const Case& c : large_sizes<T>()) check_case<T>(c);
+}
+
+template <class T>
+void test_options() {
+  for (int bits = 0; bits < 4; ++bits) {
+    for (Index groups : {1, 2, 12}) {
+      Case c{2, 29, 12, groups, 3};
+      c.scale = bits & 1;
+      c.propagates = bits & 2;
+      check_case<T>(c);
+    }
+  }
+}
+
+// Without dx, the same sums.
+template <class T>
+void test_sums_only() {
+  for (Case c : bitwise_sizes<T>()) {
+    Arrays<T> whole(c);
+    whole.run(c);
+    c.propagates = false;
+    Arrays<T> sums(c);
+    sums.run(c);
+    CHECK(sums.sums.same_bits(whole.sums), c.name());
+  }
+}
+
+template <class T>
+void test_no_examples() {
+  const Case c{0, 5, 3, 1, 2};
+  Arrays<T> a(c);
+  a.run(c);
+}
+
+template <class T>
+void test_large_mean() {
+  for (Index features : {1, 3, 64, 257, 1025}) {
+    for (Index groups : {Index{1}, features}) {
+      Case c{2, 97, features, groups, 4};
+      c.mean = 1e4;
+      check_case<T>(c);
+    }
+  }
+}
+
+// Entry `place` of the second example of x or dy is not finite: so are dx of its group and the sums
+// of its column, and nothing else.
+template <class T>
+void check_not_finite(const Case& c, Index place, double value, bool in_x) {
+  const Index feature = place % c.features, group = c.groups + feature / c.size();
+  Arrays<T> clean(c), a(c);
+  clean.run(c);
+  (in_x ? a.x : a.dy)[c.entries() + place] = nearest<T>(value);
+  a.run(c);
+  for (Index i = 0; i < a.sums.size(); ++i) {
+    const Index of_dy = 2 * c.features + feature, of_products = 3 * c.features + feature;
+    const bool own = i == of_products || (i == of_dy && !in_x);
+    CHECK(own ? !std::isfinite(a.sums[i]) : a.sums.same_bits(clean.sums, i, i + 1), c.name(), "sum",
+          i, "found", a.sums[i]);
+  }
+  for (Index i = 0; i < a.dx.size(); ++i) {
+    const bool own = i / c.entries() * c.groups + i % c.features / c.size() == group;
+    CHECK(own ? !std::isfinite(real(a.dx[i])) : a.dx.same_bits(clean.dx, i, i + 1), c.name(), "i",
+          i, "found", real(a.dx[i]));
+  }
+}
+
+template <class T>
+void test_not_finite() {
+  for (double value : {std::nan(""), std::numeric_limits<double>::infinity()}) {
+    for (Case c : {Case{3, 29, 6, 3, 4}, Case{3, 29, 13, 13, 2}, Case{2, 29, 257, 257, 3},
+                   Case{2, 7, 1030, 103, 2}}) {
+      for (bool in_x : {false, true}) {
+        check_not_finite<T>(c, 0, value, in_x);
+        check_not_finite<T>(c, c.entries() - 1, value, in_x);
+      }
+    }
+  }
+}
+
+// Deviations of 1e13 and of 1e-13: the third power of their inverse is out of the range of float.
+template <class T>
+void test_extreme_scales() {
+  for (double deviation : {1e13, 1e-13}) {
+    if (std::is_same_v<T, Float16>) continue;
+    for (Case c : {Case{2, 29, 6, 3, 4}, Case{2, 29, 257, 257, 3}, Case{1, 300, 5, 5, 2}}) {
+      c.deviation = deviation;
+      c.epsilon = 0;
+      check_case<T>(c);
+    }
+  }
+}
+
+template <class T>
+void test_denormals() {
+  for (Case c : {Case{2, 29, 6, 3, 4}, Case{2, 29, 257, 257, 3}, Case{1, 300, 5, 5, 2}}) {
+    Arrays<T> a(c);
+    const Real least = std::ldexp(Real{1}, Dtype<T>::least);
+    Random random(c.rows);
+    for (Index i = 0; i < a.dy.size(); ++i) a.dy[i] = nearest<T>((random.below(129) - 64) * least);
+    a.run(c);
+    check_results(c, a);
+  }
+}
+
+template <class T>
+void test_streams_and_offsets() {
+  for (Case c : bitwise_sizes<T>()) {
+    c.shift = 0;
+    Arrays<T> plain(c);
+    plain.run(c);
+    for (Index shift : {0, 1}) {
+      for (bool streams : {false, true}) {
+        c.shift = shift;
+        c.streams = streams;
+        Arrays<T> a(c);
+        a.run(c);
+        CHECK(a.same_results(plain), c.name());
+      }
+    }
+  }
+}
+
+template <class T>
+void test_threads() {
+  for (Case c : bitwise_sizes<T>()) {
+    Arrays<T> one(c);
+    one.run(c, 1);
+    for (int threads : kThreads) {
+      Arrays<T> a(c);
+      a.run(c, threads);
+      CHECK(a.same_results(one), c.name(), "threads", threads);
+    }
+  }
+}
+
+}  // namespace
+
+void test_columns_backward(Suite& suite) {
+  for_each_dtype([&](auto type) {
+    using T = decltype(type);
+    const std::string name = std::string("columns backward: ") + Dtype<T>::name;
+    suite.test(name + ", sizes", test_sizes<T>);
+    suite.test(name + ", sizes beyond a cache", test_large_sizes<T>);
+    suite.test(name + ", options", test_options<T>);
+    suite.test(name + ", sums only", test_sums_only<T>);
+    suite.test(name + ", no examples", test_no_examples<T>);
+    suite.test(name + ", mean 1e4", test_large_mean<T>);
+    suite.test(name + ", not finite", test_not_finite<T>);
+    suite.test(name + ", extreme scales", test_extreme_scales<T>);
+    suite.test(name + ", denormals", test_denormals<T>);
+    suite.test(name + ", streams and offsets", test_streams_and_offsets<T>);
+    suite.test(name + ", threads", test_threads<T>);
+  });
+}
+
+}  // namespace normjax::test
