@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+KERNELS := .venv/.kernels
 COMPILERS := .venv-compiled
 
 .DEFAULT_GOAL := help
@@ -9,10 +10,10 @@ COMPILERS := .venv-compiled
 help: ## Show this list.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
-demo: $(INSTALLED) ## Train a network on handwritten digits over four devices.
+demo: $(KERNELS) ## Train a network on handwritten digits over four devices.
 	$(BIN)/python examples/digits.py
 
-test: $(INSTALLED) ## Prove the promises; `pytest -n 2 -m "not slow"` leaves examples and processes out.
+test: $(KERNELS) ## Prove the promises; `pytest -n 2 -m "not slow"` leaves examples and processes out.
 	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) ## Check format, style and types.
@@ -20,7 +21,7 @@ lint: $(INSTALLED) ## Check format, style and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED) ## Measure errors, speed and memory against other libraries.
+bench: $(KERNELS) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
 	$(BIN)/python -m benchmarks.accuracy --out benchmarks/results/accuracy.md
 	$(BIN)/python -m benchmarks.second_pass --out benchmarks/results
@@ -40,6 +41,18 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# Kernels for the CPU, where they can be built: norms are slower without them, and no less exact.
+# Without isolation, since the headers must be those of the jaxlib that is installed.
+$(KERNELS): $(INSTALLED) $(wildcard native/*.toml native/CMakeLists.txt native/*/*.py native/src/*)
+	@if command -v $${CXX:-c++} > /dev/null; then \
+		$(BIN)/python -m pip install --quiet scikit-build-core cmake ninja && \
+		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation ./native || \
+		echo "normjax-cpu cannot be built here, so norms run without its kernels."; \
+	else \
+		echo "There is no C++ compiler, so norms run without the kernels of normjax-cpu."; \
+	fi
 	@touch $@
 
 # The compilers without CUDA's libraries, since nothing runs. They live apart: JAX would look for

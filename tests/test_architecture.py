@@ -25,6 +25,7 @@ ROOMS = [
     "_functions",
     "_modules",
     "__init__",
+    "__main__",
     "linen",
     "nnx",
     "surgery",

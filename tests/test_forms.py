@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import normjax
 from normjax import BatchStats
-from normjax._core.lowering import PLATFORMS, VARIABLE
-from normjax._core.platforms import gpu
+from normjax._core.lowering import CPU, KERNELS, PLATFORMS, VARIABLE
+from normjax._core.platforms import gpu, kernels
 from tests import hard, reference
 from tests.reference import EPS
 from tests.ways import mesh
@@ -41,13 +41,17 @@ LONG = {
 def form(request):
     """The form that programs are lowered in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, request.param)
+        if request.param == KERNELS:
+            patch.delenv(VARIABLE, raising=False)
+        else:
+            patch.setenv(VARIABLE, request.param)
         jax.clear_caches()
         yield request.param
         jax.clear_caches()
 
 
-every_form = pytest.mark.parametrize("form", PLATFORMS, indirect=True)
+FORMS = PLATFORMS if kernels.plugin() is None else (*PLATFORMS, KERNELS)
+every_form = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
 @every_form
@@ -55,7 +59,7 @@ def test_the_form_is_the_one_that_was_asked_for(form):
     stats = BatchStats.make(2)
     step = jax.jit(lambda x: normjax.batch_norm(x, stats, train=True)[0])
     conditionals = step.lower(jnp.ones((4, 2))).as_text().count("stablehlo.case")
-    assert conditionals == (0 if form == "cpu" else 1)
+    assert conditionals == (0 if form in CPU else 1)
     columns = jax.jit(normjax.instance_norm).lower(jnp.ones((1, 256, 2))).as_text()
     assert columns.count("stablehlo.case") == (1 if form == "gpu" else 0)
 

@@ -104,8 +104,20 @@ class Random {
 
 template <class T>
 void fill(Array<T>& to, std::uint64_t seed, double mean, double deviation) {
+  if (deviation == 0) {
+    std::fill_n(to.data(), to.size(), nearest<T>(mean));
+    return;
+  }
   Random random(seed);
   for (Index i = 0; i < to.size(); ++i) to[i] = nearest<T>(mean + deviation * random.number());
+}
+
+// Integers from -64 to 64 times the least number of T.
+template <class T>
+void fill_with_denormals(Array<T>& to, std::uint64_t seed) {
+  constexpr double kLeast = power_of_two(Dtype<T>::least);
+  Random random(seed);
+  for (Index i = 0; i < to.size(); ++i) to[i] = nearest<T>((random.below(129) - 64) * kLeast);
 }
 
 }  // namespace normjax::test

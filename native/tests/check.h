@@ -6,13 +6,14 @@
 #include <functional>
 #include <sstream>
 #include <string>
+#include <utility>
 
-// The values after the condition are read and printed only where it does not hold.
-#define CHECK(condition, ...)                                                            \
-  do {                                                                                   \
-    if (!(condition)) {                                                                  \
-      normjax::test::fail(__FILE__, __LINE__, #condition, normjax::test::text(__VA_ARGS__)); \
-    }                                                                                    \
+// The values after the condition are read only where it does not hold.
+#define CHECK(condition, ...)                                                                 \
+  do {                                                                                        \
+    if (!(condition) && normjax::test::failed()) {                                            \
+      normjax::test::print(__FILE__, __LINE__, #condition, normjax::test::text(__VA_ARGS__)); \
+    }                                                                                         \
   } while (false)
 
 namespace normjax::test {
@@ -25,8 +26,10 @@ std::string text(const Values&... values) {
   return out.str();
 }
 
-// Notes a failure of the test that runs, from any thread, and prints the first few of them.
-void fail(const char* file, int line, const char* condition, const std::string& values);
+// Counts a failure of the test that runs, from any thread; true for the few that are printed.
+bool failed();
+
+void print(const char* file, int line, const char* condition, const std::string& values);
 
 // Runs tests whose names contain a filter, and counts them.
 class Suite {

@@ -58,8 +58,7 @@ inline std::uint16_t encode(std::uint32_t bits, Format format) {
   const std::uint32_t significand = exponent == 0 ? fraction : fraction | 0x800000;
   if (significand == 0) return sign;
   const int power = std::max(exponent, 1) - 150;
-  int length = 0;
-  while (significand >> length != 0) ++length;
+  const int length = 32 - __builtin_clz(significand);
   const int unit = std::max(power + length - 1 - format.fraction_bits, format.least());
   const std::uint32_t multiple = unit > power ? divided(significand, unit - power)
                                               : significand << (power - unit);
@@ -67,6 +66,13 @@ inline std::uint16_t encode(std::uint32_t bits, Format format) {
   const std::int64_t all =
       (std::int64_t{unit - format.least()} << format.fraction_bits) + multiple;
   return sign | static_cast<std::uint16_t>(std::min<std::int64_t>(all, format.infinity()));
+}
+
+constexpr Real power_of_two(int exponent) {
+  Real power = 1;
+  for (; exponent > 0; --exponent) power *= 2;
+  for (; exponent < 0; ++exponent) power /= 2;
+  return power;
 }
 
 inline std::uint32_t bits_of(float value) {
@@ -88,23 +94,23 @@ struct Dtype {
   static constexpr int least = std::numeric_limits<T>::min_exponent - digits;
   static constexpr const char* name = sizeof(T) == 4 ? "float" : "double";
   static Real real(T value) { return value; }
-  static T nearest(Real value) { return static_cast<T>(value); }
+  static T nearest(double value) { return static_cast<T>(value); }
 };
+
+inline std::vector<float> decode_all(Format format) {
+  std::vector<float> all(65536);
+  for (int i = 0; i < 65536; ++i) all[i] = static_cast<float>(decode(i, format));
+  return all;
+}
 
 template <class T>
 struct HalfDtype {
-  static Real real(T value) {
-    static const std::vector<float> values = [] {
-      std::vector<float> all(65536);
-      for (int i = 0; i < 65536; ++i) all[i] = static_cast<float>(decode(i, Dtype<T>::format));
-      return all;
-    }();
-    return values[value.bits];
-  }
+  static Real real(T value) { return values[value.bits]; }
   // By way of float, as the kernels store.
-  static T nearest(Real value) {
+  static T nearest(double value) {
     return T{encode(bits_of(static_cast<float>(value)), Dtype<T>::format)};
   }
+  static const std::vector<float> values;
 };
 
 template <>
@@ -124,12 +130,15 @@ struct Dtype<Float16> : HalfDtype<Float16> {
 };
 
 template <class T>
+const std::vector<float> HalfDtype<T>::values = decode_all(Dtype<T>::format);
+
+template <class T>
 Real real(T value) {
   return Dtype<T>::real(value);
 }
 
 template <class T>
-T nearest(Real value) {
+T nearest(double value) {
   return Dtype<T>::nearest(value);
 }
 

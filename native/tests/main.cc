@@ -15,11 +15,13 @@ std::atomic<long> failures{0};
 
 }  // namespace
 
-void fail(const char* file, int line, const char* condition, const std::string& values) {
-  static std::mutex mutex;
+bool failed() {
   constexpr long kPrinted = 5;
-  const long before = failures.fetch_add(1);
-  if (before >= kPrinted) return;
+  return failures.fetch_add(1) < kPrinted;
+}
+
+void print(const char* file, int line, const char* condition, const std::string& values) {
+  static std::mutex mutex;
   std::lock_guard<std::mutex> lock(mutex);
   std::printf("  %s:%d: %s is false:%s\n", file, line, condition, values.c_str());
 }

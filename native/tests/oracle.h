@@ -29,7 +29,9 @@ constexpr Real kRoundings = 16;
 // What one more rounding to T may do to y: half the distance of its neighbors.
 template <class T>
 Real half_unit(Real y) {
-  return std::ldexp(std::abs(y), -Dtype<T>::digits) + std::ldexp(Real{1}, Dtype<T>::least - 1);
+  constexpr Real relative = power_of_two(-Dtype<T>::digits);
+  constexpr Real least = power_of_two(Dtype<T>::least - 1);
+  return relative * std::abs(y) + least;
 }
 
 // A sum over so many rows in the dtype of accumulation, against the sum of magnitudes.
@@ -71,12 +73,15 @@ Real y_tolerance(Real mean, Real inverse, Real normalized, Real scale, Real bias
   return kEps<A> * (kRoundings * product + std::abs(bias)) + least + half_unit<T>(y);
 }
 
-// dx = inverse (g - mean of g - normalized mean of g normalized), each term with the error of its
-// sums; `magnitude` is that of the sum in parentheses with the magnitudes of all it is made of.
+// dx = inverse (g - mean of g - d inverse^2 mean of g d), each term with the error of its sums;
+// `magnitude` is what is in parentheses with the magnitudes of all it is made of.
 template <class T>
-Real dx_tolerance(Real inverse, Real magnitude, Real dx) {
+Real dx_tolerance(Real inverse, Real d, Real magnitude, Real dx) {
   using A = Accumulator<T>;
-  return kEps<A> * kRoundings * inverse * magnitude + kLeast<A> * (inverse + 2) + half_unit<T>(dx);
+  // Where means are not normal, they are multiplied by up to three inverses and by d.
+  const Real inverses = (1 + inverse) * (1 + inverse) * (1 + inverse);
+  const Real least = kLeast<A> * inverses * (1 + std::abs(d));
+  return kEps<A> * kRoundings * inverse * magnitude + least + half_unit<T>(dx);
 }
 
 }  // namespace normjax::test

@@ -69,17 +69,17 @@ std::vector<Moments> moments_of(const T* x, const Case& c, Index groups) {
   const Index size = c.features / groups;
   const Real count = static_cast<Real>(c.rows) * size;
   std::vector<Moments> found(groups);
-  for (Index r = 0; r < c.rows; ++r) {
-    for (Index k = 0; k < c.features; ++k) found[k / size].mean += real(x[r * c.features + k]);
-  }
-  for (Moments& m : found) m.mean /= count;
-  for (Index r = 0; r < c.rows; ++r) {
-    for (Index k = 0; k < c.features; ++k) {
-      Moments& m = found[k / size];
-      const Real d = real(x[r * c.features + k]) - m.mean;
-      m.m2 += d * d;
+  const auto for_each_entry = [&](auto body) {
+    for (Index r = 0; r < c.rows; ++r) {
+      const T* row = x + r * c.features;
+      for (Moments& m : found) {
+        for (Index k = 0; k < size; ++k) body(m, real(*row++));
+      }
     }
-  }
+  };
+  for_each_entry([](Moments& m, Real value) { m.mean += value; });
+  for (Moments& m : found) m.mean /= count;
+  for_each_entry([](Moments& m, Real value) { m.m2 += (value - m.mean) * (value - m.mean); });
   return found;
 }
 
@@ -176,37 +176,44 @@ void test_large_mean() {
   }
 }
 
+// y of what has no deviation.
+template <class T>
+void check_bias(const Case& c, const Arrays<T>& a) {
+  for (Index r = 0; r < c.examples * c.rows; ++r) {
+    for (Index k = 0; k < c.features; ++k) {
+      const Real expected = real(nearest<T>(a.bias[k])), found = real(a.y[r * c.features + k]);
+      CHECK(found == expected, c.name(), "row", r, "feature", k, "expected", expected, "found",
+            found);
+    }
+  }
+}
+
 // Every entry the same value: nothing may be left of it.
 template <class T>
-void check_constant(const Case& c, T value) {
+void check_constant(Case c, double value) {
   using A = Accumulator<T>;
+  c.mean = value;
+  c.deviation = 0;
   Arrays<T> a(c);
-  for (Index i = 0; i < a.x.size(); ++i) a.x[i] = value;
   a.run(c);
   const auto check = [&](const Array<A>& mean, const Array<A>& m2, const char* kernel) {
     for (Index i = 0; i < mean.size(); ++i) {
-      CHECK(m2[i] == 0 && mean[i] == real(value), kernel, c.name(), "value", real(value), "mean",
-            mean[i], "m2", m2[i]);
+      CHECK(m2[i] == 0 && mean[i] == real(a.x[0]), kernel, c.name(), "mean", mean[i], "m2", m2[i]);
     }
   };
   check(a.each_mean, a.each_m2, "moments");
   check(a.mean, a.m2, "forward");
-  for (Index i = 0; i < a.y.size(); ++i) {
-    const Real bias = real(nearest<T>(a.bias[i % c.features]));
-    CHECK(real(a.y[i]) == bias, c.name(), "value", real(value), "expected", bias, "found",
-          real(a.y[i]));
-  }
+  check_bias(c, a);
 }
 
 template <class T>
 void test_constants(std::vector<double> values) {
   for (double value : values) {
-    const T constant = nearest<T>(value);
-    if (!std::isfinite(real(constant))) continue;
+    if (!std::isfinite(real(nearest<T>(value)))) continue;
     for (Index features : {1, 3, 8, 97, 257, 1025}) {
       for (Index groups : {Index{1}, features}) {
         for (Index blocks : {1, 3, 9}) {
-          check_constant<T>({2, 103, features, groups, blocks}, constant);
+          check_constant<T>({2, 103, features, groups, blocks}, value);
         }
       }
     }
@@ -273,22 +280,17 @@ void test_overflow() {
       CHECK(std::abs(a.each_mean[i] - m.mean) <= mean_tolerance<Accumulator<T>>(m, c.rows),
             c.name(), a.each_mean[i], m.mean);
     }
-    for (Index i = 0; i < a.y.size(); ++i) {
-      CHECK(real(a.y[i]) == real(nearest<T>(a.bias[i % c.features])), c.name(), i, real(a.y[i]));
-    }
+    check_bias(c, a);
   }
 }
 
-// Integers times the least number of T.
 template <class T>
 void test_denormals() {
   for (bool bias : {false, true}) {
     for (Case c : {Case{2, 29, 6, 3, 4}, Case{2, 29, 257, 257, 3}, Case{1, 300, 5, 5, 2}}) {
       c.bias = bias;
       Arrays<T> a(c);
-      const Real least = std::ldexp(Real{1}, Dtype<T>::least);
-      Random random(c.rows);
-      for (Index i = 0; i < a.x.size(); ++i) a.x[i] = nearest<T>((random.below(129) - 64) * least);
+      fill_with_denormals(a.x, c.rows);
       a.run(c);
       check_results(c, a);
     }
@@ -318,7 +320,7 @@ void test_threads() {
   for (Case c : bitwise_sizes<T>()) {
     Arrays<T> one(c);
     one.run(c, 1);
-    for (int threads : kThreads) {
+    for (int threads : {2, 3, 8}) {
       Arrays<T> a(c);
       a.run(c, threads);
       CHECK(a.same_results(one), c.name(), "threads", threads);

@@ -34,6 +34,8 @@ struct Case {
   }
 };
 
+Real square(Real value) { return value * value; }
+
 template <class T>
 struct Arrays {
   using A = Accumulator<T>;
@@ -63,7 +65,7 @@ struct Arrays {
     const T* own = x.data() + row * c.n;
     Real sum = 0, m2 = 0;
     for (Index i = 0; c.centered && i < c.n; ++i) sum += real(own[i]);
-    for (Index i = 0; i < c.n; ++i) m2 += std::pow(real(own[i]) - sum / c.n, 2);
+    for (Index i = 0; i < c.n; ++i) m2 += square(real(own[i]) - sum / c.n);
     mean[row] = static_cast<A>(sum / c.n);
     inverse[row] = static_cast<A>(1 / std::sqrt(m2 / c.divisor() + c.epsilon));
   }
@@ -101,11 +103,12 @@ struct RowSums {
 
 template <class T>
 struct Terms {
-  Real g, normalized;
+  Real g, d, normalized;
 
   Terms(const Case& c, const Arrays<T>& a, Index row, Index i) {
     g = real(a.dy[row * c.n + i]) * (c.scale ? Real{a.scale[i]} : 1);
-    normalized = (real(a.x[row * c.n + i]) - a.mean[row]) * a.inverse[row];
+    d = real(a.x[row * c.n + i]) - a.mean[row];
+    normalized = d * a.inverse[row];
   }
 };
 
@@ -135,7 +138,7 @@ void check_row(const Case& c, const Arrays<T>& a, Index row) {
     const Real magnitude = std::abs(t.g) + mean_magnitude +
                            std::abs(t.normalized) * (sums.product_magnitude / divisor);
     const Real found = real(a.dx[row * c.n + i]);
-    const Real allowed = dx_tolerance<T>(inverse, magnitude, expected);
+    const Real allowed = dx_tolerance<T>(inverse, t.d, magnitude, expected);
     CHECK(std::abs(found - expected) <= allowed, c.name(), "row", row, "i", i, "expected", expected,
           "found", found, "allowed", allowed);
   }
@@ -287,9 +290,7 @@ void test_denormals() {
   for (Index n : {1, 17, 97, 1025}) {
     const Case c{9, n, 2};
     Arrays<T> a(c);
-    const Real least = std::ldexp(Real{1}, Dtype<T>::least);
-    Random random(n);
-    for (Index i = 0; i < a.dy.size(); ++i) a.dy[i] = nearest<T>((random.below(129) - 64) * least);
+    fill_with_denormals(a.dy, n);
     a.run(c);
     for (Index row = 0; row < c.rows; ++row) check_row(c, a, row);
     check_affine(c, a);
@@ -321,7 +322,7 @@ void test_threads() {
   for (Case c : kBitwise) {
     Arrays<T> one(c);
     one.run(c, 1);
-    for (int threads : kThreads) {
+    for (int threads : {2, 3, 8}) {
       Arrays<T> a(c);
       a.run(c, threads);
       CHECK(a.same_results(one), c.name(), "threads", threads);

@@ -49,7 +49,8 @@ class Map:
         lowered = self.lowered
         return Map(
             partial(mapped, self.written),
-            lowered and (lambda platform, *v: mapped(partial(lowered, without_kernels(platform)), *v)),
+            lowered
+            and (lambda platform, *v: mapped(partial(lowered, without_kernels(platform)), *v)),
         )
 
 

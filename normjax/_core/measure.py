@@ -97,7 +97,7 @@ class Reduction(NamedTuple):
             axis_index_groups=None if groups is None else tuple(map(tuple, groups)),
         )
 
-    def count(self, x: Array) -> Count:
+    def entries(self, x: Array) -> Count:
         """How many entries of x share, on this device and without a mask."""
         count = counted(x, None, self.axes)
         if self.groups is None:

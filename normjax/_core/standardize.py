@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,9 +106,7 @@ def _jitted(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def standardized(
-    inputs: Inputs, options: Options, kept: bool = False
-) -> tuple[Array, Moments]:
+def standardized(inputs: Inputs, options: Options, kept: bool = False) -> tuple[Array, Moments]:
     """`standardize` inside of a larger function; moments in the rank of x.
 
     `kept` says that a derivative reads the moments again.
@@ -185,41 +183,36 @@ def _kernel(inputs: Inputs, options: Options) -> kernels.View | None:
         return None
     if any(jax.typeof(x).sharding.spec) or kernels.plugin() is None:
         return None
-    how = kernels.view(x.shape, where.axes, where.groups)
-    if isinstance(how, kernels.Columns):
-        features = range(where.axes[-1] + 1, x.ndim)
-        known = where.centered and not options.summed
-    else:
-        features, known = where.axes, how is not None
-    affine = [v for v in (inputs.scale, inputs.bias) if v is not None]
+    how = kernels.view(x.shape, where.axes, where.groups, where.centered, options.summed)
+    if how is None:
+        return None
+    rows = isinstance(how, kernels.Rows)
+    features = where.axes if rows else tuple(range(where.axes[-1] + 1, x.ndim))
     shape = tuple(n if a in features else 1 for a, n in enumerate(x.shape))
-    known = known and all(v.shape == shape for v in affine)
-    known = known and common_dtype(x, *affine) == accumulation_dtype(x.dtype)
-    return how if known else None
+    affine = [v for v in (inputs.scale, inputs.bias) if v is not None]
+    one_dtype = common_dtype(x, *affine) == accumulation_dtype(x.dtype)
+    return how if one_dtype and all(v.shape == shape for v in affine) else None
 
 
 def _by_kernel(
     inputs: Inputs, options: Options, how: kernels.View, kept: bool
 ) -> tuple[Array, Moments]:
     """`_composed`, by one kernel where kernels may be called."""
-    x, where = inputs.x, options.reduction
-    count = where.count(x)
-    inputs = inputs._replace(epsilon=jnp.asarray(inputs.epsilon, accumulation_dtype(x.dtype)))
+    kind = jax.typeof(inputs.x).update(weak_type=False)
+    shape = tuple(1 if a in options.reduction.axes else n for a, n in enumerate(kind.shape))
+    one = kind.update(shape=shape, dtype=accumulation_dtype(kind.dtype))
 
     def form(platform: str, inputs: Inputs) -> list[Array]:
         if platform != KERNELS:
-            y, (_, *both) = _composed(inputs, options, kept)
-            return [y, *both]
+            y, moments = _composed(inputs, options, kept)
+            return [y, moments.mean, moments.m2]
         x, _, scale, bias, epsilon, *_ = inputs
-        divisor = 1.0 if options.summed else float(count)
-        y, mean, m2 = kernels.forward(x, scale, bias, epsilon, how, where.centered, divisor)
-        return [y, *(how.to_features(v).reshape(kept_shape) for v in (mean, m2))]
+        y, *both = kernels.forward(how, x, scale, bias, jnp.asarray(epsilon))
+        return [y, *(v.reshape(shape) for v in both)]
 
-    kind = jax.typeof(x).update(weak_type=False)
-    kept_shape = tuple(1 if a in where.axes else n for a, n in enumerate(x.shape))
-    one = kind.update(shape=kept_shape, dtype=accumulation_dtype(x.dtype))
+    inputs = _with_epsilon(inputs)
     y, mean, m2 = chosen(form, (inputs,), types=(kind, one, one))
-    return y, Moments(count, mean, m2)
+    return y, Moments(options.reduction.entries(inputs.x), mean, m2)
 
 
 def _tangent_by_kernel(
@@ -227,31 +220,37 @@ def _tangent_by_kernel(
     dx: Array, d_scale: Array | None, d_bias: Array | None,
 ) -> Array:  # fmt: skip
     """dy of `_tangent`, as one map whose transpose is one kernel where kernels may be called."""
-    where, count = options.reduction, options.reduction.count(inputs.x)
     terms, structure = jax.tree.flatten((dx, d_scale, d_bias))
-    epsilon = jnp.asarray(inputs.epsilon, accumulation_dtype(inputs.x.dtype))
-    inputs = inputs._replace(bias=None, epsilon=epsilon, pivot=None)
-    kept, own = jax.tree.flatten((inputs, moments[1:]))
+    inputs = _with_epsilon(inputs._replace(bias=None, pivot=None))
+    kept, own = jax.tree.flatten((inputs, moments.mean, moments.m2))
+    count, number = options.reduction.entries(inputs.x), len(terms)
+
+    def given(kept: Sequence[Array]) -> tuple[Inputs, Moments]:
+        inputs, *both = jax.tree.unflatten(own, kept)
+        return inputs, Moments(count, *both)
 
     def written(*operands: Array) -> Array:
-        terms = jax.tree.unflatten(structure, operands[: structure.num_leaves])
-        inputs, both = jax.tree.unflatten(own, operands[structure.num_leaves :])
-        return _tangent(inputs, Moments(count, *both), options, *terms, None)[0]
+        dx, d_scale, d_bias = jax.tree.unflatten(structure, operands[:number])
+        inputs, moments = given(operands[number:])
+        return _tangent(inputs, moments, options, dx, d_scale, d_bias, None)[0]
 
     def kernel(dy: Array, *kept: Array) -> list[Array]:
-        inputs, both = jax.tree.unflatten(own, kept)
-        vectors, _ = _vectors(Moments(count, *both), inputs, options)
-        each = (how.of_features(v) for v in (both[0], inverse(vectors, vectors.var.dtype)))
-        divisor = 1.0 if options.summed else float(count)
-        affine = len(terms) > 1
-        dx, *sums = kernels.backward(
-            dy, inputs.x, *each, inputs.scale, how, where.centered, divisor, affine
-        )
-        found = jax.tree.unflatten(structure, terms)
-        sums = [v for v, term in zip(sums, found[1:], strict=False) if term is not None]
-        return [v.reshape(t.shape).astype(t.dtype) for v, t in zip([dx, *sums], terms, strict=True)]
+        inputs, moments = given(kept)
+        vectors, _ = _vectors(moments, inputs, options)
+        each = moments.mean, inverse(vectors, vectors.var.dtype)
+        dx, *sums = kernels.backward(how, dy, inputs.x, *each, inputs.scale, affine=number > 1)
+        wanted = [v for v, t in zip(sums, (d_scale, d_bias), strict=False) if t is not None]
+        return [
+            v.reshape(t.shape).astype(t.dtype) for v, t in zip((dx, *wanted), terms, strict=True)
+        ]
 
     return norm_tangent(written, terms, kept, kernel)
+
+
+def _with_epsilon(inputs: Inputs) -> Inputs:
+    """epsilon as an array, since a kernel reads it."""
+    dtype = real_dtype(accumulation_dtype(inputs.x.dtype))
+    return inputs._replace(epsilon=jnp.asarray(inputs.epsilon, dtype))
 
 
 def _measured(inputs: Inputs, options: Options, kept: bool) -> Moments:

@@ -28,7 +28,10 @@ from normjax._core.platforms import cpu
 
 # The arguments of the kernels that are called below, as normjax-cpu numbers them.
 INTERFACE = 1
-REBUILD = "Build it again, from a clone: pip install --force-reinstall ./native"
+REBUILD = (
+    "Build it again, in a clone of normjax: pip install scikit-build-core cmake ninja && "
+    "pip install --force-reinstall --no-deps --no-build-isolation ./native"
+)
 
 DTYPES = tuple(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
 # A row that goes through the second cache of a core more than once is no gain.
@@ -36,30 +39,64 @@ LONGEST_ROW = 65536
 
 
 class Rows(NamedTuple):
-    """x as (rows, entries): each row has its statistics."""
+    """x as (rows, features): each row has its own statistics, and each entry its scale and bias.
+
+    Attributes:
+        rows, features: the shape of x.
+        centered: around the mean of the row, or around zero.
+        divisor: of m2, for the square that y is divided by the root of.
+    """
 
     rows: int
-    entries: int
+    features: int
+    centered: bool
+    divisor: float
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def normalizes(self) -> bool:
+        """Whether y is written while x lies in cache."""
+        return True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """That of x for the kernels."""
-        return self.rows, self.entries
+        return self.rows, self.features
 
     @property
-    def features(self) -> int:
-        """How many entries scale and bias have."""
-        return self.entries
+    def statistics(self) -> tuple[int, ...]:
+        """That of mean and m2 for the kernels."""
+        return (self.rows,)
 
-    normalizes = True
-
-    def to_features(self, v: Array) -> Array:
-        """What the kernels give, as the norms keep it: one for each row."""
+    def spread(self, v: Array) -> Array:
+        """What a kernel gives, as the norms keep it: one for each row."""
         return v
 
-    def of_features(self, v: Array) -> Array:
-        """What the norms keep, as the kernels take it."""
-        return v.reshape(self.rows)
+    def collect(self, v: Array) -> Array:
+        """What the norms keep, as a kernel takes it."""
+        return v.reshape(self.statistics)
+
+    def forward(self, *given: Array) -> list[Array]:
+        """y, mean and m2."""
+        x, *_, epsilon = given
+        each = _like(epsilon, *self.statistics)
+        return _call(
+            "normjax_rows_forward", [_like(x, *self.shape), each, each], *given, **self._how
+        )
+
+    def backward(self, *given: Array, affine: bool) -> list[Array]:
+        """dx, and dscale and dbias if `affine`."""
+        x, mean = given[1:3]
+        features = self.features if affine else 0
+        # 64 rows or more, and some pieces for several threads.
+        blocks = max(1, min(8, self.rows // 8), self.rows // 64)
+        vector, parts = _like(mean, features), _like(mean, blocks, 2, features)
+        results = [_like(x, *self.shape), vector, vector, parts]
+        dx, *sums, _ = _call("normjax_rows_backward", results, *given, **self._how)
+        return [dx, *sums] if affine else [dx]
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        return dict(centered=self.centered, divisor=np.float64(self.divisor))
 
 
 class Columns(NamedTuple):
@@ -71,103 +108,100 @@ class Columns(NamedTuple):
     groups: int
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def normalizes(self) -> bool:
+        """Whether y is written while x lies in cache.
+
+        In batch norm it does not, and XLA fuses y with the activation behind it.
+        """
+        return self.examples > 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
         """That of x for the kernels."""
         return self.examples, self.rows, self.features
 
     @property
-    def normalizes(self) -> bool:
-        """Whether y is written by the kernel that measures x, while it lies in cache."""
-        return self.examples > 1
+    def statistics(self) -> tuple[int, ...]:
+        """That of mean and m2 for the kernels."""
+        return self.examples, self.groups
 
-    def to_features(self, v: Array) -> Array:
-        """What the kernels give for each group, for each of its features."""
-        wide = (self.examples, self.groups, self.features // self.groups)
+    def spread(self, v: Array) -> Array:
+        """What a kernel gives for each group, for each of its features."""
+        wide = (*self.statistics, self.features // self.groups)
         return jnp.broadcast_to(v[..., None], wide)
 
-    def of_features(self, v: Array) -> Array:
-        """What the features of a group have in common."""
-        return v.reshape(self.examples, self.groups, -1)[..., 0]
+    def collect(self, v: Array) -> Array:
+        """What the features of a group have in common, as a kernel takes it."""
+        return v.reshape(*self.statistics, -1)[..., 0]
 
-    def blocks(self, itemsize: int) -> int:
-        """Pieces of an example that are summed by themselves: 64 kB or more, 64 rows or more."""
-        rows = max(64, 65536 // (self.features * itemsize))
-        return -(-self.rows // rows)
+    def moments(self, x: Array, dtype: np.dtype) -> list[Array]:
+        """mean and m2 of each feature of each example."""
+        each = jax.ShapeDtypeStruct((self.examples, self.features), dtype)
+        results = [each, each, self._parts(x, each)]
+        return _call("normjax_columns_moments", results, x.reshape(self.shape))[:2]
+
+    def forward(self, *given: Array) -> list[Array]:
+        """y, mean and m2."""
+        x, *_, epsilon = given
+        each, vectors = _like(epsilon, *self.statistics), (self.examples, 3, self.features)
+        results = [_like(x, *self.shape), each, each, self._parts(x, epsilon)]
+        return _call("normjax_columns_forward", [*results, _like(epsilon, *vectors)], *given)[:3]
+
+    def backward(self, *given: Array, affine: bool) -> list[Array]:
+        """dx, and dscale and dbias if `affine`."""
+        x, mean, inverse = given[1:4]
+        sums, vectors = (_like(mean, self.examples, n, self.features) for n in (2, 4))
+        results = [_like(x, *self.shape), sums, self._parts(x, mean), vectors]
+        dx, both, *_ = _call("normjax_columns_backward", results, *given)
+        if not affine:
+            return [dx]
+        of_groups = both[:, 1].reshape(*self.statistics, -1) * inverse[..., None]
+        return [dx, jnp.sum(of_groups, 0).reshape(-1), jnp.sum(both[:, 0], 0)]
+
+    def _parts(self, x: Array, like: Any) -> jax.ShapeDtypeStruct:
+        """Two numbers for each feature of a piece of 64 kB or more and 64 rows or more."""
+        rows = max(64, 65536 // (self.features * x.dtype.itemsize))
+        return _like(like, self.examples, -(-self.rows // rows), 2, self.features)
 
 
 View = Rows | Columns
 
 
-def view(shape: tuple[int, ...], axes: tuple[int, ...], groups: Any = None) -> View | None:
+def view(
+    shape: tuple[int, ...], axes: tuple[int, ...], groups: Any = None, centered: bool = True,
+    summed: bool = False,
+) -> View | None:  # fmt: skip
     """How the kernels see an x that is reduced over `axes`; None where they cannot."""
-    if not all(isinstance(n, int) for n in shape) or 0 in shape:
+    known = axes and all(isinstance(n, int) for n in shape) and 0 not in shape
+    if not known or axes != tuple(range(axes[0], axes[-1] + 1)):
         return None
     first, end = axes[0], axes[-1] + 1
-    if end - first != len(axes):
-        return None
     kept, reduced, features = (prod(v) for v in (shape[:first], shape[first:end], shape[end:]))
     if groups is not None:
         last = groups.axis == end == len(shape) - 1
         return Columns(kept, reduced, features, groups.groups) if last else None
     if end == len(shape):
-        return Rows(kept, reduced) if reduced <= LONGEST_ROW else None
-    return Columns(kept, reduced, features, features)
+        divisor = 1.0 if summed else float(reduced)
+        return Rows(kept, reduced, centered, divisor) if reduced <= LONGEST_ROW else None
+    return Columns(kept, reduced, features, features) if centered and not summed else None
 
 
 def forward(
-    x: Array, scale: Array | None, bias: Array | None, epsilon: Array, how: View,
-    centered: bool, divisor: float,
-) -> list[Array]:  # fmt: skip
-    """y, and mean and m2 of each row, or of each group of each example."""
-    dtype, size = accumulation_dtype(x.dtype), x.dtype.itemsize
-    vectors = [_vector(v, how.features, dtype) for v in (scale, bias)]
-    given = x.reshape(how.shape), *vectors, epsilon.astype(dtype)
-    y = jax.ShapeDtypeStruct(how.shape, x.dtype)
-    if isinstance(how, Rows):
-        each = jax.ShapeDtypeStruct((how.rows,), dtype)
-        attributes = dict(centered=centered, divisor=np.float64(divisor))
-        out = _call("normjax_rows_forward", [y, each, each], *given, **attributes)
-    else:
-        each = jax.ShapeDtypeStruct((how.examples, how.groups), dtype)
-        blocks = how.blocks(size)
-        parts = jax.ShapeDtypeStruct((how.examples, blocks, 2, how.features), dtype)
-        vector = jax.ShapeDtypeStruct((how.examples, 3, how.features), dtype)
-        out = _call("normjax_columns_forward", [y, each, each, parts, vector], *given)[:3]
-    y, mean, m2 = out
-    return [y.reshape(x.shape), mean, m2]
+    how: View, x: Array, scale: Array | None, bias: Array | None, epsilon: Array
+) -> list[Array]:
+    """y, and mean and m2 of all that shares statistics."""
+    vectors = (_vector(v, how, epsilon.dtype) for v in (scale, bias))
+    y, *moments = how.forward(x.reshape(how.shape), *vectors, epsilon)
+    return [y.reshape(x.shape), *map(how.spread, moments)]
 
 
 def backward(
-    dy: Array, x: Array, mean: Array, inverse: Array, scale: Array | None, how: View,
-    centered: bool, divisor: float, affine: bool,
-) -> list[Array]:  # fmt: skip
-    """dx, and dscale and dbias of (features,) if `affine`.
-
-    mean and inverse, the reciprocal of the deviation, are of each row, or of each group of each
-    example.
-    """
-    dtype, size = accumulation_dtype(x.dtype), x.dtype.itemsize
-    pair = dy.reshape(how.shape), x.reshape(how.shape)
-    given = *pair, mean, inverse, _vector(scale, how.features, dtype)
-    dx = jax.ShapeDtypeStruct(how.shape, x.dtype)
-    if isinstance(how, Rows):
-        blocks = max(1, min(8, how.rows // 8), how.rows // 64)
-        entries = how.entries if affine else 0
-        vector = jax.ShapeDtypeStruct((entries,), dtype)
-        parts = jax.ShapeDtypeStruct((blocks, 2, entries), dtype)
-        attributes = dict(centered=centered, divisor=np.float64(divisor))
-        results = [dx, vector, vector, parts]
-        dx, dscale, dbias, _ = _call("normjax_rows_backward", results, *given, **attributes)
-        return [dx.reshape(x.shape), dscale, dbias]
-    sums = jax.ShapeDtypeStruct((how.examples, 2, how.features), dtype)
-    parts = jax.ShapeDtypeStruct((how.examples, how.blocks(size), 2, how.features), dtype)
-    vectors = jax.ShapeDtypeStruct((how.examples, 4, how.features), dtype)
-    dx, sums, *_ = _call("normjax_columns_backward", [dx, sums, parts, vectors], *given)
-    if not affine:
-        return [dx.reshape(x.shape)]
-    of_group = sums[:, 1].reshape(*inverse.shape, -1) * inverse[..., None]
-    dscale = jnp.sum(of_group, 0).reshape(-1)
-    return [dx.reshape(x.shape), dscale, jnp.sum(sums[:, 0], 0)]
+    how: View, dy: Array, x: Array, mean: Array, inverse: Array, scale: Array | None, affine: bool
+) -> list[Array]:
+    """dx, and dscale and dbias of all features if `affine`; `inverse` is that of the deviation."""
+    pair, each = (v.reshape(how.shape) for v in (dy, x)), map(how.collect, (mean, inverse))
+    dx, *sums = how.backward(*pair, *each, _vector(scale, how, mean.dtype), affine=affine)
+    return [dx.reshape(x.shape), *sums]
 
 
 def measure(
@@ -178,11 +212,7 @@ def measure(
     knows = plugin() is not None and mask is None and centered and x.dtype in DTYPES
     if not knows or not isinstance(how, Columns):
         return cpu.measure(x, mask, count, axes=axes, centered=centered, kept=kept)
-    dtype = accumulation_dtype(x.dtype)
-    each = jax.ShapeDtypeStruct((how.examples, how.features), dtype)
-    blocks = how.blocks(x.dtype.itemsize)
-    parts = jax.ShapeDtypeStruct((how.examples, blocks, 2, how.features), dtype)
-    mean, m2, _ = _call("normjax_columns_moments", [each, each, parts], x.reshape(how.shape))
+    mean, m2 = how.moments(x, accumulation_dtype(x.dtype))
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     return mean.reshape(shape), m2.reshape(shape)
 
@@ -190,9 +220,13 @@ def measure(
 totals = cpu.totals
 
 
-def _vector(v: Array | None, features: int, dtype: np.dtype) -> Array:
+def _vector(v: Array | None, how: View, dtype: np.dtype) -> Array:
     """No entry says that there is no vector."""
-    return jnp.zeros((0,), dtype) if v is None else v.reshape(features).astype(dtype)
+    return jnp.zeros((0,), dtype) if v is None else v.reshape(how.features).astype(dtype)
+
+
+def _like(v: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, v.dtype)
 
 
 @functools.cache

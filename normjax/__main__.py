@@ -1,0 +1,51 @@
+"""What a bug report needs: versions, how each platform computes norms, and whether kernels run.
+
+python -m normjax
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import jax
+
+import normjax
+from normjax._core.lowering import PLATFORMS, VARIABLE, lowered_as
+from normjax._core.platforms import kernels
+
+FORMS = {
+    "cpu": "a mean, then the squares around it",
+    "gpu": "rows in one kernel; columns in one pass around a mean that is known before",
+    "tpu": "moments merged by the reduction itself; batch norm around its running mean",
+}
+
+
+def lines() -> Iterator[str]:
+    """What is printed."""
+    yield f"normjax {normjax.__version__}, Python {platform.python_version()}, {platform.machine()}"
+    yield ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
+    yield f"devices: {', '.join(sorted({d.platform for d in jax.devices()}))}"
+    loaded = kernels.plugin() is not None
+    forms = FORMS | ({"cpu": "the kernels of normjax-cpu"} if loaded else {})
+    if os.environ.get(VARIABLE):
+        asked = lowered_as("cpu")
+        yield f"{VARIABLE}={asked}: every platform computes as {asked} does, without kernels"
+    for name in PLATFORMS:
+        yield f"{name}: {forms[name]}"
+    state = "loaded" if loaded else "not loaded; with a C++ compiler: pip install ./native"
+    yield f"normjax-cpu {version('normjax-cpu')}: {state}"
+
+
+def version(name: str) -> str:
+    """Of an installed distribution."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print("\n".join(lines()))
