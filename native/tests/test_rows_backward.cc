@@ -187,7 +187,10 @@ template <class T>
 void test_sizes() {
   Random random(2);
   for (Index rows : kRows) {
-    for (Index n : kLengths) check_case<T>(any_options(rows, n, random));
+    for (Index n : kLengths) {
+      // Many long rows are no other than few.
+      if (rows * n < 120000) check_case<T>(any_options(rows, n, random));
+    }
   }
   check_case<T>(any_options(5003, 3, random));
 }

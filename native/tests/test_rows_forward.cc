@@ -132,7 +132,10 @@ template <class T>
 void test_sizes() {
   Random random(1);
   for (Index rows : kRows) {
-    for (Index n : kLengths) check_case<T>(any_options(rows, n, random));
+    for (Index n : kLengths) {
+      // Many long rows are no other than few.
+      if (rows * n < 120000) check_case<T>(any_options(rows, n, random));
+    }
   }
   // More rows than one thread takes at once.
   check_case<T>(any_options(20011, 3, random));

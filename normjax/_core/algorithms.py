@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -17,8 +18,34 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
-from normjax._core.dtypes import abs_square, upcast
+from normjax._core.dtypes import abs_square, real_dtype, upcast
 from normjax._core.mask import Count, deviation, safe_count, select
+
+Totals = Callable[[Sequence[Array], tuple[int, ...]], Sequence[Array]]
+
+
+def measure(
+    x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool,
+    totals: Totals,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Rows by two passes, while they lie in cache; columns in one, around a mean of a few entries.
+
+    `totals` are those of the platform.
+    """
+    if not centered:
+        return squares(x, mask, axes)
+    pivot = None if are_last(axes, x.ndim) else _sample(x, mask, axes)
+    if pivot is None:
+        return two_pass(x, mask, count, axes)
+    # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
+    floor = (8 * float(jnp.finfo(pivot.dtype).eps)) ** 2 * abs_square(pivot)
+    sums = sums_around(x, mask, pivot, axes, totals)
+    return around_or_two_pass(sums, x, mask, pivot, count, floor, axes)
+
+
+def are_last(axes: tuple[int, ...], rank: int) -> bool:
+    """Whether what is reduced lies side by side in memory."""
+    return axes == tuple(range(rank))[-len(axes) :]
 
 
 def squares(x: Array, mask: Array | None, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -129,7 +156,7 @@ def _mended(total: Array, lost: Array) -> Array:
 
 def sums_around(
     x: Array, mask: Array | None, pivot: Array | None, axes: tuple[int, ...],
-    totals: Callable[..., Sequence[Array]],
+    totals: Totals,
 ) -> tuple[Array, Array]:  # fmt: skip
     """sum(x - pivot) and sum(|x - pivot|^2) in one pass; without a pivot around zero.
 
@@ -211,3 +238,31 @@ def around_pivot_is_exact(
     var = m2 / safe_count(count)
     near = abs_square(mean - pivot) <= 2 * (var + floor)
     return jnp.all(near & jnp.isfinite(m2))
+
+
+def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
+    """The mean of 32 entries or more, at most 1/64 of a large x, from all over x.
+
+    Never along the first axis, whose examples may lie on several devices, nor along one that does
+    so by its type. None where a sample would be all of x.
+    """
+    if not all(isinstance(x.shape[a], int) for a in axes):
+        return None
+    split = [axis is not None for axis in jax.typeof(x).sharding.spec]
+    strides = dict.fromkeys((a for a in axes if a > 0 and not split[a]), 1)
+    entries = prod(x.shape[a] for a in axes)
+    while strides and 2 * prod(strides.values()) <= min(entries // 32, 64):
+        longest = max(strides, key=lambda a: x.shape[a] // strides[a])
+        strides[longest] *= 2
+    if not strides or prod(strides.values()) == 1:
+        return None
+    step = [strides.get(a, 1) for a in range(x.ndim)]
+    # From the middle of each stride, since the borders of an image are not like the rest of it.
+    start = [n // 2 for n in step]
+    some = lax.slice(x, start, x.shape, step)
+    total = partial(jnp.sum, axis=axes, keepdims=True)
+    if mask is None:
+        return total(upcast(some)) / prod(some.shape[a] for a in axes)
+    counts = lax.slice(jnp.broadcast_to(mask, x.shape), start, x.shape, step)
+    number = total(counts, dtype=real_dtype(upcast(x).dtype))
+    return total(select(upcast(some), counts)) / safe_count(number).astype(upcast(x).dtype)

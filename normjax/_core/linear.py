@@ -17,7 +17,6 @@ from jax.interpreters import ad, batching, mlir
 from normjax._core.lowering import KERNELS, by_platform, tangents_of, without_kernels
 from normjax._core.mask import deviation, select_finite
 from normjax._core.platforms import PLATFORMS, gpu
-from normjax._core.platforms.cpu import isolate
 
 Function = Callable[..., Sequence[Array]]
 
@@ -85,8 +84,7 @@ def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: 
         return [reduce(jnp.add, terms).astype(dtype)]
 
     def copies(cotangent: Array) -> list[Array]:
-        own = isolate([cotangent] * len(dtypes))
-        return [copy.astype(to) for copy, to in zip(own, dtypes, strict=True)]
+        return [cotangent.astype(to) for to in dtypes]
 
     out = jax.typeof(wholes[0]).update(dtype=np.dtype(dtype), weak_type=False)
     return _linear(wholes, (), Map(rounded), Map(copies), [out])[0]
@@ -166,7 +164,6 @@ def norm_tangent(
 
 def deviated(t: Array, x: Array, mask: Array | None, center: Array | None) -> Array:
     """t (x - center) in the dtype of t. Where x is masked and not finite it is taken as 0."""
-    center, x = isolate((center, x), number=2)
     return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
 
 

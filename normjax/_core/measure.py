@@ -28,7 +28,6 @@ from normjax._core.lowering import CPU, by_platform
 from normjax._core.mask import Count, counted, deviation, product_of_sizes, safe_count, select
 from normjax._core.moments import Moments, collapse, synchronized
 from normjax._core.platforms import PLATFORMS, gpu, tpu
-from normjax._core.platforms.cpu import isolate, materialize
 from normjax._core.remat import moments_of_norm
 
 
@@ -41,7 +40,7 @@ class FeatureGroups(NamedTuple):
     def stacked(self, v: Array) -> Array:
         """The features of a group along a new first axis."""
         sizes = (self.groups, v.shape[self.axis] // self.groups)
-        split = materialize(v).reshape(*v.shape[: self.axis], *sizes, *v.shape[self.axis + 1 :])
+        split = v.reshape(*v.shape[: self.axis], *sizes, *v.shape[self.axis + 1 :])
         return jnp.moveaxis(split, self.axis + 1, 0)
 
     def spread(self, v: Array, features: int) -> Array:
@@ -50,7 +49,7 @@ class FeatureGroups(NamedTuple):
         sizes = (self.groups, features // self.groups)
         head, tail = v.shape[: self.axis], v.shape[self.axis + 1 :]
         whole = jnp.broadcast_to(jnp.expand_dims(v, self.axis + 1), (*head, *sizes, *tail))
-        return materialize(whole.reshape(*head, features, *tail))
+        return whole.reshape(*head, features, *tail)
 
     def total(self, v: Array) -> Array:
         """For each feature the sum over its group."""
@@ -262,7 +261,6 @@ def moments_tangent(
     mean, axes = moments.mean, reduction.axes
 
     def deviated(dx: Array, mask: Any, mean: Any, x: Array) -> Array:
-        mean, x = isolate((mean, x), number=3)
         return jnp.conj(deviation(upcast(x), mean, mask)) * select(dx, mask)
 
     total = partial(jnp.sum, axis=axes, keepdims=True)

@@ -17,7 +17,6 @@ from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype, common_dtype, real_dtype
 from normjax._core.linear import broadcast_together, deviated, diagonal, line, rounded_sum
 from normjax._core.mask import deviation, select_finite
-from normjax._core.platforms.cpu import isolate, materialize
 
 Activation: TypeAlias = Callable[[Array], Array]
 
@@ -177,7 +176,6 @@ def tangent(
 
     def activated(dy: Array, x: Array, mask: Any, *leaves: Any) -> Array:
         # y is computed again from x: kept, it would be one more array of the size of x.
-        x, leaves = isolate((x, leaves), number=4)
         own = Vectors(*leaves)
         y = _differentiable(x, mask, own, Output(common_dtype(x, *own)))
         # Under vmap dy may be that of each example, and x of all.
@@ -214,13 +212,9 @@ def _affine_tangent(
     if scale is None and _folds(d_bias, inv):
         shift, d_bias = added(shift, d_bias), None
 
-    slope, shift = _one_per_row(slope), _one_per_row(shift)
     beside = x, mask, vectors
 
     def standardized(t: Array, mask: Any, inv: Array, mean: Any, x: Array) -> Array:
-        # t times the vector comes first: the CPU takes up to 5 times as long for a sum over rows
-        # of a product of two arrays that is then multiplied by a vector.
-        inv, mean, x = isolate((inv, mean, x))
         return deviated(t * inv, x, mask, mean)
 
     if dx is not None:
@@ -232,10 +226,9 @@ def _affine_tangent(
         slope = diagonal(deviated, slope, x, mask, mean, shape=x.shape)
     # Together, since the sums of their cotangents are taken in one pass.
     shift, d_scale, d_bias = _broadcast(x.shape, (shift, d_scale, d_bias), beside)
-    within = [product(dx, isolate(inv)), slope, shift]
+    within = [product(dx, inv), slope, shift]
     if scale is not None:
-        own = isolate((scale, scale, scale))
-        within = [product(term, s) for term, s in zip(within, own, strict=True)]
+        within = [product(term, scale) for term in within]
     beyond = d_scale if d_scale is None else diagonal(standardized, d_scale, mask, inv, mean, x)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
     terms = terms or [jnp.zeros((1,) * x.ndim, number)]
@@ -259,12 +252,6 @@ def _folds(vector: Array | None, statistic: Array) -> bool:
     if vector is None:
         return False
     return jnp.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
-
-
-def _one_per_row(vector: Array | None) -> Array | None:
-    """One number a row is materialized: XLA's CPU compiler would compute it inside of a sum over
-    rows, a number at a time, which took layer norm over 96 features 1.5 times as long."""
-    return materialize(vector) if vector is not None and vector.shape[-1:] == (1,) else vector
 
 
 def product(a: Array | None, b: Array | None) -> Array | None:

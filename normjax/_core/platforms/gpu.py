@@ -12,23 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from normjax._core.algorithms import (
-    around_or_two_pass,
-    merged,
-    merged_products,
-    merged_squares,
-    squares,
-    sums_around,
-    two_pass,
-)
-from normjax._core.dtypes import abs_square, real_dtype, upcast
-from normjax._core.mask import Count, safe_count, select
+from normjax._core import algorithms
+from normjax._core.algorithms import merged, merged_products, merged_squares
+from normjax._core.mask import Count
 
 
 def measure(
@@ -37,24 +27,12 @@ def measure(
     """mean and m2; `kept` if a derivative reads them again."""
     if kept and are_rows(x, axes):
         return (merged if centered else merged_squares)(x, mask, axes)
-    if not centered:
-        return squares(x, mask, axes)
-    sample = None if _last(axes, x.ndim) else _sample(x, mask, axes)
-    if sample is None:
-        return two_pass(x, mask, count, axes)
-    # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
-    floor = (8 * float(jnp.finfo(sample.dtype).eps)) ** 2 * abs_square(sample)
-    sums = sums_around(x, mask, sample, axes, totals)
-    return around_or_two_pass(sums, x, mask, sample, count, floor, axes)
+    return algorithms.measure(x, mask, count, axes, centered, totals)
 
 
 def are_rows(x: Array, axes: tuple[int, ...]) -> bool:
     """Whether real entries that lie side by side in memory are reduced."""
-    return _last(axes, x.ndim) and not jnp.iscomplexobj(x)
-
-
-def _last(axes: tuple[int, ...], rank: int) -> bool:
-    return axes == tuple(range(rank))[-len(axes) :]
+    return algorithms.are_last(axes, x.ndim) and not jnp.iscomplexobj(x)
 
 
 def sums_of_rows(t: Array, u: Array, x: Array, center: Array, axes: tuple[int, ...]) -> list[Array]:
@@ -78,31 +56,3 @@ def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
         return [total(x) for x in arrays]
     both = total(lax.complex(*arrays))
     return [both.real, both.imag]
-
-
-def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
-    """The mean of 32 entries or more, at most 1/64 of a large x, from all over x.
-
-    Never along the first axis, whose examples may lie on several devices, nor along one that does
-    so by its type. None where a sample would be all of x.
-    """
-    if not all(isinstance(x.shape[a], int) for a in axes):
-        return None
-    split = [axis is not None for axis in jax.typeof(x).sharding.spec]
-    strides = dict.fromkeys((a for a in axes if a > 0 and not split[a]), 1)
-    entries = prod(x.shape[a] for a in axes)
-    while strides and 2 * prod(strides.values()) <= min(entries // 32, 64):
-        longest = max(strides, key=lambda a: x.shape[a] // strides[a])
-        strides[longest] *= 2
-    if not strides or prod(strides.values()) == 1:
-        return None
-    step = [strides.get(a, 1) for a in range(x.ndim)]
-    # From the middle of each stride, since the borders of an image are not like the rest of it.
-    start = [n // 2 for n in step]
-    some = lax.slice(x, start, x.shape, step)
-    total = partial(jnp.sum, axis=axes, keepdims=True)
-    if mask is None:
-        return total(upcast(some)) / prod(some.shape[a] for a in axes)
-    counts = lax.slice(jnp.broadcast_to(mask, x.shape), start, x.shape, step)
-    number = total(counts, dtype=real_dtype(upcast(x).dtype))
-    return total(select(upcast(some), counts)) / safe_count(number).astype(upcast(x).dtype)

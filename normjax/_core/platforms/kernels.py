@@ -22,9 +22,10 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from normjax._core import algorithms
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.mask import Count
-from normjax._core.platforms import cpu
+from normjax._core.platforms.cpu import totals
 
 # The arguments of the kernels that are called below, as normjax-cpu numbers them.
 INTERFACE = 1
@@ -207,17 +208,14 @@ def backward(
 def measure(
     x: Array, mask: Array | None, count: Count, *, axes: tuple[int, ...], centered: bool, kept: bool
 ) -> tuple[Array, Array]:
-    """mean and m2 along columns; by the CPU's own form what the kernel does not know."""
+    """mean and m2 along columns by a kernel; by plain sums what it does not know."""
     how = view(x.shape, axes)
     knows = plugin() is not None and mask is None and centered and x.dtype in DTYPES
     if not knows or not isinstance(how, Columns):
-        return cpu.measure(x, mask, count, axes=axes, centered=centered, kept=kept)
+        return algorithms.measure(x, mask, count, axes, centered, totals)
     mean, m2 = how.moments(x, accumulation_dtype(x.dtype))
     shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
     return mean.reshape(shape), m2.reshape(shape)
-
-
-totals = cpu.totals
 
 
 def _vector(v: Array | None, how: View, dtype: np.dtype) -> Array:
