@@ -35,8 +35,8 @@ import optax
 
 import normjax.linen
 from benchmarks import machine, tables
+from normjax._core import algorithms
 from normjax._core.lowering import VARIABLE
-from normjax._core.platforms import gpu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -95,7 +95,7 @@ def of_batch_norm(module: nn.Module, x: Any, mask: Any) -> Guard | None:
 def of_sample(x: Any) -> Guard | None:
     """Of group and instance norm on a GPU; None where a layer is too small for a sample."""
     axes = tuple(range(1, x.ndim - 1))
-    sample = gpu._sample(x, None, axes)
+    sample = algorithms.sample(x, None, axes)
     if sample is None:
         return None
     sample = jnp.squeeze(sample, axes)

@@ -61,7 +61,7 @@ def test_another_value_is_an_error_that_lists_the_three(lower_as, value):
 
 NORMS = {
     "batch": lambda x: normjax.batch_norm(x, normjax.BatchStats.make(8), train=True)[0],
-    "layer": normjax.layer_norm,
+    "instance": normjax.instance_norm,
     "group": lambda x: normjax.group_norm(x, num_groups=4),
 }
 

@@ -73,10 +73,10 @@ NORMJAX_INLINE void for_each_tile(const Pieces& pieces, Index block, Body body) 
   }
 }
 
-// Adds terms(i, w, lanes, out) to the sums of column w for all entries i of a tile, four rows at a
+// The sums of terms(i, w, lanes, out) for each column w over all entries i of a tile, four rows at a
 // time: few of the roundings are those of long sums, and few steps load and store the sums.
 template <class A, int N, class Terms>
-NORMJAX_INLINE void add_rows(const Tile& tile, A (&sums)[N][kColumns], Terms terms) {
+NORMJAX_INLINE void sum_rows(const Tile& tile, A (&sums)[N][kColumns], Terms terms) {
   const auto add = [&](Index width, auto rows, Index i) NORMJAX_INLINE_LAMBDA {
     for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
       Vector<A> total[N];
@@ -91,6 +91,7 @@ NORMJAX_INLINE void add_rows(const Tile& tile, A (&sums)[N][kColumns], Terms ter
       }
     });
   };
+  for (int k = 0; k < N; ++k) std::fill_n(sums[k], tile.width, A{0});
   constexpr std::integral_constant<int, 4> kFour{};
   constexpr std::integral_constant<int, 1> kOne{};
   Index row = 0;
@@ -132,8 +133,8 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
   using A = Accumulator<T>;
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
     const T* from = x + offset;
-    alignas(64) A sum[1][kColumns] = {}, around[2][kColumns] = {}, center[kColumns];
-    add_rows<A, 1>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+    alignas(64) A sum[1][kColumns], around[2][kColumns], center[kColumns];
+    sum_rows<A, 1>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
       out[0] = load(from + i, part);
     });
@@ -143,7 +144,7 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
     // The next block, if this thread takes it, comes to the cache meanwhile.
     const bool goes_on = (block + 1) % kTogether != 0;
     const Index next = pieces.block_rows * pieces.features;
-    add_rows<A, 2>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+    sum_rows<A, 2>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       if (goes_on) prefetch<kLanes<A> * sizeof(T)>(from + next + i);
       const Vector<A> d = load(from + i, part) - load(center + w, part);
       out[0] = d;
@@ -199,9 +200,9 @@ NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* cen
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
     const T *t_from = t + offset, *x_from = x + offset;
     const Index features = std::min(pieces.features, tile.width);
-    alignas(64) A sums[2][kColumns] = {}, wide[kColumns];
+    alignas(64) A sums[2][kColumns], wide[kColumns];
     for (Index w = 0; w < tile.width; ++w) wide[w] = center[tile.first + w % features];
-    add_rows<A, 2>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+    sum_rows<A, 2>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       prefetch<kLanes<A> * sizeof(T)>(t_from + i + 4 * tile.stride);
       prefetch<kLanes<A> * sizeof(T)>(x_from + i + 4 * tile.stride);
       out[0] = load(t_from + i, part);

@@ -176,12 +176,12 @@ void check_case(const Case& c) {
 
 template <class T>
 void test_sizes() {
-  for (const Case& c : sizes()) check_case<T>(c);
+  for_each_case(sizes(), check_case<T>);
 }
 
 template <class T>
 void test_large_sizes() {
-  for (const Case& c : large_sizes<T>()) check_case<T>(c);
+  for_each_case(large_sizes<T>(), check_case<T>);
 }
 
 template <class T>
@@ -199,14 +199,14 @@ void test_options() {
 // Without dx, the same sums.
 template <class T>
 void test_sums_only() {
-  for (Case c : bitwise_sizes<T>()) {
+  for_each_case(bitwise_sizes<T>(), [](Case c) {
     Arrays<T> whole(c);
     whole.run(c);
     c.propagates = false;
     Arrays<T> sums(c);
     sums.run(c);
     CHECK(sums.sums.same_bits(whole.sums), c.name());
-  }
+  });
 }
 
 template <class T>
@@ -287,7 +287,7 @@ void test_denormals() {
 
 template <class T>
 void test_streams_and_offsets() {
-  for (Case c : bitwise_sizes<T>()) {
+  for_each_case(bitwise_sizes<T>(), [](Case c) {
     c.shift = 0;
     Arrays<T> plain(c);
     plain.run(c);
@@ -300,7 +300,7 @@ void test_streams_and_offsets() {
         CHECK(a.same_results(plain), c.name());
       }
     }
-  }
+  });
 }
 
 template <class T>

@@ -136,12 +136,12 @@ void check_case(const Case& c) {
 
 template <class T>
 void test_sizes() {
-  for (const Case& c : sizes()) check_case<T>(c);
+  for_each_case(sizes(), check_case<T>);
 }
 
 template <class T>
 void test_large_sizes() {
-  for (const Case& c : large_sizes<T>()) check_case<T>(c);
+  for_each_case(large_sizes<T>(), check_case<T>);
 }
 
 template <class T>
@@ -165,15 +165,16 @@ void test_no_examples() {
 
 template <class T>
 void test_large_mean() {
+  std::vector<Case> cases;
   for (Index features : {1, 3, 64, 257, 1025}) {
     for (Index groups : {Index{1}, features}) {
       for (Index blocks : {1, 4, 30}) {
-        Case c{2, 97, features, groups, blocks};
-        c.mean = 1e4;
-        check_case<T>(c);
+        cases.push_back({2, 97, features, groups, blocks});
+        cases.back().mean = 1e4;
       }
     }
   }
+  for_each_case(cases, check_case<T>);
 }
 
 // y of what has no deviation.
@@ -190,10 +191,8 @@ void check_bias(const Case& c, const Arrays<T>& a) {
 
 // Every entry the same value: nothing may be left of it.
 template <class T>
-void check_constant(Case c, double value) {
+void check_constant(const Case& c) {
   using A = Accumulator<T>;
-  c.mean = value;
-  c.deviation = 0;
   Arrays<T> a(c);
   a.run(c);
   const auto check = [&](const Array<A>& mean, const Array<A>& m2, const char* kernel) {
@@ -208,16 +207,20 @@ void check_constant(Case c, double value) {
 
 template <class T>
 void test_constants(std::vector<double> values) {
+  std::vector<Case> cases;
   for (double value : values) {
     if (!std::isfinite(real(nearest<T>(value)))) continue;
     for (Index features : {1, 3, 8, 97, 257}) {
       for (Index groups : {Index{1}, features}) {
         for (Index blocks : {1, 3, 9}) {
-          check_constant<T>({2, 103, features, groups, blocks}, value);
+          cases.push_back({2, 103, features, groups, blocks});
+          cases.back().mean = value;
+          cases.back().deviation = 0;
         }
       }
     }
   }
+  for_each_case(cases, check_constant<T>);
 }
 
 // Entry `place` of the second example is not finite: its column has no moments, its group no
@@ -299,7 +302,7 @@ void test_denormals() {
 
 template <class T>
 void test_streams_and_offsets() {
-  for (Case c : bitwise_sizes<T>()) {
+  for_each_case(bitwise_sizes<T>(), [](Case c) {
     c.shift = 0;
     Arrays<T> plain(c);
     plain.run(c);
@@ -312,7 +315,7 @@ void test_streams_and_offsets() {
         CHECK(a.same_results(plain), c.name());
       }
     }
-  }
+  });
 }
 
 template <class T>

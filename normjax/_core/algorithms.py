@@ -34,7 +34,7 @@ def measure(
     """
     if not centered:
         return squares(x, mask, axes)
-    pivot = None if are_last(axes, x.ndim) else _sample(x, mask, axes)
+    pivot = None if are_last(axes, x.ndim) else sample(x, mask, axes)
     if pivot is None:
         return two_pass(x, mask, count, axes)
     # A mean of entries that are alike is off by rounding, and so is far from no mean of them.
@@ -240,7 +240,7 @@ def around_pivot_is_exact(
     return jnp.all(near & jnp.isfinite(m2))
 
 
-def _sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
+def sample(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Array | None:
     """The mean of 32 entries or more, at most 1/64 of a large x, from all over x.
 
     Never along the first axis, whose examples may lie on several devices, nor along one that does
