@@ -108,13 +108,15 @@ struct ColumnMoments {
 // pieces(p) has the count, the mean and the m2 of piece p.
 template <class Of>
 NORMJAX_INLINE ColumnMoments merged(Index pieces, Of of) {
+  // Relative to the first mean, so that nothing is lost where all are the same.
+  const double first = of(0).mean;
   double count = 0, mean = 0, m2 = 0;
   for (Index p = 0; p < pieces; ++p) {
     const auto [n, m, s] = of(p);
     count += n;
-    mean += n * m;
+    mean += n * (m - first);
   }
-  mean /= std::max(count, 1.0);
+  mean = first + mean / std::max(count, 1.0);
   for (Index p = 0; p < pieces; ++p) {
     const auto [n, m, s] = of(p);
     m2 += s + n * (m - mean) * (m - mean);
@@ -176,9 +178,10 @@ NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A
     for (Index b = 0; b < pieces.blocks; ++b) {
       const A* part = parts + 2 * b * features + begin;
       const double n = pieces.end(b) - pieces.begin(b);
-      for (Index i = 0; i < width; ++i) means[i] += n * part[i];
+      for (Index i = 0; i < width; ++i) means[i] += n * (double{part[i]} - parts[begin + i]);
     }
-    for (Index i = 0; i < width; ++i) means[i] /= std::max<Index>(1, pieces.rows);
+    const double rows = std::max<Index>(1, pieces.rows);
+    for (Index i = 0; i < width; ++i) means[i] = parts[begin + i] + means[i] / rows;
     for (Index b = 0; b < pieces.blocks; ++b) {
       const A* part = parts + 2 * b * features + begin;
       const double n = pieces.end(b) - pieces.begin(b);

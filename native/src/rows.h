@@ -206,7 +206,7 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
     // One power of inv after the other, since their product may leave the range.
     const double inv = inverse[r];
     slope[r] = static_cast<A>(-(inv * (inv * (inv * (second[r] / in.divisor)))));
-    shift[r] = in.centered ? static_cast<A>(-inv * (first[r] / in.divisor)) : A{0};
+    shift[r] = in.centered ? static_cast<A>(-inv * (first[r] / n)) : A{0};
   }
   for (int r = 0; r < Rows; ++r) {
     const auto propagate = [&](auto put) NORMJAX_INLINE_LAMBDA {

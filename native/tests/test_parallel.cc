@@ -3,10 +3,11 @@
 #include "parallel.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -148,6 +149,8 @@ void check_two_passes(ThreadPool& pool, Index examples, Index n, bool small) {
       },
       [&](Index e) {
         CHECK(steps.done[e] == n, "between before the last", e, steps.done[e].load());
+        // Time enough for a second pass that does not wait.
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
         ++steps.between[e];
         without_lock[e] = e + 1;
       },

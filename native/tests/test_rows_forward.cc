@@ -172,6 +172,20 @@ void test_large_mean() {
   }
 }
 
+// All squares the same, so that their sum is rounded the same way again and again: that must not go
+// on over a long row.
+template <class T>
+void test_long_rows() {
+  for (bool centered : {false, true}) {
+    Case c{2, 1 << 17};
+    c.centered = centered;
+    Arrays<T> a(c);
+    for (Index i = 0; i < a.x.size(); ++i) a.x[i] = nearest<T>(i % 2 == 0 ? 1.1 : -1.1);
+    a.run(c);
+    for (Index row = 0; row < c.rows; ++row) check_row(c, a, row);
+  }
+}
+
 // y of what has no deviation.
 template <class T>
 void check_bias(const Case& c, const Arrays<T>& a) {
@@ -198,7 +212,8 @@ void check_constant(Case c, double value) {
 
 template <class T>
 void test_constants() {
-  for (double value : {0.0, 0.1, 1e4, -7.3, 1e30, 3e-39, 1e300, 1e-12}) {
+  // Larger ones have no square of what a mean of them loses by rounding.
+  for (double value : {0.0, 0.1, 1e4, -7.3, 1e22, 3e-39, 1e150, 1e-12}) {
     if (!std::isfinite(real(nearest<T>(value)))) continue;
     for (Index rows : {1, 5}) {
       for (Index n : kLengths) check_constant<T>({rows, n}, value);
@@ -329,6 +344,7 @@ void test_rows_forward(Suite& suite) {
     suite.test(name + ", options", test_options<T>);
     suite.test(name + ", no rows", test_no_rows<T>);
     suite.test(name + ", mean 1e4", test_large_mean<T>);
+    suite.test(name + ", long rows", test_long_rows<T>);
     suite.test(name + ", constants", test_constants<T>);
     suite.test(name + ", not finite", test_not_finite<T>);
     suite.test(name + ", infinity without mean", test_infinity_without_mean<T>);
