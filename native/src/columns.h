@@ -105,7 +105,7 @@ struct ColumnMoments {
   double mean, m2;
 };
 
-// pieces(p) has the count, the mean and the m2 of piece p.
+// of(p) is piece p.
 template <class Of>
 NORMJAX_INLINE ColumnMoments merged(Index pieces, Of of) {
   // Relative to the first mean, so that nothing is lost where all are the same.

@@ -55,7 +55,7 @@ inline ColumnsCase with_any_options(ColumnsCase c, Random& random) {
 
 // One of so many cases is run by the thread sanitizer, which is slow. What it looks for does not
 // depend on the size.
-#ifdef __SANITIZE_THREAD__
+#ifdef NORMJAX_TEST_THREADS
 constexpr std::size_t kOneOf = 5;
 #else
 constexpr std::size_t kOneOf = 1;

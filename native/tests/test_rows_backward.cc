@@ -316,7 +316,8 @@ void test_denormals() {
   }
 }
 
-constexpr Case kBitwise[] = {{101, 97, 7}, {13, 1025, 4}, {7, 2049, 3}, {97, 1024, 5}, {3, 5003, 8}};
+constexpr Case kBitwise[] = {
+    {101, 97, 7}, {13, 1025, 4}, {7, 2049, 3}, {97, 1024, 5}, {3, 5003, 8}};
 
 template <class T>
 void test_streams_and_offsets() {

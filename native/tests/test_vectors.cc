@@ -13,8 +13,10 @@
 namespace normjax {
 
 // Functions of their own, so that every copy for a generation of processors has these conversions.
+#define NORMJAX_TESTED NORMJAX_CLONES __attribute__((noinline))
+
 template <class T>
-NORMJAX_CLONES void load_all(const T* from, Index n, Accumulator<T>* to) {
+NORMJAX_TESTED void load_all(const T* from, Index n, Accumulator<T>* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
@@ -22,7 +24,7 @@ NORMJAX_CLONES void load_all(const T* from, Index n, Accumulator<T>* to) {
 }
 
 template <class T>
-NORMJAX_CLONES void store_all(const Accumulator<T>* from, Index n, T* to) {
+NORMJAX_TESTED void store_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
@@ -30,7 +32,7 @@ NORMJAX_CLONES void store_all(const Accumulator<T>* from, Index n, T* to) {
 }
 
 template <class T>
-NORMJAX_CLONES void stream_all(const Accumulator<T>* from, Index n, T* to) {
+NORMJAX_TESTED void stream_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     stream(to + i, load(from + i, part), part);
@@ -41,7 +43,7 @@ NORMJAX_CLONES void stream_all(const Accumulator<T>* from, Index n, T* to) {
 namespace test {
 namespace {
 
-// XLA lets its threads take denormal numbers as zero.
+// While it lives, the thread takes denormal numbers as zero, as programs may set it to.
 class DenormalsAsZero {
  public:
 #ifdef __SSE2__
@@ -92,7 +94,7 @@ void test_loads_with_denormals_as_zero() {
   const std::vector<T> patterns = all_patterns<T>();
   std::vector<float> loaded(patterns.size());
   {
-    DenormalsAsZero mode;
+    [[maybe_unused]] DenormalsAsZero mode;
     load_all(patterns.data(), patterns.size(), loaded.data());
   }
   check_loaded<T>(loaded);
@@ -166,7 +168,7 @@ void test_stores_with_denormals_as_zero() {
   for_each_batch_of_floats<T>([](const std::vector<float>& from) {
     std::vector<T> stored(from.size());
     {
-      DenormalsAsZero mode;
+      [[maybe_unused]] DenormalsAsZero mode;
       store_all(from.data(), from.size(), stored.data());
     }
     check_stored(from, stored);
