@@ -300,3 +300,18 @@ def test_the_module_says_what_is_loaded(monkeypatch):
     assert said.endswith(": loaded")
     monkeypatch.setenv(VARIABLE, "tpu")
     assert f"{VARIABLE}=tpu: every platform computes as tpu does" in "\n".join(report.lines())
+
+
+@needs_kernels
+def test_a_centered_norm_of_sums_has_the_gradient_of_the_plain_form(rng, monkeypatch):
+    w, dy = (jnp.asarray(rng.normal(1, 2, (9, 5)), jnp.float32) for _ in range(2))
+
+    def gradient():
+        jax.clear_caches()
+        scaled = partial(normjax.standardize_weight, feature_axis=0, scaled=True)
+        return jax.jit(lambda w: jax.vjp(scaled, w)[1](dy)[0])(w)
+
+    got = gradient()
+    monkeypatch.setenv(VARIABLE, "cpu")
+    np.testing.assert_allclose(got, gradient(), rtol=1e-5, atol=1e-6)
+    jax.clear_caches()
