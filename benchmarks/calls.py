@@ -16,8 +16,8 @@ from jax.extend.core import Literal
 TRAINING, EVALUATION = "training step", "evaluation"
 MODES = (TRAINING, EVALUATION)
 
-# A pause before each timed call: the threads of the library that was timed before it spin for a
-# while after their work is done, and would take the cores from the next.
+# A pause before the calls of another library: the threads of the one before spin after their work,
+# PyTorch's for 9 ms on an AMD EPYC, and would take a core from the next.
 SETTLE_SECONDS = 0.015
 COMPILATIONS = 2
 
@@ -125,8 +125,9 @@ def interleave(
 ) -> dict[Hashable, list[float]]:
     """Seconds of each call, all of them once a round in a new random order.
 
-    A machine that slows down slows down all alike. Rounds go on until there are `repeats` of
-    them and `seconds` have passed.
+    A machine that slows down slows down all alike. Each call follows one of its own that is not
+    timed, as the layers of a network follow each other: its threads are awake. Rounds go on until
+    there are `repeats` of them and `seconds` have passed.
     """
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     order, rounds = list(calls), 0

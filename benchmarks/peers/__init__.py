@@ -15,6 +15,7 @@ from importlib.metadata import version
 
 import normjax
 from benchmarks.calls import Call, Module, jax_calls
+from normjax._core.platforms.kernels import plugin
 
 
 class Missing(Exception):
@@ -53,5 +54,7 @@ def load_module(name: str) -> Callable[..., Module]:
 def described(name: str) -> str:
     distribution = PEERS[name][2]
     # Ours is the one that is imported, which need not be the one that is installed.
-    number = normjax.__version__ if distribution == "normjax" else version(distribution)
-    return f"{name} {number}"
+    if distribution != "normjax":
+        return f"{name} {version(distribution)}"
+    kernels = f" with normjax-cpu {version('normjax-cpu')}" if plugin() else " without kernels"
+    return f"{name} {normjax.__version__}{kernels}"
