@@ -29,10 +29,12 @@ def lines() -> Iterator[str]:
     yield ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
     yield f"devices: {', '.join(sorted({d.platform for d in jax.devices()}))}"
     loaded = kernels.plugin() is not None
-    forms = FORMS | ({"cpu": "the kernels of normjax-cpu"} if loaded else {})
+    forms = dict(FORMS)
     if os.environ.get(VARIABLE):
         asked = lowered_as("cpu")
         yield f"{VARIABLE}={asked}: every platform computes as {asked} does, without kernels"
+    elif loaded:
+        forms["cpu"] = f"the kernels of normjax-cpu; where none applies, {FORMS['cpu']}"
     for name in PLATFORMS:
         yield f"{name}: {forms[name]}"
     state = "loaded" if loaded else "not loaded; with a C++ compiler: pip install ./native"

@@ -1,7 +1,7 @@
 // Vectors of 32 bytes in the dtype of accumulation, loaded from and stored to every dtype.
 //
 // These are the vector types of GCC and Clang, which the compiler maps to what a processor has: one
-// AVX-512 register, two of AVX2, four of SSE or NEON. So sums have the same lanes everywhere.
+// register of AVX2 or newer, two of SSE or NEON. So sums have the same lanes everywhere.
 
 #ifndef NORMJAX_VECTORS_H_
 #define NORMJAX_VECTORS_H_
