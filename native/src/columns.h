@@ -18,7 +18,10 @@ namespace normjax {
 constexpr Index kColumns = 1024;
 
 // Neighboring blocks that a thread takes at once.
-constexpr Index kTogether = 4;
+constexpr Index kNeighbors = 4;
+
+// So far ahead of a sum over rows its entries are brought to the cache.
+constexpr Index kAhead = 1024;
 
 // How rows are divided into pieces of work, the same for any number of threads.
 //
@@ -73,9 +76,9 @@ NORMJAX_INLINE void for_each_tile(const Pieces& pieces, Index block, Body body) 
   }
 }
 
-// The sums of terms(i, w, lanes, out) for each column w over all entries i of a tile, four rows at a
-// time: few of the roundings are those of long sums, and few steps load and store the sums.
-template <class A, int N, class Terms>
+// The sums of terms(i, w, lanes, out) for each column w over all entries i of a tile, so many rows at
+// a time: few of the roundings are those of long sums, and few steps load and store the sums.
+template <class A, int N, int Together, class Terms>
 NORMJAX_INLINE void sum_rows(const Tile& tile, A (&sums)[N][kColumns], Terms terms) {
   const auto add = [&](Index width, auto rows, Index i) NORMJAX_INLINE_LAMBDA {
     for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
@@ -92,10 +95,10 @@ NORMJAX_INLINE void sum_rows(const Tile& tile, A (&sums)[N][kColumns], Terms ter
     });
   };
   for (int k = 0; k < N; ++k) std::fill_n(sums[k], tile.width, A{0});
-  constexpr std::integral_constant<int, 4> kFour{};
+  constexpr std::integral_constant<int, Together> kTogether{};
   constexpr std::integral_constant<int, 1> kOne{};
   Index row = 0;
-  for (; row + kFour() <= tile.full; row += kFour()) add(tile.width, kFour, row * tile.stride);
+  for (; row + Together <= tile.full; row += Together) add(tile.width, kTogether, row * tile.stride);
   for (; row < tile.full; ++row) add(tile.width, kOne, row * tile.stride);
   if (tile.tail > 0) add(tile.tail, kOne, row * tile.stride);
 }
@@ -136,7 +139,7 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
     const T* from = x + offset;
     alignas(64) A sum[1][kColumns], around[2][kColumns], center[kColumns];
-    sum_rows<A, 1>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+    sum_rows<A, 1, 4>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
       out[0] = load(from + i, part);
     });
@@ -144,9 +147,9 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
       center[w] = sum[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
     }
     // The next block, if this thread takes it, comes to the cache meanwhile.
-    const bool goes_on = (block + 1) % kTogether != 0;
+    const bool goes_on = (block + 1) % kNeighbors != 0;
     const Index next = pieces.block_rows * pieces.features;
-    sum_rows<A, 2>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+    sum_rows<A, 2, 4>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       if (goes_on) prefetch<kLanes<A> * sizeof(T)>(from + next + i);
       const Vector<A> d = load(from + i, part) - load(center + w, part);
       out[0] = d;
@@ -205,9 +208,10 @@ NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* cen
     const Index features = std::min(pieces.features, tile.width);
     alignas(64) A sums[2][kColumns], wide[kColumns];
     for (Index w = 0; w < tile.width; ++w) wide[w] = center[tile.first + w % features];
-    sum_rows<A, 2>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
-      prefetch<kLanes<A> * sizeof(T)>(t_from + i + 4 * tile.stride);
-      prefetch<kLanes<A> * sizeof(T)>(x_from + i + 4 * tile.stride);
+    // Two arrays come from memory: in their order, one row at a time, twice as fast as eight streams.
+    sum_rows<A, 2, 1>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+      prefetch<kLanes<A> * sizeof(T)>(t_from + i + kAhead);
+      prefetch<kLanes<A> * sizeof(T)>(x_from + i + kAhead);
       out[0] = load(t_from + i, part);
       out[1] = out[0] * (load(x_from + i, part) - load(wide + w, part));
     });
@@ -293,11 +297,11 @@ NORMJAX_CLONES void block_propagate(const T* dy, const T* x, const Accumulator<T
 // body(block) for the blocks of piece i.
 template <class Body>
 void for_each_block(const Pieces& pieces, Index i, const Body& body) {
-  for (Index b = i * kTogether; b < std::min(pieces.blocks, (i + 1) * kTogether); ++b) body(b);
+  for (Index b = i * kNeighbors; b < std::min(pieces.blocks, (i + 1) * kNeighbors); ++b) body(b);
 }
 
 inline Index pieces_of_work(const Pieces& pieces) {
-  return (pieces.blocks + kTogether - 1) / kTogether;
+  return (pieces.blocks + kNeighbors - 1) / kNeighbors;
 }
 
 // Examples that fit into the cache of a core are the work of one thread.
