@@ -5,7 +5,7 @@ KERNELS := .venv/.kernels
 COMPILERS := .venv-compiled
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench compiled
+.PHONY: help demo test lint docs evidence bench compiled
 
 help: ## Show this list.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -20,6 +20,13 @@ lint: $(INSTALLED) ## Check format, style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(KERNELS) ## Build the site, docs/_build/html/index.html; a warning is an error.
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html docs docs/_build/html
+
+evidence: $(KERNELS) ## Test the claims of textbooks on real data, in less than half an hour.
+	$(BIN)/python examples/evidence
 
 bench: $(KERNELS) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"

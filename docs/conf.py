@@ -1,5 +1,7 @@
 """How Sphinx builds the site: `make docs`."""
 
+import re
+
 import normjax
 
 project = "normjax"
@@ -16,10 +18,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "normjax.mplstyle"]
-# Files that are neither pages nor pictures of pages.
-include_patterns = ["**/*.md", "**/*.ipynb", "**/*.rst"]
-
+exclude_patterns = ["_build", "_templates", "normjax.mplstyle"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
@@ -44,3 +43,23 @@ html_theme = "furo"
 html_title = f"normjax {release}"
 html_static_path = ["_static"]
 html_css_files = ["normjax.css"]
+
+
+def show_formulas(app, what, name, obj, options, lines):
+    """Formulas, which docstrings indent, become literal blocks; `|` is no substitution of reST."""
+    shown, in_formula = [], False
+    for before, line in zip(["", *lines], lines, strict=False):
+        if in_formula and re.match(r"\S", line):
+            in_formula = False
+        paragraph = next((text for text in reversed(shown) if text.strip()), "")
+        follows_text = not before.strip() and re.match(r"[^\s.]", paragraph)
+        if not in_formula and follows_text and re.match(r"    \S", line):
+            shown += [".. code-block:: text", ""]
+            in_formula = True
+        shown.append(line if in_formula else line.replace("|", r"\|"))
+    lines[:] = shown
+
+
+def setup(app):
+    # Before napoleon, which has the default priority of 500.
+    app.connect("autodoc-process-docstring", show_formulas, priority=400)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from jax.export import register_namedtuple_serialization as _register
 
+from normjax._choose import NormChoice, choose_normalization
 from normjax._core.measure import measure
 from normjax._core.moments import Moments, merge, synchronize
 from normjax._core.normalize import normalize
@@ -64,12 +65,14 @@ __all__ = [
     "BatchStats",
     "LeakyReLU",
     "Moments",
+    "NormChoice",
     "SpectralStats",
     "add_layer_norm",
     "add_rms_norm",
     "batch_norm",
     "batch_norm_act",
     "batch_renorm",
+    "choose_normalization",
     "dynamic_tanh",
     "filter_response_norm",
     "group_norm",

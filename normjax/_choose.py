@@ -99,7 +99,7 @@ def _by_task(task: str) -> NormChoice | None:
             "spectral_norm", {},
             "Spectral norm bounds the Lipschitz constant of a discriminator, which keeps "
             "adversarial training stable. Apply it to the weights of the discriminator.",
-            "which-norm",
+            "which_norm",
         )  # fmt: skip
     if task == "style_transfer":
         return NormChoice(
@@ -138,7 +138,7 @@ def _by_architecture(task: str, architecture: str) -> NormChoice | None:
             "layer_norm", {},
             "ConvNeXt is built with layer norm over the features of each position. It does not "
             "depend on the batch.",
-            "which-norm",
+            "which_norm",
         )  # fmt: skip
     if architecture == "unet" or task == "image_generation":
         return NormChoice(

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).parents[1] / "normjax"
 ROOMS = [
     "_errors",
     "_core",
+    "_choose",
     "_stats",
     "_functions",
     "_modules",

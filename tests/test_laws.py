@@ -39,7 +39,8 @@ def case(name, rng):
 
 
 def public_norms():
-    names = [n for n in normjax.__all__ if "norm" in n and not n.endswith("_saveable")]
+    others = {"choose_normalization", "norm_inputs_saveable"}
+    names = [n for n in normjax.__all__ if "norm" in n and n not in others]
     functions = [getattr(normjax, n) for n in names]
     rooms = (normjax.linen, normjax.nnx)
     classes = [getattr(room, n) for room in rooms for n in room.__all__ if n[0].isupper()]

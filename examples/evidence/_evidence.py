@@ -127,7 +127,16 @@ def main(
         f"Python {platform.python_version()}."
     )
     (out / f"{script.stem}.md").write_text(page(script, claim, conclusion, circumstances))
-    record = {"name": script.stem, **claim._asdict(), **conclusion._asdict()}
+    record = {
+        "name": script.stem,
+        "title": claim.title,
+        "claim": claim.text,
+        "source": claim.source,
+        "held": conclusion.held,
+        "number": conclusion.number,
+        "finding": conclusion.text,
+        "circumstances": circumstances,
+    }
     (out / f"{script.stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     if not args.smoke:
         print(f"{claim.text}\nHeld here: {conclusion.held}, {conclusion.number}. {conclusion.text}")
@@ -140,6 +149,7 @@ def processor() -> str:
 
 
 def page(script: Path, claim: Claim, conclusion: Conclusion, circumstances: str) -> str:
+    held = f"**Did it hold here? {conclusion.held.title()}: {conclusion.number}.**"
     table = [
         f"| {' | '.join(conclusion.header)} |",
         f"|{'---|' * len(conclusion.header)}",
@@ -153,7 +163,7 @@ def page(script: Path, claim: Claim, conclusion: Conclusion, circumstances: str)
             ">",
             f"> {claim.source}",
             "",
-            f"**Did it hold here? {conclusion.held.title()}: {conclusion.number}.** {conclusion.text}",
+            f"{held} {conclusion.text}",
             "",
             f"![{claim.title}: {conclusion.number}]({script.stem}.png)",
             "",

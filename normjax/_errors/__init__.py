@@ -19,8 +19,9 @@ from normjax._errors.modules import (
     of_weight, random_streams, restored, some_batch_norm, some_moments,
 )  # fmt: skip
 from normjax._errors.options import (
-    Mode, activation, bound, ddof, entries, epsilon, finite, initializer, layer, mode, momentum,
-    moves, only_matrix, positive, slope, steps, switch, text, variable_names, virtual_batches,
+    Mode, activation, at_least_one, bound, ddof, entries, epsilon, finite, initializer, known,
+    layer, mode, momentum, moves, only_matrix, positive, slope, steps, switch, text,
+    variable_names, virtual_batches,
 )  # fmt: skip
 from normjax._errors.state import (
     batch_stats, collection, count, moments, running_layer, same_shape, some_layer, stored_count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from math import inf, prod, ulp
 from typing import Any, NamedTuple
 
@@ -300,3 +300,19 @@ def only_matrix(subject: str, path: str, shape: Shape) -> None:
             f"normjax: {subject} is {len(shape)}D but error_on_non_matrix is True: {path} has "
             f"shape {shape}. Pass error_on_non_matrix=False to take its last axis as the features."
         )
+
+
+def known(name: str, value: Any, names: Sequence[str]) -> None:
+    """One of a few names."""
+    if value not in names:
+        listed = ", ".join(map(repr, names))
+        raise ValueError(f"normjax: {name}={value!r}, expected one of {listed}.")
+
+
+def at_least_one(name: str, value: Any) -> int:
+    """How many there are of what there is."""
+    expected = "a whole number of at least 1."
+    count = whole(name, value, expected)
+    if count < 1:
+        raise ValueError(f"normjax: {name}={value!r}, expected {expected}")
+    return count

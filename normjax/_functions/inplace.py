@@ -92,8 +92,9 @@ def batch_norm_act(
 
     Args:
         x: real floating array; everything else but `activation` as in `batch_norm`.
-        stats, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask,
-            virtual_batch_size, axis_name, axis_index_groups, dtype: as in `batch_norm`.
+        stats, scale, bias, train, feature_axis, momentum, epsilon: as in `batch_norm`.
+        ddof, debias, mask, virtual_batch_size: as in `batch_norm`.
+        axis_name, axis_index_groups, dtype: as in `batch_norm`.
         activation: a hashable elementwise function of one array, for example
             `normjax.LeakyReLU()`, `normjax.ELU()` or `jax.nn.gelu`.
 

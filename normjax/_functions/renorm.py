@@ -48,8 +48,8 @@ def batch_renorm(
     norm by the running statistics.
 
     Args:
-        x, scale, bias, train, feature_axis, momentum, epsilon, ddof, debias, mask, axis_name,
-            axis_index_groups, dtype: as in `batch_norm`.
+        x, scale, bias, train, feature_axis, momentum, epsilon: as in `batch_norm`.
+        ddof, debias, mask, axis_name, axis_index_groups, dtype: as in `batch_norm`.
         stats: `BatchStats` of the shape of the feature axes; r and d need them.
         r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
             feature, in the dtype of the variance) to a number.

@@ -25,7 +25,7 @@ def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
         batch_stats: the collection of that name.
 
     Returns:
-        The same tree with `{"moments": Moments}` in the place of `{"mean": ..., "var": ...}`.
+        The same tree with one leaf `moments`, a `Moments`, in place of each `mean` and `var`.
 
     Guarantees:
         neutral: to start from it or from no collection at all is the same.

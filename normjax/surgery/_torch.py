@@ -136,16 +136,16 @@ def import_torch(
     kind             axes in PyTorch                             axes in Flax
     ===============  ==========================================  ===============================
     linear           weight (out in)                             kernel (in out)
-    conv             weight (out in *window)                     kernel (*window in out)
-    conv_transpose   weight (in out *window)                     kernel (*window in out), reversed
+    conv             weight (out in window...)                   kernel (window... in out)
+    conv_transpose   weight (in out window...)                   kernel (window... in out), reversed
     embedding        weight (entries features)                   embedding (entries features)
     attention        in_proj_weight (3*heads*features in)        query ... (in heads features)
                      out_proj.weight (out heads*features)        out (heads features out)
     batch_norm       weight, running_mean, ... (features)        scale, mean, ... (features)
     group_norm       weight (features)                           scale (features)
     instance_norm    weight (features)                           scale (features)
-    layer_norm       weight (*features)                          scale (*features), in one order
-    rms_norm         weight (*features)                          scale (*features), in one order
+    layer_norm       weight (features...)                        scale (features...), in one order
+    rms_norm         weight (features...)                        scale (features...), in one order
     parameter        an array outside of layers                  the same axes; not a kernel
     keep             left out                                    stays as it is
     ===============  ==========================================  ===============================
