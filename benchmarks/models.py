@@ -55,6 +55,30 @@ class ResNet50(nn.Module):
         return nn.Dense(1000, dtype=self.dtype)(x.mean((1, 2)))
 
 
+class ConvNeXt(nn.Module):
+    """ConvNeXt-T of Liu et al. 2022: layer norm over the features of each position."""
+
+    norm: Callable[..., nn.Module]
+    dtype: Any
+    blocks: Sequence[int] = (3, 3, 9, 3)
+    features: int = 96
+
+    @nn.compact
+    def __call__(self, x):
+        norm, dense = (partial(layer, dtype=self.dtype) for layer in (self.norm, nn.Dense))
+        conv = partial(nn.Conv, dtype=self.dtype)
+        for stage, count in enumerate(self.blocks):
+            features = self.features * 2**stage
+            if stage:
+                x = conv(features, (2, 2), (2, 2))(norm()(x))
+            else:
+                x = norm()(conv(features, (4, 4), (4, 4))(x))
+            for _ in range(count):
+                y = norm()(conv(features, (7, 7), feature_group_count=features)(x))
+                x = x + dense(features)(nn.gelu(dense(4 * features)(y)))
+        return dense(1000)(norm()(x.mean((1, 2))))
+
+
 class TransformerBlock(nn.Module):
     """As in GPT-2: normalized before attention and before the two dense layers."""
 
@@ -82,6 +106,7 @@ def with_norms(model: Callable[..., nn.Module], kind: str) -> dict[str, Callable
 
 MODELS = {
     "ResNet-50, 8 images of 64 x 64": (with_norms(ResNet50, "BatchNorm"), (8, 64, 64, 3)),
+    "ConvNeXt-T, 8 images of 64 x 64": (with_norms(ConvNeXt, "LayerNorm"), (8, 64, 64, 3)),
     "GPT-2 block, layer norm": (with_norms(TransformerBlock, "LayerNorm"), (8, 256, 768)),
     "GPT-2 block, RMS norm": (with_norms(TransformerBlock, "RMSNorm"), (8, 256, 768)),
 }

@@ -294,8 +294,31 @@ def test_the_picture(report, monkeypatch, tmp_path):
     figure = report.plot()
     left, _, right = figure.axes
     assert [label.get_text() for label in left.get_yticklabels()] == [n.path for n in report.norms]
-    assert [bar.get_width() for bar in right.patches] == [n.samples for n in report.norms]
+    bars = right.patches[: len(report.norms)]
+    assert [bar.get_width() for bar in bars] == [n.samples for n in report.norms]
     figure.savefig(tmp_path / "report.png")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         report.plot()
+
+
+def test_a_color_belongs_to_the_finding_of_its_panel(well):
+    """A layer with stale statistics has vermilion dots, and a blue bar of samples."""
+    matplotlib = pytest.importorskip("matplotlib")
+    stale = edited(well, "stem_bn", mean=lambda m: m + 3)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        report = surgery.diagnose(call, stale, BATCHES, progress=False)
+    left, _, right = report.plot().axes
+    blue, vermilion = (matplotlib.colors.to_rgb(c) for c in ("#0072B2", "#D55E00"))
+    for row, norm in enumerate(report.norms):
+        expected = vermilion if "stale" in kinds(report, norm.path) else blue
+        assert tuple(left.collections[row].get_facecolor()[0][:3]) == expected
+        assert right.patches[row].get_facecolor()[:3] == blue
+    assert "stale" in kinds(report, "stem_bn")
+
+
+def test_a_notebook_shows_the_table(report):
+    html = report._repr_html_()
+    assert html.count("<tr>") == 1 + len(report.norms)
+    assert html.count("<li>") == len(report.findings)
+    assert all(norm.path in html for norm in report.norms)

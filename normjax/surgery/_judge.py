@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from normjax.surgery._refused import never_updated
-from normjax.surgery._report import FEW_SAMPLES, Finding, NormReport
+from normjax.surgery._report import FEW_SAMPLES, STALE, Finding, NormReport
 
-# Nats, the mean over channels: variances that differ by the factor 1.8, or means by 0.45
-# deviations. Running averages of a healthy training stay below a tenth of it.
-STALE = 0.1
 # Outputs of a norm are of the size of its scale, which is about one.
 DEAD, EXPLODING = 1e-3, 100
 # Modes half a deviation apart, with statistics that are right on average.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,16 @@ import numpy as np
 # The mean of 16 independent values is off by a quarter of a deviation, which is about where Wu,
 # He (2018, arXiv:1803.08494) see batch norm fall behind.
 FEW_SAMPLES = 16
+# Nats, the mean over channels: variances that differ by the factor 1.8, or means by 0.45
+# deviations. Running averages of a healthy training stay below a tenth of it.
+STALE = 0.1
+STALE_SHIFT, STALE_RATIO = 0.45, (0.49, 1.8)
+
+# Which findings a panel of the picture shows, and the colors of Okabe and Ito (2008), which people
+# who cannot tell red from green can tell apart.
+OF_STATISTICS = {"stale", "never updated", "devices differ", "not finite"}
+OF_SAMPLES = {"few samples"}
+OK, NOTED, SERIOUS = "#0072B2", "#E69F00", "#D55E00"
 
 
 class Finding(NamedTuple):
@@ -121,6 +132,39 @@ class Report:
             raise SeriousFindingError(f"normjax.surgery.diagnose:\n{self}")
 
     def __str__(self) -> str:
+        rows = self._table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines = [table[0], "-" * len(table[0]), *table[1:], "", self._summary()]
+        for finding in self.findings:
+            mark = "!" if finding.serious else "-"
+            lines += [
+                f"{mark} {finding.path or '(the model)'}: {finding.what}",
+                f"    {finding.remedy}",
+            ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            inner = "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inner}</tr>"
+
+        header, *rows = self._table()
+        findings = "".join(
+            f"<li><b>{escape(f.path or '(the model)')}</b>: {escape(f.what)} "
+            f"<i>{escape(f.remedy)}</i></li>"
+            for f in self.findings
+        )
+        body = row(header, "th") + "".join(row(cells, "td") for cells in rows)
+        return f"<table>{body}</table><p>{escape(self._summary())}</p><ul>{findings}</ul>"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """The header, and a row for each layer."""
         kinds: dict[str, list[str]] = {norm.path: [] for norm in self.norms}
         for finding in self.findings:
             kinds.setdefault(finding.path, []).append(
@@ -140,24 +184,11 @@ class Report:
                 )
             )
         measured = {norm.path for norm in self.norms}
-        rows += [
+        return rows + [
             (path or "(the model)", *"-----", ", ".join(found))
             for path, found in kinds.items()
             if path not in measured
         ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        lines = [table[0], "-" * len(table[0]), *table[1:], "", self._summary()]
-        for finding in self.findings:
-            mark = "!" if finding.serious else "-"
-            lines += [
-                f"{mark} {finding.path or '(the model)'}: {finding.what}",
-                f"    {finding.remedy}",
-            ]
-        return "\n".join(lines)
 
     def _summary(self) -> str:
         serious = sum(finding.serious for finding in self.findings)
@@ -170,7 +201,12 @@ class Report:
         return f"{found}, from {self.batches} batches{apart}"
 
     def plot(self) -> Any:
-        """Draws shift, ratio of the variances, and effective samples; returns the figure."""
+        """Draws shift, ratio of the variances, and effective samples; returns the figure.
+
+        Shaded is what is not stale: a channel in it is less than 0.1 nats from its running
+        statistics, if the other number is right. A color belongs to the finding that the panel
+        shows, not to the layer: vermilion is serious, orange is to be noted.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -178,24 +214,21 @@ class Report:
                 "normjax.surgery: plot() needs matplotlib, which is not installed. "
                 "pip install matplotlib."
             ) from None
-        figure = Figure(figsize=(12, 1.6 + 0.32 * len(self.norms)), layout="constrained")
+        figure = Figure(figsize=(12, 2 + 0.32 * len(self.norms)), layout="constrained")
         left, middle, right = figure.subplots(1, 3, sharey=True)
-        serious = {finding.path for finding in self.findings if finding.serious}
-        noted = {finding.path for finding in self.findings}
         rows = range(len(self.norms))
         for row, norm in zip(rows, self.norms, strict=True):
-            color = "C3" if norm.path in serious else "C1" if norm.path in noted else "C0"
             spread = norm.running_var + norm.epsilon
             apart = (norm.actual_mean - norm.running_mean) / np.sqrt(spread)
             ratio = (norm.actual_var + norm.epsilon) / spread
-            dots = dict(s=14, color=color, alpha=0.6, linewidths=0)
+            dots = dict(s=14, color=self._color(norm, OF_STATISTICS), alpha=0.6, linewidths=0)
             left.scatter(apart, [row] * len(apart), **dots)
             middle.scatter(ratio, [row] * len(ratio), **dots)
-            right.barh(row, norm.samples, color=color, height=0.6)
+            right.barh(row, norm.samples, color=self._color(norm, OF_SAMPLES), height=0.6)
         left.set_xscale("symlog", linthresh=1)
-        left.set(title="actual mean, in running deviations")
-        middle.set(title="actual / running variance", xscale="log")
-        right.set(title="effective samples of a statistic", xscale="log")
+        left.set(title="mean", xlabel="(actual - running mean) / running deviation")
+        middle.set(title="variance", xscale="log", xlabel="actual / running variance")
+        right.set(title="samples", xscale="log", xlabel="effective samples of a statistic")
         for axes, line, around in (
             (left, 0, (-1, 1)),
             (middle, 1, (0.1, 10)),
@@ -206,10 +239,21 @@ class Report:
             axes.axvline(line, color="gray", lw=0.8, ls="--")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
+        left.axvspan(-STALE_SHIFT, STALE_SHIFT, color=OK, alpha=0.1, lw=0)
+        middle.axvspan(*STALE_RATIO, color=OK, alpha=0.1, lw=0)
+        right.axvspan(FEW_SAMPLES, right.get_xlim()[1], color=OK, alpha=0.1, lw=0)
         left.set_yticks(rows, [norm.path or "(the model)" for norm in self.norms])
         left.invert_yaxis()
-        figure.suptitle(f"{self._summary()} (red: serious, orange: to note)", fontsize=10)
+        figure.suptitle(
+            f"{self._summary()}\nshaded: as it should be; vermilion: serious, orange: to note",
+            fontsize=10,
+        )
         return figure
+
+    def _color(self, norm: NormReport, kinds: set[str]) -> str:
+        """Of the worst of these findings in a layer."""
+        found = [f.serious for f in self.findings if f.path == norm.path and f.kind in kinds]
+        return SERIOUS if any(found) else NOTED if found else OK
 
 
 def _rms(values: np.ndarray) -> float:
