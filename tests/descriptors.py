@@ -129,7 +129,7 @@ def spectral_call(x, mask=None):
     return normjax.spectral_norm(x, stats, train=True)[0]
 
 
-# Without a mask or a batch: tests/test_weight.py and tests/test_kin.py hold most of their laws.
+# Without a mask or a batch; test_weight.py and test_other_norms.py hold most of their laws.
 PLAIN = {
     "weight_norm": Norm(normjax.weight_norm, unmasked_call(normjax.weight_norm, SCALE)),
     "standardize_weight": Norm(

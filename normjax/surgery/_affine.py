@@ -12,7 +12,7 @@ from jax import Array
 
 from normjax._core.dtypes import accumulation_dtype
 from normjax.surgery._constants import Constant, carried, reshape_order, sources
-from normjax.surgery._program import Equation
+from normjax.surgery._jaxpr import Equation
 
 
 class Layer(NamedTuple):

@@ -12,12 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from normjax.surgery._accumulator import SLOT, Accumulator, Measure
 from normjax.surgery._kept import Kept
 from normjax.surgery._layers import editing, expect_function
 from normjax.surgery._paths import Path, at_path, with_stats
-from normjax.surgery._record import SLOT, Measure, Record
 
-Records = dict[Path, Record]
+Accumulators = dict[Path, Accumulator]
 
 CALL = (
     "def call(variables, batch, *, train, mutable=False):\n"
@@ -30,7 +30,7 @@ _compiled = Kept()
 class Seen(NamedTuple):
     """One batch: what the layers saw, what the model returned, whether all of it is finite."""
 
-    records: Records
+    records: Accumulators
     outputs: Any
     finite: Any
 
@@ -85,7 +85,7 @@ def compiled(measure: type[Measure], call: Callable) -> Compiled:
 
 def _step(alive: Callable, measure: Measure, variables: Any, centers: Any, batch: Any) -> Seen:
     call = alive()
-    slots = {path: {SLOT: Record.start(center)} for path, center in centers.items()}
+    slots = {path: {SLOT: Accumulator.start(center)} for path, center in centers.items()}
     with editing(measure):
         out = call(with_stats(variables, slots), batch, train=True, mutable=["batch_stats"])
     try:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from normjax.surgery._program import Equation
+from normjax.surgery._jaxpr import Equation
 
 ELEMENTWISE = {
     "abs", "add", "and", "cbrt", "ceil", "convert_element_type", "copy", "cos", "div", "eq", "erf",

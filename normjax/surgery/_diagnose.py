@@ -13,15 +13,15 @@ import numpy as np
 from flax.core import meta
 
 from normjax import _errors
+from normjax.surgery._accumulator import Accumulator, Measure
+from normjax.surgery._batches import expect_batches, over_batches
 from normjax.surgery._compiled import Seen
-from normjax.surgery._judge import judge, judge_unmeasured
+from normjax.surgery._findings import findings_of, findings_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
 from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
-from normjax.surgery._record import Measure, Record
 from normjax.surgery._refused import never_updated
 from normjax.surgery._report import Finding, NormReport, Report
 from normjax.surgery._source import Source, source
-from normjax.surgery._walk import expect_batches, walk
 
 CALLED = "normjax.surgery.diagnose"
 
@@ -106,7 +106,7 @@ def diagnose(
         apart.add(seen.records)
         outputs.add(seen.outputs, batch)
 
-    records = walk(run, variables, batches, at, limit, progress, each)
+    records = over_batches(run, variables, batches, at, limit, progress, each)
     stacked = replicas is not variables
     reports: list[NormReport] = []
     findings: list[Finding] = []
@@ -127,18 +127,20 @@ def diagnose(
                 never_updated=never_updated(node),
             )
             reports.append(norm)
-            findings += judge(norm)
+            findings += findings_of(norm)
         else:
             fault = run.measure.fault(name, records[path])
             masked = "had every entry masked" if np.any(records[path].batches) else None
-            findings += judge_unmeasured(name, node, devices, fault or masked)
+            findings += findings_unmeasured(name, node, devices, fault or masked)
     for name, fault in run.measure.elsewhere(patterns(at), records).items():
-        findings += judge_unmeasured(name, None, 0.0, fault)
+        findings += findings_unmeasured(name, None, 0.0, fault)
     findings.sort(key=lambda finding: not finding.serious)
     return Report(tuple(reports), tuple(findings), outputs.batches, outputs.apart())
 
 
-def _moments(path: Path, record: Record, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _moments(
+    path: Path, record: Accumulator, variables: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     node = at_path(variables["batch_stats"], path)
     affine = meta.unbox(at_path(variables.get("params", {}), path))
     center, mean, m2, count = map(
@@ -222,7 +224,7 @@ class _Apart:
         self.samples: dict[Path, list[float]] = {}
 
     @NO_WARNINGS
-    def add(self, records: Mapping[Path, Record]) -> None:
+    def add(self, records: Mapping[Path, Accumulator]) -> None:
         for path, record in records.items():
             count, mean, m2 = map(_flat, record.moments)
             counted = count > 0
@@ -240,7 +242,7 @@ class _Apart:
             self.samples.setdefault(path, []).append(float(np.median(samples)))
 
 
-def _samples(record: Record) -> np.ndarray:
+def _samples(record: Accumulator) -> np.ndarray:
     """Effective samples: the variance over that of the mean.
 
     The means of the examples vary by what of m2 lies between them; the mean of a batch varies by

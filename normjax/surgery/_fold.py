@@ -15,8 +15,8 @@ from jax import Array
 from normjax import _errors
 from normjax.surgery._affine import DeferredAffine, Layer, features_of
 from normjax.surgery._constants import Constant, evaluate, evaluation, whole
+from normjax.surgery._jaxpr import Equation, FlatJaxpr, trace
 from normjax.surgery._paths import is_nnx
-from normjax.surgery._program import Equation, Program, trace
 
 LAYERS = {"conv_general_dilated", "dot_general"}
 AFFINE = {"add", "add_any", "sub", "mul", "div", "neg"}
@@ -207,8 +207,8 @@ def _server(
                     )
                 return given
 
-            walk = _Folding(program, take, FoldReport(), dict(evaluations))
-            return walk.run(leaves, jax.tree.leaves(inputs))
+            folding = _Folding(program, take, FoldReport(), dict(evaluations))
+            return folding.run(leaves, jax.tree.leaves(inputs))
 
         size = len(set(order))
         if not isinstance(folded, (tuple, list)) or len(folded) != size:
@@ -233,7 +233,7 @@ class _Folding:
     """
 
     def __init__(
-        self, program: Program, take: Callable, report: FoldReport, evaluations: Evaluations
+        self, program: FlatJaxpr, take: Callable, report: FoldReport, evaluations: Evaluations
     ):
         self.program, self.report, self.evaluations = program, report, evaluations
         self.uses = program.uses()

@@ -9,8 +9,8 @@ import numpy as np
 
 from normjax import _errors
 from normjax.surgery._layouts import ANY, EMBEDDING, FEATURES, VECTOR, Layout, NameMapping
+from normjax.surgery._name_mapping import Rule, export_arrays, import_arrays
 from normjax.surgery._paths import Tree
-from normjax.surgery._rules import Rule, export_arrays, import_arrays
 
 INPUTS = ("query", "key", "value")
 

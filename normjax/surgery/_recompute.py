@@ -8,11 +8,11 @@ from typing import Any, overload
 import numpy as np
 
 from normjax import _errors
-from normjax.surgery._compiled import Records, Seen
+from normjax.surgery._accumulator import DID_NOT_RUN, Measure
+from normjax.surgery._batches import over_batches
+from normjax.surgery._compiled import Accumulators, Seen
 from normjax.surgery._paths import At, Tree, at_path, patterns, with_stats, written
-from normjax.surgery._record import DID_NOT_RUN, Measure
 from normjax.surgery._source import source
-from normjax.surgery._walk import walk
 
 
 @overload
@@ -123,7 +123,7 @@ def recompute(
         # What did not run yet may be run by a later batch.
         _expect_measured(run, seen.records, given, ran_only=True)
 
-    records = walk(run, held.variables, held.batches, at, limit, progress, each)
+    records = over_batches(run, held.variables, held.batches, at, limit, progress, each)
     _expect_measured(run, records, given)
     stats = held.variables["batch_stats"]
     changed = {path: record.stats(at_path(stats, path)) for path, record in records.items()}
@@ -131,7 +131,7 @@ def recompute(
 
 
 def _expect_measured(
-    run: Any, records: Records, at: tuple[str, ...] | None, ran_only: bool = False
+    run: Any, records: Accumulators, at: tuple[str, ...] | None, ran_only: bool = False
 ) -> None:
     """Statistics that stay as they are, though they were chosen, are an error."""
     measure = run.measure

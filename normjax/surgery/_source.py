@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from normjax.surgery._accumulator import Measure
 from normjax.surgery._compiled import compiled
 from normjax.surgery._paths import At, is_nnx, patterns
-from normjax.surgery._record import Measure
 
 
 class Source(NamedTuple):

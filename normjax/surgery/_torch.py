@@ -19,8 +19,8 @@ from normjax.surgery._layouts import (
     Layout,
     NameMapping,
 )
+from normjax.surgery._name_mapping import Rule, export_arrays, import_arrays
 from normjax.surgery._paths import Tree
-from normjax.surgery._rules import Rule, export_arrays, import_arrays
 from normjax.surgery._safetensors import read
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from normjax import _errors
-from normjax.surgery._rules import Rule
+from normjax.surgery._name_mapping import Rule
 
 RESNET: list[Rule] = [
     ("conv1", "conv1", "conv"),

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from normjax._errors.devices import bound_names
-from normjax.surgery._compiled import Records, Seen
+from normjax.surgery._accumulator import SLOT, Accumulator, Measure
+from normjax.surgery._compiled import Accumulators, Seen
 from normjax.surgery._layers import Layer
 from normjax.surgery._nnx.adopted import Derived, adopt
 from normjax.surgery._nnx.layers import (
@@ -26,7 +27,6 @@ from normjax.surgery._nnx.layers import (
     variables_of,
 )
 from normjax.surgery._paths import Path, written
-from normjax.surgery._record import SLOT, Measure, Record
 
 # The whole state of the model, beside its parameters and statistics by path.
 STATE = "state"
@@ -35,7 +35,7 @@ STATE = "state"
 Call = Callable[[Any, Any], Any]
 
 
-class _Record(nnx.BatchStat):
+class _Accumulator(nnx.BatchStat):
     """What a layer saw. Wherever a transformation takes the statistics, it takes this too."""
 
 
@@ -71,10 +71,10 @@ class Measured:
             adopt(layer)
             layer.normjax_observer = Measuring(self.measure, written(path))
             if path in centers:
-                setattr(layer, SLOT, _Record(Record.start(centers[path])))
+                setattr(layer, SLOT, _Accumulator(Accumulator.start(centers[path])))
         model.train()
         outputs = self.call(model, batch)
-        records: Records = {path: getattr(layers[path], SLOT).get_value() for path in centers}
+        records: Accumulators = {path: getattr(layers[path], SLOT).get_value() for path in centers}
         finite = [jnp.isfinite(r.moments.m2).all() for r in records.values()]
         return Seen(records, outputs, jnp.stack(finite).all())
 

@@ -17,14 +17,14 @@ from normjax._core.moments import collapse
 from normjax.surgery._layers import Edit, Layer, not_recognized
 from normjax.surgery._paths import Path, chosen, written
 
-# Records travel inside `batch_stats`: whatever Flax lifts a layer through (scan, vmap, remat,
+# Accumulators travel inside `batch_stats`: whatever Flax lifts a layer through (scan, vmap, remat,
 # jit) carries that collection, and no other for sure.
 SLOT = "normjax_record"
 
 DID_NOT_RUN = "did not run"
 
 
-class Record(NamedTuple):
+class Accumulator(NamedTuple):
     """Every array has the shape of the running mean, axes of scan and vmap included.
 
     Attributes:
@@ -51,16 +51,16 @@ class Record(NamedTuple):
     epsilon: Array
 
     @classmethod
-    def start(cls, center: Array) -> Record:
+    def start(cls, center: Array) -> Accumulator:
         """Nothing seen yet."""
         center = center.astype(accumulation_dtype(center.dtype))
         zero = jnp.zeros(center.shape, center.real.dtype)
         nothing = Moments(zero, jnp.zeros_like(center), zero)
         return cls(center, nothing, *[zero] * (len(cls._fields) - 2))
 
-    def merged(self, other: Record) -> Record:
+    def merged(self, other: Accumulator) -> Accumulator:
         """What both saw. The center is the same, unless the first has seen nothing yet."""
-        return Record(
+        return Accumulator(
             center=other.center,
             moments=merge(self.moments, other.moments),
             within=self.within + other.within,
@@ -124,7 +124,7 @@ class Measure(Edit):
         found = self.strangers.items()
         return {path: why for path, why in found if path not in known and chosen(path, at)}
 
-    def fault(self, path: str, record: Record) -> str | None:
+    def fault(self, path: str, record: Accumulator) -> str | None:
         """Why a layer was not measured; None if it was, or was frozen on purpose."""
         if np.any(record.batches) or np.any(record.frozen):
             return None
@@ -135,7 +135,7 @@ class Measure(Edit):
         return DID_NOT_RUN
 
 
-def _see(layer: Layer, center: Array) -> Record:
+def _see(layer: Layer, center: Array) -> Accumulator:
     x, axis = jnp.asarray(layer.x), layer.axis
     axes = _errors.features(x.shape, axis)
     features, reduced = axes.shape, axes.reduced
@@ -158,7 +158,7 @@ def _see(layer: Layer, center: Array) -> Record:
         (moments, within, examples),
     )
     one, none = jnp.ones_like(within), jnp.zeros_like(within)
-    return Record(
+    return Accumulator(
         center=center,
         moments=moments,
         within=within,

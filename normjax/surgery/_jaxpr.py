@@ -50,7 +50,7 @@ class Equation(NamedTuple):
         return list(results) if self.primitive.multiple_results else [results]
 
 
-class Program(NamedTuple):
+class FlatJaxpr(NamedTuple):
     """Equations in order; every slot is written once."""
 
     equations: tuple[Equation, ...]
@@ -76,7 +76,7 @@ class Program(NamedTuple):
             known.update(zip(equation.outputs, results, strict=True))
         return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
 
-    def distinct(self) -> tuple[Program, tuple[int, ...]]:
+    def distinct(self) -> tuple[FlatJaxpr, tuple[int, ...]]:
         """The same with every result once, and for each of its results the place of it.
 
         Equal operations on equal operands have one result.
@@ -123,7 +123,7 @@ def _operand(slot: Slot) -> Any:
     return str(slot.aval), value.tobytes()
 
 
-def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
+def trace(function: Callable, *args: Any, effects: bool = True) -> FlatJaxpr:
     """The program of one call, with or without its prints; `args` are arrays or their shapes."""
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     slots = count()
@@ -174,7 +174,7 @@ def trace(function: Callable, *args: Any, effects: bool = True) -> Program:
 
     outputs = tuple(inline(closed, inputs, ""))
     tree = jax.tree.structure(out)
-    return _alive(Program(tuple(equations), constants, inputs, outputs, tree))
+    return _alive(FlatJaxpr(tuple(equations), constants, inputs, outputs, tree))
 
 
 def _place(where: str, eqn: Any) -> str:
@@ -195,7 +195,7 @@ def _body(eqn: Any) -> ClosedJaxpr | None:
     return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
 
 
-def _alive(program: Program) -> Program:
+def _alive(program: FlatJaxpr) -> FlatJaxpr:
     """Without the equations whose results nobody reads."""
     needed = {slot for slot in program.outputs if isinstance(slot, int)}
     kept = []

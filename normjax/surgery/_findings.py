@@ -21,7 +21,7 @@ DEVICES_APART = 1e-4
 NOT_FINITE = "not finite"
 
 
-def judge(norm: NormReport) -> Iterator[Finding]:
+def findings_of(norm: NormReport) -> Iterator[Finding]:
     """All that is to be said about one layer."""
 
     def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
@@ -69,7 +69,7 @@ def judge(norm: NormReport) -> Iterator[Finding]:
         )
 
 
-def judge_unmeasured(
+def findings_unmeasured(
     path: str, node: Mapping[str, Any] | None, devices_apart: float, fault: str | None
 ) -> Iterator[Finding]:
     """What the statistics alone say; and why the layer was not measured, unless on purpose."""

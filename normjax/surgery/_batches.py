@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from normjax.surgery._compiled import CALL, Records, Seen
+from normjax.surgery._compiled import CALL, Accumulators, Seen
 from normjax.surgery._paths import At, norms, written
 
 
-def walk(
+def over_batches(
     compiled: Any,
     variables: Mapping[str, Any],
     batches: Iterable[Any],
@@ -25,7 +25,7 @@ def walk(
     limit: int | None,
     progress: bool,
     each: Callable[[Seen, Any], None],
-) -> Records:
+) -> Accumulators:
     """The merged records of the chosen layers over all batches; `each` is shown every batch."""
     called, step = compiled.measure.called, compiled.step
     bar = called.rsplit(".", 1)[-1] if progress and sys.stderr.isatty() else None
@@ -138,15 +138,15 @@ class _Tree:
     """Merges as a binary tree, so that rounding grows with the logarithm of the batches."""
 
     def __init__(self) -> None:
-        self.branches: list[tuple[int, Records]] = []
+        self.branches: list[tuple[int, Accumulators]] = []
 
-    def add(self, records: Records) -> None:
+    def add(self, records: Accumulators) -> None:
         size = 1
         while self.branches and self.branches[-1][0] == size:
             records, size = _join(self.branches.pop()[1], records), 2 * size
         self.branches.append((size, records))
 
-    def whole(self) -> Records:
+    def whole(self) -> Accumulators:
         _, records = self.branches.pop()
         while self.branches:
             records = _join(self.branches.pop()[1], records)
@@ -154,12 +154,12 @@ class _Tree:
 
 
 @jax.jit
-def _join(first: Records, second: Records) -> Records:
+def _join(first: Accumulators, second: Accumulators) -> Accumulators:
     return {path: record.merged(second[path]) for path, record in first.items()}
 
 
-def _expect_finite(records: Records, finite: list[Any]) -> None:
-    """Records that are finite."""
+def _expect_finite(records: Accumulators, finite: list[Any]) -> None:
+    """Accumulators that are finite."""
     if not np.all(finite):
         bad = [
             written(p)

@@ -1,0 +1,372 @@
+"""The networks of docs/textbook against their PyTorch twins, in float64."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import normjax.linen
+import normjax.nnx
+from normjax import surgery
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+# What acts as a batch norm of PyTorch by its defaults.
+FIELDS = {"momentum": 0.9, "epsilon": 1e-5, "ddof": 1}
+DTYPE = jnp.float64
+EPS = np.finfo(np.float64).eps
+
+
+@pytest.fixture(scope="module")
+def torch():
+    return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def close(got, want, terms):
+    """Equal up to rounding, beside the largest value.
+
+    Libraries add in different orders. A sum of n terms rounds by at most n eps / 2, and so does its
+    derivative. `terms` is the longest sum times how many layers pass an error on, forward and
+    backward; a norm passes on less than twice of it, for 1 + |mean| / deviation < 2 here.
+    """
+    np.testing.assert_allclose(got, want, rtol=0, atol=terms * EPS * np.abs(want).max())
+
+
+# A network is a function of its layers, in whichever library these are.
+
+
+def linear_block(f, x):
+    return f.relu(f.norm1(f.linear1(x)))
+
+
+def conv_block(f, x):
+    return f.relu(f.norm1(f.conv1(x)))
+
+
+def post_activation(f, x):
+    y = f.relu(f.norm1(f.conv1(x)))
+    return f.relu(x + f.norm2(f.conv2(y)))
+
+
+def post_activation_norm_after(f, x):
+    y = f.norm1(f.relu(f.conv1(x)))
+    return f.norm2(f.relu(x + f.conv2(y)))
+
+
+def pre_activation(f, x):
+    y = f.conv1(f.relu(f.norm1(x)))
+    return x + f.conv2(f.relu(f.norm2(y)))
+
+
+def pre_activation_norm_after(f, x):
+    y = f.conv1(f.norm1(f.relu(x)))
+    return x + f.conv2(f.norm2(f.relu(y)))
+
+
+def cnn(f, x):
+    for i in "123":
+        x = getattr(f, f"norm{i}")(getattr(f, f"conv{i}")(x))
+        x = f.max_pool(f.relu(x))
+    return f.linear1(f.flatten(x))
+
+
+class Network(NamedTuple):
+    """A network, the sizes of its layers by name, and the shape of its input, channels last."""
+
+    call: Any
+    layers: dict[str, tuple[int, ...]]
+    shape: tuple[int, ...]
+
+    @property
+    def rules(self):
+        kinds = {"linear": "linear", "conv": "conv", "norm": "batch_norm"}
+        return [(name, name, kinds[name[:-1]]) for name in self.layers]
+
+    @property
+    def terms(self):
+        """The longest sum, over all examples and positions, for each layer and both passes."""
+        return np.prod(self.shape[:-1]) * 2 * len(self.layers)
+
+    def bound(self, layer, functions):
+        """The layers that `layer` makes, and the functions between them."""
+        made = {name: layer(name, sizes) for name, sizes in self.layers.items()}
+        return SimpleNamespace(**made, **functions)
+
+
+RESIDUAL = {"conv1": (4, 4), "norm1": (4,), "conv2": (4, 4), "norm2": (4,)}
+NETWORKS = {
+    "linear_block": Network(linear_block, {"linear1": (6, 4), "norm1": (4,)}, (16, 6)),
+    "conv_block": Network(conv_block, {"conv1": (3, 4), "norm1": (4,)}, (4, 6, 5, 3)),
+    **{
+        order.__name__: Network(order, RESIDUAL, (4, 6, 5, 4))
+        for order in (
+            post_activation,
+            post_activation_norm_after,
+            pre_activation,
+            pre_activation_norm_after,
+        )
+    },
+    "cnn": Network(
+        cnn,
+        {
+            "conv1": (3, 4),
+            "norm1": (4,),
+            "conv2": (4, 6),
+            "norm2": (6,),
+            "conv3": (6, 8),
+            "norm3": (8,),
+            "linear1": (4 * 4 * 8, 10),
+        },
+        (4, 32, 32, 3),
+    ),
+}
+JAX = {
+    "relu": jax.nn.relu,
+    "max_pool": partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
+    "flatten": lambda x: x.reshape(len(x), -1),
+}
+
+
+class Functions:
+    """The functions of normjax, by the variables of linen."""
+
+    def __init__(self, network, state, fields):
+        self.network, self.fields = network, fields
+        x = jax.ShapeDtypeStruct(network.shape, jnp.float64)
+        model = Linen.Model(network, fields)
+        shapes = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), x)
+        variables = surgery.import_torch(shapes, state, network.rules)
+        self.params, self.stats = variables["params"], variables["batch_stats"]
+
+    def apply(self, params, stats, x, train):
+        moved = {}
+
+        def linear(name, x):
+            y = x @ params[name]["kernel"]
+            return y + params[name]["bias"][None] if "bias" in params[name] else y
+
+        def conv(name, x):
+            axes = ("NHWC", "HWIO", "NHWC")
+            kernel = params[name]["kernel"]
+            return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
+
+        def norm(name, x):
+            running = normjax.BatchStats(**stats[name])
+            y, running = normjax.batch_norm(x, running, **params[name], train=train, **self.fields)
+            moved[name] = {"mean": running.mean, "var": running.var}
+            return y
+
+        kinds = {"linear": linear, "conv": conv, "norm": norm}
+        f = self.network.bound(lambda name, _: partial(kinds[name[:-1]], name), JAX)
+        return self.network.call(f, x), moved
+
+    def state(self, params, stats):
+        """As a state dict of PyTorch."""
+        variables = {"params": params, "batch_stats": stats}
+        return surgery.export_torch(variables, self.network.rules)
+
+
+class Linen(Functions):
+    """Modules of linen."""
+
+    class Model(nn.Module):
+        network: Network
+        fields: dict[str, Any]
+
+        @nn.compact
+        def __call__(self, x, train):
+            def layer(name, sizes):
+                if name.startswith("linear"):
+                    bias = name in last(self.network)
+                    return nn.Dense(sizes[-1], bias, param_dtype=DTYPE, name=name)
+                if name.startswith("conv"):
+                    options = dict(use_bias=False, param_dtype=DTYPE)
+                    return nn.Conv(sizes[-1], (3, 3), **options, name=name)
+                norm = normjax.linen.BatchNorm(**self.fields, param_dtype=DTYPE, name=name)
+                return partial(norm, train=train)
+
+            return self.network.call(self.network.bound(layer, JAX), x)
+
+    def apply(self, params, stats, x, train):
+        variables = {"params": params, "batch_stats": stats}
+        model = self.Model(self.network, self.fields)
+        if not train:
+            return model.apply(variables, x, train), stats
+        y, updates = model.apply(variables, x, train, mutable=["batch_stats"])
+        return y, updates["batch_stats"]
+
+
+class NNX:
+    """Modules of NNX."""
+
+    class Model(nnx.Module):
+        def __init__(self, network, fields, rngs):
+            self.network = nnx.static(network)
+            options = dict(param_dtype=DTYPE, rngs=rngs)
+            for name, sizes in network.layers.items():
+                if name.startswith("linear"):
+                    layer = nnx.Linear(*sizes, use_bias=name in last(network), **options)
+                elif name.startswith("conv"):
+                    layer = nnx.Conv(*sizes, (3, 3), use_bias=False, **options)
+                else:
+                    layer = normjax.nnx.BatchNorm(*sizes, **fields, **options)
+                setattr(self, name, layer)
+
+        def __call__(self, x):
+            f = self.network.bound(lambda name, _: getattr(self, name), JAX)
+            return self.network.call(f, x)
+
+    def __init__(self, network, state, fields):
+        self.network = network
+        model = nnx.eval_shape(lambda: self.Model(network, fields, nnx.Rngs(0)))
+        model = surgery.import_torch(model, state, network.rules)
+        self.graphdef, self.params, self.stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    def apply(self, params, stats, x, train):
+        # A copy: variables of an outer trace cannot be changed in an inner one.
+        model = nnx.merge(self.graphdef, params, stats, copy=True)
+        model.train() if train else model.eval()
+        return model(x), nnx.state(model, nnx.BatchStat)
+
+    def state(self, params, stats):
+        """As a state dict of PyTorch."""
+        return surgery.export_torch(nnx.merge(self.graphdef, params, stats), self.network.rules)
+
+
+FORMS = {"functions": Functions, "linen": Linen, "nnx": NNX}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def last(network):
+    """The linear layers without a norm behind them, which would subtract their bias."""
+    return [name for name in [*network.layers][-1:] if name.startswith("linear")]
+
+
+def torch_twin(torch, network):
+    """The network in PyTorch, with other scales and biases than 1 and 0."""
+
+    def layer(name, sizes):
+        if name.startswith("linear"):
+            return torch.nn.Linear(*sizes, bias=name in last(network))
+        if name.startswith("conv"):
+            return torch.nn.Conv2d(*sizes, 3, padding=1, bias=False)
+        return (torch.nn.BatchNorm1d if len(network.shape) == 2 else torch.nn.BatchNorm2d)(*sizes)
+
+    functions = {
+        "relu": torch.relu,
+        "max_pool": partial(torch.nn.functional.max_pool2d, kernel_size=2),
+        # The classifier is carried over as it is, so it takes the order of JAX.
+        "flatten": lambda x: x.movedim(1, -1).flatten(1),
+    }
+
+    class Twin(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, sizes in network.layers.items():
+                setattr(self, name, layer(name, sizes))
+
+        def forward(self, x):
+            return network.call(network.bound(lambda name, _: getattr(self, name), functions), x)
+
+    torch.manual_seed(0)
+    twin = Twin().double()
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    return twin
+
+
+def first(x):
+    return np.moveaxis(np.asarray(x), -1, 1).copy()
+
+
+def run_torch(torch, network, batches, cotangents):
+    """The twin's initial state; of each step what is compared; and the evaluation after all."""
+    twin = torch_twin(torch, network).train()
+    state = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
+    steps = []
+    for x, dy in zip(batches, cotangents, strict=True):
+        x = torch.from_numpy(first(x)).requires_grad_()
+        y = twin(x)
+        twin.zero_grad()
+        y.backward(torch.from_numpy(first(dy)))
+        gradients = {name: p.grad.numpy().copy() for name, p in twin.named_parameters()}
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter -= 0.1 * parameter.grad
+        moved = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
+        steps.append((y.detach().numpy(), x.grad.numpy(), gradients, moved))
+    return state, steps, twin.eval()(torch.from_numpy(first(batches[0]))).detach().numpy()
+
+
+def run_jax(form, batches, cotangents):
+    """The same of one of ours, in the layout of PyTorch."""
+
+    @jax.jit
+    def step(params, stats, x, dy):
+        def loss(params, x):
+            y, moved = form.apply(params, stats, x, True)
+            return (y * dy).sum(), (y, moved)
+
+        (gradients, dx), (y, moved) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)
+        return y, dx, gradients, params, moved
+
+    params, stats, steps = form.params, form.stats, []
+    for x, dy in zip(batches, cotangents, strict=True):
+        y, dx, gradients, params, moved = step(params, stats, x, dy)
+        scales = form.state(gradients, stats)
+        steps.append((first(y), first(dx), scales, form.state(params, moved)))
+        stats = moved
+    y, same = jax.jit(partial(form.apply, train=False))(params, stats, batches[0])
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    return steps, first(y)
+
+
+def compare(torch, network, form, fields, rng):
+    batches = [rng.normal(1.0, 2.0, network.shape) for _ in range(2)]
+    shape = jax.eval_shape(
+        lambda x: network.call(network.bound(lambda _, sizes: shaped(sizes), JAX), x), batches[0]
+    ).shape
+    cotangents = [rng.normal(0.0, 1 / len(batches[0]), shape) for _ in range(2)]
+    state, want, want_evaluated = run_torch(torch, network, batches, cotangents)
+    got, got_evaluated = run_jax(FORMS[form](network, state, fields), batches, cotangents)
+    terms = network.terms
+    for k, (ours, twins) in enumerate(zip(got, want, strict=True), start=1):
+        close(ours[0], twins[0], k * terms)
+        close(ours[1], twins[1], k * terms)
+        for name, gradient in twins[2].items():
+            close(ours[2][name], gradient, k * terms)
+        for name, array in twins[3].items():
+            if not name.endswith("num_batches_tracked"):
+                assert ours[3][name].dtype == np.float64
+                close(ours[3][name], array, k * terms)
+    close(got_evaluated, want_evaluated, 2 * terms)
+
+
+def shaped(sizes):
+    """A layer that does nothing but change the number of features."""
+    return lambda x: jnp.zeros((*x.shape[:-1], sizes[-1]), x.dtype)
+
+
+@every_form
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_steps_and_the_evaluation_of_a_network(torch, name, form, rng):
+    """Outputs, gradients of x and of all parameters, parameters and running statistics."""
+    compare(torch, NETWORKS[name], form, FIELDS, rng)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "fault", [{"epsilon": 1.001e-5}, {"momentum": 0.9001}, {"ddof": 0}], ids=str
+)
+def test_a_field_that_differs_from_the_twin_is_found(torch, form, fault, rng):
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        compare(torch, NETWORKS["conv_block"], form, {**FIELDS, **fault}, rng)
