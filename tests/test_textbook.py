@@ -370,3 +370,133 @@ def test_two_steps_and_the_evaluation_of_a_network(torch, name, form, rng):
 def test_a_field_that_differs_from_the_twin_is_found(torch, form, fault, rng):
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         compare(torch, NETWORKS["conv_block"], form, {**FIELDS, **fault}, rng)
+
+
+# The four norms, and layer norm with one number for each channel, which PyTorch has as group norm.
+SHAPE = 4, 6, 5, 3  # channels first
+GROUPS = 3
+
+
+def four_norms(torch):
+    channels, options = SHAPE[1], {"dtype": torch.float64}
+    return {
+        "batch": torch.nn.BatchNorm2d(channels, **options),
+        "layer": torch.nn.LayerNorm(SHAPE[1:], **options),
+        "layer_by_channel": torch.nn.GroupNorm(1, channels, **options),
+        "instance": torch.nn.InstanceNorm2d(channels, affine=True, **options),
+        "group": torch.nn.GroupNorm(GROUPS, channels, **options),
+    }
+
+
+def norm_of_functions(kind, channels):
+    where = {"feature_axis": channels, "epsilon": 1e-5}
+    return {
+        "batch": lambda x, *affine: normjax.batch_norm(x, None, *affine, train=True, **where)[0],
+        "layer": partial(normjax.layer_norm, axis=(1, 2, 3), epsilon=1e-5),
+        "layer_by_channel": partial(normjax.layer_norm, axis=(1, 2, 3), **where),
+        "instance": partial(normjax.instance_norm, **where),
+        "group": partial(normjax.group_norm, num_groups=GROUPS, **where),
+    }[kind]
+
+
+def fields_of_modules(channels):
+    whole, common = {"reduction_axes": (1, 2, 3)}, {"epsilon": 1e-5, "param_dtype": DTYPE}
+    return {
+        "batch": ("BatchNorm", common | {"axis": channels}),
+        "layer": ("LayerNorm", common | whole | {"feature_axes": (1, 2, 3)}),
+        "layer_by_channel": ("LayerNorm", common | whole | {"feature_axes": channels}),
+        "instance": ("InstanceNorm", common | {"feature_axes": channels}),
+        "group": ("GroupNorm", common | {"num_groups": GROUPS, "feature_axis": channels}),
+    }
+
+
+def norm_of_linen(kind, channels):
+    name, fields = fields_of_modules(channels)[kind]
+    layer = getattr(normjax.linen, name)(**fields)
+    mode = {"use_running_average": False} if kind == "batch" else {}
+
+    def norm(x, scale, bias):
+        variables = {"params": {"scale": scale, "bias": bias}}
+        if kind == "batch":
+            variables["batch_stats"] = {"mean": jnp.zeros_like(bias), "var": jnp.ones_like(bias)}
+        return layer.apply(variables, x, **mode, mutable=["batch_stats"])[0]
+
+    return norm
+
+
+def norm_of_nnx(kind, channels):
+    name, fields = fields_of_modules(channels)[kind]
+
+    def norm(x, scale, bias):
+        layer = getattr(normjax.nnx, name)(scale.size, **fields, rngs=nnx.Rngs(0))
+        # Over several axes the features of NNX are in one axis.
+        layer.scale[...], layer.bias[...] = scale.ravel(), bias.ravel()
+        return layer(x)
+
+    return norm
+
+
+NORMS = {"functions": norm_of_functions, "linen": norm_of_linen, "nnx": norm_of_nnx}
+
+
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("channels", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("kind", ["batch", "layer", "layer_by_channel", "instance", "group"])
+def test_the_four_norms(torch, kind, channels, form, rng):
+    """Outputs and the gradients of input, scale and bias, channels first and last."""
+    layer = four_norms(torch)[kind].train()
+    weight = rng.normal(1.0, 0.5, layer.weight.shape)
+    bias = rng.normal(size=layer.bias.shape)
+    layer.weight.data, layer.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
+    x, dy = rng.normal(1.0, 2.0, SHAPE), rng.normal(size=SHAPE)
+    x_torch = torch.from_numpy(x).requires_grad_()
+    y = layer(x_torch)
+    y.backward(torch.from_numpy(dy))
+    want = y.detach(), x_torch.grad, layer.weight.grad, layer.bias.grad
+
+    def ours(array):
+        """In the order of axes that is tested."""
+        return np.moveaxis(array, -3, channels) if array.ndim > 1 else np.asarray(array)
+
+    y, pull = jax.vjp(NORMS[form](kind, channels), *map(jnp.asarray, map(ours, (x, weight, bias))))
+    for got, twin in zip((y, *pull(jnp.asarray(ours(dy)))), want, strict=True):
+        assert got.dtype == np.float64
+        # One layer, both passes; layer norm sums over an example, and its parameters over examples.
+        close(got, ours(twin.numpy()), 2 * np.prod(SHAPE))
+
+
+def by_hand(x, dy, scale, bias, epsilon):
+    """The formulas of docs/textbook/by_hand.md, for x of shape (m, features)."""
+    m, mean = len(x), x.mean(0)
+    var = ((x - mean) ** 2).mean(0)
+    x_hat = (x - mean) / np.sqrt(var + epsilon)
+    d_x_hat = dy * scale
+    d_var = -0.5 * (var + epsilon) ** -1.5 * (d_x_hat * (x - mean)).sum(0)
+    d_mean = -((var + epsilon) ** -0.5) * d_x_hat.sum(0)
+    dx = (var + epsilon) ** -0.5 * d_x_hat + 2 / m * (x - mean) * d_var + d_mean / m
+    running = 0.1 * mean, 0.9 + 0.1 * x.var(0, ddof=1)
+    return scale * x_hat + bias, dx, (dy * x_hat).sum(0), dy.sum(0), *running
+
+
+def test_batch_norm_by_hand(torch, rng):
+    x, dy = rng.normal(1.0, 2.0, (16, 3)), rng.normal(size=(16, 3))
+    scale, bias = rng.normal(1.0, 0.5, 3), rng.normal(size=3)
+    want = by_hand(x, dy, scale, bias, 1e-5)
+
+    layer = torch.nn.BatchNorm1d(3, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = torch.from_numpy(scale), torch.from_numpy(bias)
+    x_torch = torch.from_numpy(x).requires_grad_()
+    y = layer(x_torch)
+    y.backward(torch.from_numpy(dy))
+    gradients = x_torch.grad, layer.weight.grad, layer.bias.grad
+    of_torch = y.detach(), *gradients, layer.running_mean, layer.running_var
+
+    def norm(x, scale, bias):
+        stats = normjax.BatchStats.make(3, jnp.float64)
+        return normjax.batch_norm(x, stats, scale, bias, train=True, **FIELDS)
+
+    y, pull, moved = jax.vjp(norm, *map(jnp.asarray, (x, scale, bias)), has_aux=True)
+    of_jax = y, *pull(jnp.asarray(dy)), moved.mean, moved.var
+    for hand, twin, ours in zip(want, of_torch, of_jax, strict=True):
+        close(twin.numpy(), hand, 2 * len(x))
+        close(ours, hand, 2 * len(x))

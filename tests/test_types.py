@@ -10,11 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PROMISED = '''
-from typing import assert_type
+from typing import Any, assert_type
 
 import normjax.nnx
 from flax import nnx
+from normjax import surgery
 
+
+def call(variables: Any, batch: jax.Array, *, train: bool, mutable: Any = False) -> Any:
+    return model.apply(variables, batch, train=train, mutable=mutable)
+
+
+batches = [x, x[:7]]
 rngs = nnx.Rngs(0)
 running = normjax.BatchStats.make(3)
 assert_type(normjax.batch_norm(x, running, train=True), tuple[jax.Array, normjax.BatchStats])
@@ -64,21 +71,33 @@ assert_type(surgery.synchronize(double, "batch")(1.0), float)
 '''
 
 
-@pytest.mark.slow
-def test_the_code_of_the_readme_and_the_promised_types_pass_mypy_strict(tmp_path):
-    pytest.importorskip("mypy")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    page = tmp_path / "page.py"
-    page.write_text("\n".join([*blocks, PROMISED]))
+# train() and eval() of a module of flax.nnx have no types.
+MYPY = ("mypy", "--strict", "--allow-untyped-calls", "--config-file=")
+
+
+def run_checker(*command, cwd=ROOT):
+    pytest.importorskip(command[0])
     done = subprocess.run(
-        # train() and eval() of a module of flax.nnx have no types.
-        [
-            *(sys.executable, "-m", "mypy", "--strict", "--allow-untyped-calls"),
-            *("--config-file=", str(page)),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-        text=True,
+        [sys.executable, "-m", *command], cwd=cwd, capture_output=True, check=False, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", [MYPY, ("pyright", "--pythonpath", sys.executable)])
+def test_type_checkers_accept_the_code_of_the_readme_and_the_promised_types(tmp_path, checker):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = tmp_path / "page.py"
+    # The wrong calls among them are errors of mypy's kinds.
+    page.write_text("\n".join([*blocks, PROMISED if checker is MYPY else ""]))
+    run_checker(*checker, str(page))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", [MYPY, ("pyright", "--pythonpath", sys.executable)])
+def test_type_checkers_accept_the_evidence(checker):
+    folder = ROOT / "examples" / "evidence"
+    files = sorted(path.name for path in folder.glob("*.py"))
+    # scikit-learn and optax have no types, or not all.
+    missing = ["--ignore-missing-imports"] if checker is MYPY else []
+    run_checker(*checker, *missing, *files, cwd=folder)

@@ -37,9 +37,9 @@ def digits() -> Digits:
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.float32).reshape(-1, 8, 8, 1)
     images = (images - images.mean()) / images.std()
-    train, test, train_labels, test_labels = train_test_split(
-        images, labels, test_size=360, random_state=0, stratify=labels
-    )
+    # Lists or arrays, as scikit-learn has it for its type checker.
+    parts: Any = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
+    train, test, train_labels, test_labels = parts
     return Digits(train, train_labels, test, test_labels)
 
 

@@ -59,8 +59,9 @@ def losses(seed: Array, rate: Array, norm: str, steps: int) -> Array:
 
     init, batches = jax.random.split(jax.random.key(seed))
     layers = dense_layers(init, [digits().images[0].size, *[WIDTH] * DEPTH, 10])
-    options = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate))
-    return train(loss, layers, None, batches, **options).losses
+    return train(
+        loss, layers, None, batches, steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate)
+    ).losses
 
 
 def measure(options: Options) -> Found:
@@ -73,7 +74,7 @@ def measure(options: Options) -> Found:
         all_rates = jax.vmap(run, in_axes=(None, 0))
         found = np.asarray(jax.jit(jax.vmap(all_rates, in_axes=(0, None)))(seeds, rates))
         window = min(20, steps)
-        smooth = np.apply_along_axis(np.convolve, -1, found, np.ones(window) / window, "valid")
+        smooth = np.lib.stride_tricks.sliding_window_view(found, window, axis=-1).mean(-1)
         smooth = np.nan_to_num(smooth, nan=np.inf)
         final[norm] = smooth[..., -1]
         learned = smooth < LEARNED
