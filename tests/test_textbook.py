@@ -440,7 +440,7 @@ NORMS = {"functions": norm_of_functions, "linen": norm_of_linen, "nnx": norm_of_
 
 
 @pytest.mark.parametrize("form", NORMS)
-@pytest.mark.parametrize("channels", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("channels", [-3, -1], ids=["first", "last"])
 @pytest.mark.parametrize("kind", ["batch", "layer", "layer_by_channel", "instance", "group"])
 def test_the_four_norms(torch, kind, channels, form, rng):
     """Outputs and the gradients of input, scale and bias, channels first and last."""

@@ -22,8 +22,10 @@ namespace normjax {
 #define NORMJAX_INLINE inline __attribute__((always_inline))
 #define NORMJAX_INLINE_LAMBDA __attribute__((always_inline))
 
-// One copy of a function for each generation of processors; the loader chooses.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(NORMJAX_NO_CLONES)
+// One copy of a function for each generation of processors; the loader chooses. Clang has no such
+// copies of templates, and compiles for the processor that it is told.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
+    !defined(NORMJAX_NO_CLONES)
 #define NORMJAX_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
