@@ -30,16 +30,17 @@ evidence: $(KERNELS) ## Test the claims of textbooks on real data, in less than 
 
 bench: $(KERNELS) ## Measure errors, speed and memory against other libraries.
 	$(BIN)/python -m pip install --quiet --editable ".[benchmarks]"
-	$(BIN)/python -m benchmarks.accuracy --out benchmarks/results/accuracy.md
-	$(BIN)/python -m benchmarks.second_pass --out benchmarks/results
-	$(BIN)/python -m benchmarks.speed --out benchmarks/results
-	$(BIN)/python -m benchmarks.models --out benchmarks/results
-	$(BIN)/python -m benchmarks.nnx_models --out benchmarks/results
-	$(BIN)/python -m benchmarks.stack --out benchmarks/results
-	$(BIN)/python -m benchmarks.scaling --out benchmarks/results/scaling.md
+	$(BIN)/python -m benchmarks.accuracy --out docs/results/accuracy.md
+	$(BIN)/python -m benchmarks.second_pass --out docs/results
+	$(BIN)/python -m benchmarks.speed --out docs/results
+	$(BIN)/python -m benchmarks.models --out docs/results
+	$(BIN)/python -m benchmarks.nnx_models --out docs/results
+	$(BIN)/python -m benchmarks.summary
+	$(BIN)/python -m benchmarks.stack --out docs/results
+	$(BIN)/python -m benchmarks.scaling --out docs/results/scaling.md
 
 compiled: $(COMPILERS)/.installed ## Compile for an H100 and a TPU, and read what norms cost there.
-	$(COMPILERS)/bin/python -m benchmarks.compiled --out benchmarks/results
+	$(COMPILERS)/bin/python -m benchmarks.compiled --out docs/results
 
 # Made once, and anew when the dependencies change.
 $(INSTALLED): pyproject.toml

@@ -1,7 +1,7 @@
 """What do norms cost on an H100 and on a TPU? Read from programs compiled for them, without either.
 
 python -m benchmarks.compiled                           # all rows, print
-python -m benchmarks.compiled --out benchmarks/results  # and write
+python -m benchmarks.compiled --out docs/results  # and write
 python -m benchmarks.compiled --platform tpu --only layer_norm,U-Net --peers flax.linen
 python -m benchmarks.compiled --platform tpu --topology v6e:2x2
 

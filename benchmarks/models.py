@@ -1,7 +1,7 @@
 """What do norms cost in a whole model? A training step with Flax's norms and with ours.
 
 python -m benchmarks.models                          # print the table
-python -m benchmarks.models --out benchmarks/results # and write it
+python -m benchmarks.models --out docs/results # and write it
 python -m benchmarks.models --only ResNet --dtype float32
 """
 

@@ -1,7 +1,7 @@
 """What do norms cost in a whole model of NNX? A training step with Flax's norms and with ours.
 
 python -m benchmarks.nnx_models                          # print the table
-python -m benchmarks.nnx_models --out benchmarks/results # and write it
+python -m benchmarks.nnx_models --out docs/results # and write it
 """
 
 from __future__ import annotations

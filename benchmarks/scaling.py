@@ -1,7 +1,7 @@
 """What shared statistics cost on many devices: counted, measured on simulated ones, and projected.
 
     python -m benchmarks.scaling                                        # print the tables
-    python -m benchmarks.scaling --out benchmarks/results/scaling.md    # and write them, a picture
+    python -m benchmarks.scaling --out docs/results/scaling.md    # and write them, a picture
                                                             # beside, and the table of the page
 
 Collectives and their bytes are read out of the compiled program. Times are those of devices that

@@ -1,7 +1,7 @@
 """How often do sums around a guess have to be taken again? Counted in training runs.
 
     python -m benchmarks.second_pass                           # print the table
-    python -m benchmarks.second_pass --out benchmarks/results  # and write it
+    python -m benchmarks.second_pass --out docs/results  # and write it
     python -m benchmarks.second_pass --only digits --scale 0.1 # less of it
 
 On a GPU and on a TPU, batch norm sums around its running mean in one pass over x, and takes a

@@ -1,7 +1,7 @@
 """How fast is one layer? Every library in one process, written as Markdown and a picture.
 
 python -m benchmarks.speed                                   # all layers, print
-python -m benchmarks.speed --out benchmarks/results          # and write
+python -m benchmarks.speed --out docs/results          # and write
 python -m benchmarks.speed --only batch_norm --dtype float32 --peers flax.linen,torch
 """
 

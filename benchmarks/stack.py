@@ -1,7 +1,7 @@
 """What does a deep stack of convolution, batch norm and activation keep in memory?
 
     python -m benchmarks.stack                           # print the table
-    python -m benchmarks.stack --out benchmarks/results  # and write it
+    python -m benchmarks.stack --out docs/results  # and write it
 
 A new way of saving memory is one more line in VARIANTS.
 """

@@ -1,6 +1,6 @@
 """The picture of the README: training steps of whole models as a share of those with Flax's norms.
 
-python -m benchmarks.summary    # from benchmarks/results, to docs/cost.png
+python -m benchmarks.summary    # from docs/results, to docs/cost.png
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def draw(found: list[Share]) -> Figure:
 
 
 def main() -> None:
-    results = ROOT / "benchmarks" / "results"
+    results = ROOT / "docs" / "results"
     found = [s for name in ("models", "nnx_models") for s in shares(results / f"{name}.md")]
     draw(found).savefig(ROOT / "docs" / "cost.png")
 
