@@ -271,3 +271,18 @@ def test_what_is_no_moments_is_refused_with_a_remedy():
     ):
         with pytest.raises(TypeError, match=r"moments is .*, expected Moments. .*normjax.measure"):
             call()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(256, 8, 3), (1000, 4, 2), (64, 4, 8), (64, 2, 2, 8), (2048, 2)])
+def test_many_examples_of_few_positions(rng, shape, masked):
+    """A sample for the pivot takes some of the positions, and there may be few."""
+    x = rng.normal(30, 1, shape).astype(np.float32)
+    mask = rng.random((*shape[:-1], 1)) < 0.7 if masked else None
+    axes = tuple(range(len(shape) - 1))
+    got = measure(jnp.asarray(x), axes, mask=mask)
+    _, mean, m2 = moments_of(x, axes, mask)
+    # Entries around 30, with deviations of 1.
+    tolerance = 31 * reference.EPS["float32"]
+    np.testing.assert_allclose(got.mean, mean.ravel(), rtol=tolerance)
+    np.testing.assert_allclose(got.m2, m2.ravel(), rtol=tolerance)
