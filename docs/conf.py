@@ -17,6 +17,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    # MathJax from the site itself, and not from another server.
+    "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build", "_templates", "normjax.mplstyle"]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
