@@ -1,9 +1,9 @@
 """Normalization for JAX: pure functions that return their result and their new state.
 
-The whole library is one idea carried through: moments are a monoid. Measure the data, merge
-the moments, normalize by them. The Flax modules over these functions live in `normjax.linen`,
-the tools for trained models in `normjax.surgery`; both are imported on first use, so that
-`import normjax` needs no Flax.
+Moments are a monoid: the moments of two pieces of data merge into the moments of both. So every
+norm measures its data, merges the moments over pieces and devices, and normalizes by them. The
+Flax modules are in `normjax.linen` and `normjax.nnx`, the tools for trained models in
+`normjax.surgery`. They are imported on first use, so that `import normjax` does not need Flax.
 """
 
 from importlib import import_module
@@ -56,7 +56,7 @@ else:
 
 __version__ = "0.1.0"
 
-# By these names a program that jax.export has written knows the states it takes and returns.
+# The names under which jax.export serializes the states that a program takes and returns.
 for _state in (BatchStats, Moments, SpectralStats):
     _register(_state, serialized_name=f"normjax.{_state.__name__}")
 

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, how each platform computes norms, and whether kernels run.
+"""Prints versions, the form of each platform and whether kernels run, for bug reports.
 
 python -m normjax
 """
@@ -24,7 +24,7 @@ FORMS = {
 
 
 def lines() -> Iterator[str]:
-    """What is printed."""
+    """The lines to print."""
     yield f"normjax {normjax.__version__}, Python {platform.python_version()}, {platform.machine()}"
     yield ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
     yield f"devices: {', '.join(sorted({d.platform for d in jax.devices()}))}"
@@ -42,7 +42,7 @@ def lines() -> Iterator[str]:
 
 
 def version(name: str) -> str:
-    """Of an installed distribution."""
+    """The version of an installed distribution."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Which norm fits a task: the decision of the textbooks as a function."""
+"""Recommends a norm for a task, by the rules of the textbooks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ARCHITECTURES = ("cnn", "convnext", "mlp", "resnet", "rnn", "transformer", "unet
 
 
 class NormChoice(NamedTuple):
-    """What `choose_normalization` recommends.
+    """The recommendation of `choose_normalization`.
 
     Attributes:
         name: of the function in `normjax`; modules have the same name in CamelCase.
-        options: what to pass to it beside the input, by name.
+        options: keyword arguments to pass in addition to the input.
         reason: why, in one or two sentences.
         evidence: the page of the documentation that shows it, below `docs/`.
     """
@@ -144,7 +144,7 @@ def _by_architecture(task: str, architecture: str) -> NormChoice | None:
         return NormChoice(
             "group_norm", {"num_groups": 32},
             "Large images leave few examples on a device; group norm does not depend on their "
-            "number and behaves alike in training and evaluation.",
+            "number and is the same in training and evaluation.",
             "evidence/batch_size",
         )  # fmt: skip
     return None

@@ -1,4 +1,4 @@
-"""Running statistics: what they are and how they move by one step."""
+"""Running statistics and their update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normjax import _errors
 from normjax._core.dtypes import accumulation_dtype, real_dtype
 from normjax._core.moments import Moments
 
-# Statistics come out where they went in, and None where there were none.
+# BatchStats for BatchStats, None for None.
 Stats = TypeVar("Stats", bound="BatchStats | None")
 
 
@@ -26,10 +26,10 @@ class BatchStats(NamedTuple):
     Attributes:
         mean: running mean, float32 or wider, of the shape of the feature axes.
         var: running variance, real, of the same shape.
-        count: how many batches each feature has taken in, int32, of the same shape; None where
-            no count is needed. `momentum=None` and `debias=True` need it. A count of floating
-            numbers, as a checkpoint or `lax.pmean` may give it, is taken as well and keeps its
-            dtype; one of float32 stops at 2^24.
+        count: number of batches that have updated each feature, int32, of the same shape; None
+            if it is not needed. `momentum=None` and `debias=True` need it. A floating count, for
+            example of a checkpoint or `lax.pmean`, is accepted and keeps its dtype; a float32
+            count stops at 2^24.
     """
 
     mean: Array
@@ -41,9 +41,9 @@ class BatchStats(NamedTuple):
     def make(
         cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32, *, counted: bool = False
     ) -> BatchStats:
-        """Statistics that have seen nothing yet: mean 0, variance 1, and count 0 if `counted`.
+        """Initial statistics: mean 0, variance 1, and count 0 if `counted`.
 
-        Of `dtype`, or of float32 if that is narrower; the variance is real, the count int32.
+        The mean has `dtype`, or float32 if that is wider; the variance is real, the count int32.
 
         Example:
             >>> import normjax
@@ -68,17 +68,16 @@ def update_stats(
     debias: bool = False,
     ddof: float = 0,
 ) -> BatchStats:
-    """One step of the running statistics towards the moments of a batch.
+    """Updates running statistics by the moments of a batch.
 
         new = (1 - step) old + step batch
 
-    with step = 1 - momentum; 1/k at batch k for `momentum=None`, which is the plain average over
-    all batches; (1 - momentum) / (1 - momentum^k) for `debias=True`, which is the exponential
-    average corrected for its start and stored corrected, so that whoever reads the statistics
-    needs to know nothing about it.
+    By default step = 1 - momentum. For `momentum=None` it is 1/k at batch k, which gives the plain
+    average over all batches. For `debias=True` it is (1 - momentum) / (1 - momentum^k), which
+    corrects the exponential average for its initial value; the corrected average is stored.
 
-    `batch_norm(train=True)` does this by itself. Where a batch comes in several pieces, measure
-    each, `merge` the moments, and update once.
+    `batch_norm(train=True)` includes this update. If a batch comes in several pieces, measure each
+    piece, `merge` the moments, and update once.
 
     Args:
         stats: `BatchStats` of any shape.
@@ -90,20 +89,20 @@ def update_stats(
         `BatchStats` in float32 or wider.
 
     Guarantees:
-        pieces are a whole: moving by the merged moments of pieces equals moving by those of the
-            concatenated batch, to rounding.
-        statistics stay finite: a non-finite step is not taken, for the feature concerned.
+        pieces are a whole: an update by the merged moments of pieces equals an update by the
+            moments of the concatenated batch, up to rounding.
+        statistics stay finite: a feature whose update is not finite keeps its statistics.
         no gradient: none flows through the running statistics.
 
     Edge cases:
         ===================================  ==================================================
-        no degree of freedom                 where count <= ddof, the statistics stay
+        no degree of freedom                 where count <= ddof, statistics stay unchanged
         a count at the end of its dtype      stays there (2^31 - 1 for int32, as in optax)
-        momentum=0                           statistics of the batch, whatever was there before
+        momentum=0                           statistics of the batch
         ===================================  ==================================================
 
     Raises:
-        TypeError: `stats` are no `BatchStats`, or `moments` no `Moments`.
+        TypeError: `stats` is not `BatchStats`, or `moments` is not `Moments`.
         ValueError: unequal shapes, an option out of range, or a missing `stats.count`.
 
     References:
@@ -133,28 +132,28 @@ move = update_stats
 def next_stats(
     stats: BatchStats, moments: Moments, momentum: ArrayLike | None, debias: bool, ddof: Any
 ) -> BatchStats:
-    """`update_stats` of what was checked."""
+    """`update_stats` without the checks of its arguments."""
     weights = None
     if momentum is not None:
         step = 1 - momentum
         weights = 1 - step, step
-    # A NumPy number would widen what it is subtracted from.
+    # A NumPy number would widen the count that it is subtracted from.
     ddof = ddof if isinstance(ddof, jax.core.Tracer) else float(ddof)
     return _next(stats, moments, weights, ddof, debias=bool(debias))
 
 
-# Compiled, since Python takes longer for each of these operations than the device. Momentum is an
-# operand: that of a schedule would be compiled again for each step.
+# Compiled, since dispatching each operation from Python takes longer than running it. Momentum is
+# an operand: a static one from a schedule would be compiled again for each step.
 @partial(jax.jit, static_argnames="debias", inline=True)
 def _next(
     stats: BatchStats, moments: Moments, weights: Any, ddof: Any, *, debias: bool
 ) -> BatchStats:
-    """By the weights of the old and of the batch; None for those of the plain average."""
+    """`weights` are those of the old and the batch statistics; None for the plain average."""
     count = stats.count
     if count is not None and jnp.issubdtype(count.dtype, jnp.floating):
         count = count.astype(accumulation_dtype(count.dtype))
     if weights is None or debias:
-        assert count is not None, "checked at the door"
+        assert count is not None, "checked by the caller"
         step = _step(count.astype(accumulation_dtype(stats.var.dtype)), weights)
         weights = 1 - step, step
     mean = _blend(stats.mean, moments.mean, weights)
@@ -174,13 +173,13 @@ def _incremented(count: Array) -> Array:
 
 
 def _step(count: Array, weights: Any) -> Array:
-    """The weight of the batch after `count` others."""
+    """The weight of the batch that follows `count` others."""
     if weights is None:
         return 1 / (count + 1)
     step = jnp.asarray(weights[1]).astype(count.dtype)
-    # 1 - momentum^k without cancellation. The first batch is taken whole: a rounding error of
-    # the ratio would leave a trace of the initial variance.
-    # A step of 1, for which the logarithm is infinite, has the weight of its neighbor.
+    # 1 - momentum^k without cancellation. The first batch has weight 1 exactly: with a rounding
+    # error of the ratio, a part of the initial variance would remain.
+    # The logarithm is infinite for a step of 1, so the largest number below 1 is used.
     rest = jnp.log1p(-jnp.minimum(step, 1 - jnp.finfo(step.dtype).epsneg))
     return jnp.where(count == 0, 1, step / -jnp.expm1((count + 1) * rest))
 
@@ -188,7 +187,7 @@ def _step(count: Array, weights: Any) -> Array:
 def _blend(old: Array, batch: Array, weights: Any) -> Array:
     dtype = accumulation_dtype(old.dtype, batch.dtype)
     keep, step = (jnp.asarray(v).astype(dtype) for v in weights)
-    # Nothing of the old is kept where its weight is 0, not even a NaN.
+    # With weight 0 the old value is dropped, even if it is NaN.
     kept = jnp.where(keep == 0, jnp.zeros((), dtype), old.astype(dtype) * keep)
     return batch.astype(dtype) * step + kept
 
@@ -196,7 +195,7 @@ def _blend(old: Array, batch: Array, weights: Any) -> Array:
 def _choose(taken: Any, new: Array, old: Array) -> Array:
     old = old.astype(new.dtype)
     if len({jax.typeof(v).update(dtype=new.dtype, weak_type=False) for v in (taken, new, old)}) > 1:
-        # There is no selection between arrays that lie differently on the devices. Adding zeros
-        # gives old the layout of the batch's statistics.
+        # jnp.where rejects arrays of different shardings. Adding zeros gives all of them the
+        # sharding of the batch statistics.
         old, new = (v + jnp.zeros_like(taken, new.dtype) for v in (old, new))
     return lax.stop_gradient(jnp.where(taken, new, old))

@@ -199,7 +199,7 @@ REFUSED = {
         lambda: call(X.astype(np.complex64), stats(3, var=jnp.ones(3, jnp.complex64))),
         TypeError,
         "stats.var has dtype complex64",
-        "real by its nature",
+        "stats.var is always real",
     ),
     "complex mean to normalize by": (
         lambda: normalize(X, np.complex64(1j), 1.0),

@@ -46,7 +46,7 @@ def test_a_typo_is_answered_by_the_nearest_name(called):
 
 @every_call
 def test_a_mesh_axis_given_to_plain_jit_is_not_bound(called):
-    message = "'d' is an axis of the mesh, and jit binds none.* Pass axis_name=None, or map"
+    message = "'d' is an axis of the mesh, which jit does not bind.* Pass axis_name=None, or map"
     with entered(mesh()), pytest.raises(NameError, match=message):
         jax.jit(partial(CALLS[called], axis_name="d"))(X)
 
@@ -76,13 +76,13 @@ def test_a_typo_under_shard_map_is_a_sentence_too():
     ],
 )
 def test_groups_that_do_not_part_the_axis_are_refused(called, groups, message):
-    with pytest.raises(ValueError, match=f"{called}: .* does not part the 4 devices.*{message}"):
+    with pytest.raises(ValueError, match=f"{called}: .* does not divide the 4 devices.*{message}"):
         mapped(CALLS[called], axis_name="batch", axis_index_groups=groups)
 
 
 @pytest.mark.parametrize("groups", [[0, 1], 3, ["ab", "cd"]])
 def test_groups_are_lists_of_lists(groups):
-    with pytest.raises(TypeError, match=r"no list of lists of indices.*\[\[0, 1\], \[2, 3\]\]"):
+    with pytest.raises(TypeError, match=r"not a list of lists of indices.*\[\[0, 1\], \[2, 3\]\]"):
         mapped(CALLS["normjax.synchronize"], axis_name="batch", axis_index_groups=groups)
 
 

@@ -175,7 +175,7 @@ def test_a_frozen_layer_may_be_asked_to_evaluate(x):
         close(net(x, **mode), x / np.sqrt(1 + 1e-5))
 
 
-ABSTRACT = "ShapeDtypeStruct, expected an array: the state that was restored does not hold it. "
+ABSTRACT = "ShapeDtypeStruct, expected an array: the restored state does not contain it. "
 BOTH = "Restore both nnx.Param and nnx.BatchStat."
 
 
@@ -214,8 +214,7 @@ ERRORS = {
         lambda: uncounted()(ONE),
         ValueError,
         "normjax.nnx.BatchNorm: momentum=None, debias=True and schedules need the variable count, "
-        "which the layer has not, expected it from the start. Build the layer with these "
-        "arguments.",
+        "which the layer does not have. Build the layer with these arguments.",
     ),
     "a key in place of rngs": (
         lambda: BatchNorm(3, rngs=jax.random.key(0)),
@@ -232,8 +231,8 @@ ERRORS = {
     "a view that would keep moments for itself": (
         lambda: nnx.view(BatchNorm(3, rngs=rngs()), accumulate=True),
         ValueError,
-        "normjax.nnx.BatchNorm: accumulate=True in a view of a layer that has no variable moments, "
-        "which the view would keep for itself, expected a layer that has it. Build the layer with "
+        "normjax.nnx.BatchNorm: accumulate=True in a view of a layer without the variable moments, "
+        "expected a layer that has it, since a view cannot add it. Build the layer with "
         "accumulate=True, or call normjax.nnx.empty_batch_moments(model) before.",
     ),
     "no mode": (
@@ -357,21 +356,24 @@ ERRORS = {
         lambda: changed(normjax.nnx.WeightNorm)(ONE),
         RuntimeError,
         "normjax.nnx.WeightNorm: the layer has the param ('layers', 0, 'kernel'), for which "
-        "nothing was made, expected one of [('kernel',)]. Parameters of the layer_instance should "
+        "the wrapper has no variable, expected one of [('kernel',)]. "
+        "Parameters of the layer_instance should "
         "not change! Wrap the layer when it is complete.",
     ),
     "spectral norm of a layer that changed": (
         lambda: changed(normjax.nnx.SpectralNorm)(ONE),
         RuntimeError,
         "normjax.nnx.SpectralNorm: the layer has the param ('layers', 0, 'kernel', 'u'), for which "
-        "nothing was made, expected one of [('kernel', 'u'), ('kernel', 'sigma')]. Parameters of "
+        "the wrapper has no variable, expected one of [('kernel', 'u'), ('kernel', 'sigma')]. "
+        "Parameters of "
         "the layer_instance should not change! Wrap the layer when it is complete.",
     ),
     "a standardized layer that changed": (
         lambda: changed(normjax.nnx.WeightStandardized, use_gain=True)(ONE),
         RuntimeError,
         "normjax.nnx.WeightStandardized: the layer has the param ('layers', 0, 'kernel'), for "
-        "which nothing was made, expected one of [('kernel',)]. Parameters of the layer_instance "
+        "which the wrapper has no variable, expected one of [('kernel',)]. "
+        "Parameters of the layer_instance "
         "should not change! Wrap the layer when it is complete.",
     ),
     "a wrapper of no layer": (

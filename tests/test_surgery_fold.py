@@ -403,7 +403,7 @@ def test_fold_edge_norm_inside_a_scan():
             return loop(One(nn.Dense(3)), x, None)[0]
 
     apply, variables, serve, arrays, report = folded(Loop())
-    assert [reason for _, reason in report.alone] == ["a scan is not looked into"]
+    assert [reason for _, reason in report.alone] == ["a norm inside a scan is not folded"]
     check(serve(arrays, X), apply(variables, X))
 
 
@@ -496,7 +496,7 @@ def test_a_call_that_trains_is_an_error():
 def test_arrays_of_another_model_are_an_error():
     _, _, serve, arrays, _ = folded(Vgg(nn.BatchNorm))
     with pytest.raises(
-        ValueError, match=r"folded holds 2 arrays, expected \d+ arrays. Pass what fold"
+        ValueError, match=r"folded holds 2 arrays, expected \d+ arrays. Pass the arrays"
     ):
         serve(arrays[:2], X)
     with pytest.raises(ValueError, match=r"folded holds shape .* where the call .* needs"):

@@ -245,7 +245,7 @@ def test_a_quotient_by_a_deviation_inside_a_scan_is_reported():
         return jax.lax.scan(lambda x, s: (x / jnp.sqrt(s), None), x, v["var"])[0]
 
     _, _, report = surgery.fold(call, {"var": np.ones(2, np.float32)}, X)
-    assert [reason for _, reason in report.alone] == ["a scan is not looked into"]
+    assert [reason for _, reason in report.alone] == ["a norm inside a scan is not folded"]
 
 
 def test_nothing_to_fold_is_an_error():
@@ -261,7 +261,9 @@ def test_what_is_no_call_and_what_is_not_folded_are_errors():
         surgery.fold(model, variables, X)
     serve, _, _ = surgery.fold(model.apply, variables, X)
     for given, kind in ((variables, "dict"), (None, "NoneType")):
-        with pytest.raises(ValueError, match=rf"folded is {kind}, expected 2 arrays. Pass what"):
+        with pytest.raises(
+            ValueError, match=rf"folded is {kind}, expected 2 arrays. Pass the arrays"
+        ):
             serve(given, X)
 
 

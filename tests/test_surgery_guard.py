@@ -47,6 +47,15 @@ def test_guard_fails_in_training_mode_though_compiled_before():
         surgery.guard(compiled)(VARIABLES, images())
 
 
+@pytest.mark.parametrize(("name", "value"), [("mean", np.nan), ("var", np.inf)])
+def test_guard_fails_for_statistics_that_are_not_finite(name, value):
+    broken = jax.tree.map(lambda leaf: leaf, VARIABLES)
+    stats = broken["batch_stats"]["stem_bn"]
+    stats[name] = stats[name].at[0].set(value)
+    with pytest.raises(ValueError, match=f"'stem_bn' has a running {name} that is NaN or infinite"):
+        surgery.guard(MODEL.apply)(broken, images(), False)
+
+
 def test_guard_guarantee_before_anything_runs():
     ran = []
 

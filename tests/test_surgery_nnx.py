@@ -723,5 +723,5 @@ def test_the_report_of_a_frozen_model_claims_nothing():
 
 def test_recompute_edge_model_of_nnx_that_is_frozen_whole():
     model = surgery.freeze(ResNet(nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="ran none of the batch norms .* Look whether it is froz"):
+    with pytest.raises(ValueError, match="ran none of the batch norms .* Check whether it is froz"):
         surgery.recompute(model, BATCHES, progress=False)

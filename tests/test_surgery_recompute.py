@@ -312,7 +312,7 @@ def test_recompute_words_what_is_wrong():
         (ValueError, r"at='bn' matches no batch norm", (call, variables, cut(x)), {"at": "bn"}),
         (
             ValueError,
-            r"\[''\] is not finite.*first in batch 1",
+            r"\[''\] are not finite.*first in batch 1",
             (call, variables, np.split(bad, 8)),
             {},
         ),
@@ -331,7 +331,7 @@ def test_recompute_words_what_is_wrong():
         ),
         (
             ValueError,
-            "in training mode. Pass train on",
+            "in training mode. Pass train to",
             (lambda *a, **k: call(*a, **{**k, "train": False}), variables, cut(x)),
             {},
         ),

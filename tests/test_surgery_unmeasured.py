@@ -70,7 +70,7 @@ def test_recompute_guarantee_nothing_left_out():
     assert len(taken) == 1, "it is said after the first batch"
     with pytest.raises(ValueError, match="1 chosen .*'head' did not run"):
         surgery.recompute(call_of(MODEL.apply, head=False, drop=False), TRAINED, [X])
-    with pytest.raises(ValueError, match=r"\['second'\] in training mode. Pass train on"):
+    with pytest.raises(ValueError, match=r"\['second'\] in training mode. Pass train to"):
         surgery.recompute(call_of(MODEL.apply), TRAINED, [X], at="second")
     call = call_of(MODEL.apply)
     new = surgery.recompute(call, TRAINED, [X], at=["first", "head"])["batch_stats"]

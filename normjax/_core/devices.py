@@ -15,11 +15,12 @@ Groups = Sequence[Sequence[int]] | None
 
 
 def total_over_devices(tree: Any, axis_name: AxisName, groups: Groups = None) -> Any:
-    """`lax.psum`, also where JAX has none for groups."""
+    """`lax.psum`, also for groups where JAX does not implement it."""
     try:
         return lax.psum(tree, axis_name, axis_index_groups=groups)
     except NotImplementedError:
-        # shard_map with check_vma=True cannot sum over groups. It gathers over equal ones.
+        # shard_map with check_vma=True cannot sum over groups. It can gather over groups of one
+        # size.
         if len(set(map(len, groups or ()))) != 1:
             raise
         gathered = lax.all_gather(tree, axis_name, axis_index_groups=groups)
@@ -27,9 +28,9 @@ def total_over_devices(tree: Any, axis_name: AxisName, groups: Groups = None) ->
 
 
 def varies(array: Array, axis_name: AxisName) -> bool:
-    """Whether an array varies over the devices of `axis_name`, as its type says.
+    """Whether the type of an array says that it varies over the devices of `axis_name`.
 
-    The types of pmap, vmap and shard_map with check_vma=False say so of none.
+    Under pmap, vmap and shard_map with check_vma=False, types never say so.
     """
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
     array_type = jax.typeof(array)
@@ -39,9 +40,9 @@ def varies(array: Array, axis_name: AxisName) -> bool:
 
 
 def fingerprint(array: Array) -> Array:
-    """64 bits of a hash of an array, as zeros and ones: sums of them tell whether all agree.
+    """A 64-bit hash of an array, as zeros and ones: their sum over devices tells if all agree.
 
-    The finalizer of MurmurHash3 for each 32 bits of the array, with its position, twice.
+    The finalizer of MurmurHash3 for each 32-bit word of the array and its position, with two seeds.
     """
     real = array if not jnp.iscomplexobj(array) else jnp.stack([array.real, array.imag])
     words = lax.bitcast_convert_type(real, jnp.uint32).ravel()

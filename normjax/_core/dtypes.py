@@ -1,4 +1,4 @@
-"""In which dtype statistics are accumulated."""
+"""The dtypes in which statistics are accumulated."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ HALF = (np.dtype(jnp.float16), np.dtype(jnp.bfloat16))
 
 
 def accumulation_dtype(*dtypes: np.dtype) -> np.dtype:
-    """Statistics are never narrower than float32; float64 and complex stay what they are."""
-    # NumPy's lattice, since JAX's own refuses to answer under strict promotion.
+    """The common dtype, at least float32; float64 and complex are kept."""
+    # NumPy's promotion, since that of JAX raises under strict promotion.
     return reduce(np.promote_types, dtypes, np.dtype(np.float32))
 
 
@@ -24,7 +24,7 @@ def common_dtype(*arrays: Any) -> np.dtype:
 
 
 def real_dtype(dtype: np.dtype) -> np.dtype:
-    """That of the absolute values of numbers of `dtype`."""
+    """The dtype of absolute values."""
     return jnp.finfo(dtype).dtype
 
 

@@ -1,4 +1,4 @@
-"""Linear maps of arrays of x's size, for tangents: what they keep, and how they are transposed."""
+"""Linear maps of arrays of the size of x, for tangents, with chosen residuals and transposes."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ Function = Callable[..., Sequence[Array]]
 # Not a NamedTuple, since some versions of JAX hold functions by weak references.
 @dataclass(frozen=True)
 class Map:
-    """A linear map of some terms, and of what is kept.
+    """A linear map of some terms; further operands are kept for its transpose.
 
     Attributes:
-        written: linear in the terms, and differentiable in what is kept.
-        lowered: the same as a platform computes it best, of its name and the operands. Or None.
+        plain: linear in the terms, and differentiable in the kept operands.
+        lowered: `lowered(platform, *operands)`, the same in the best form of a platform. Or None.
     """
 
-    written: Function
+    plain: Function
     lowered: Function | None = None
 
     def __call__(self, *operands: Any, types: Any) -> Sequence[Array]:
         if self.lowered is None:
-            return self.written(*operands)
+            return self.plain(*operands)
         return by_platform(self.lowered, *operands, types=types)
 
     def batched(self, kept: Sequence[int | None]) -> Map:
-        """Over a first axis of all terms, and over the axes `kept` of what is kept."""
+        """Maps over the first axis of all terms, and over the axes `kept` of the kept operands."""
 
         def mapped(function: Function, *operands: Any) -> Sequence[Array]:
             return jax.vmap(function, [0] * (len(operands) - len(kept)) + [*kept])(*operands)
 
         lowered = self.lowered
         return Map(
-            partial(mapped, self.written),
+            partial(mapped, self.plain),
             lowered
             and (lambda platform, *v: mapped(partial(lowered, without_kernels(platform)), *v)),
         )
@@ -57,8 +57,8 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     """function(t, *kept) for a t broadcast to `shape`, by default its own.
 
     The function is elementwise and linear in t, of the dtype of t: a product or a selection. Its
-    transpose computes it again from what is kept, x in its own dtype and vectors in the rank of x;
-    autodiff of the product would keep the factor, x - mean for example, in float32.
+    transpose recomputes it from the kept operands: x in its own dtype and vectors in the rank of x.
+    Autodiff of the product would keep the factor, x - mean for example, in float32.
     """
     leaves, structure = jax.tree.flatten(kept)
     (whole,) = broadcast_together(t.shape if shape is None else shape, [t], leaves)
@@ -69,15 +69,15 @@ def diagonal(function: Callable[..., Array], t: Array, *kept: Any, shape: Any = 
     return _linear([whole], leaves, Map(flat), Map(flat), [jax.typeof(whole)])[0]
 
 
-def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: Any = ()) -> Array:
+def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, others: Any = ()) -> Array:
     """The sum of `terms`, broadcast to `shape` and rounded once to `dtype`.
 
-    It lies on the devices as the sum of the terms and of the arrays in `beside` would.
+    Its sharding is that of the sum of the terms and the arrays in `others`.
 
-    Linear; its transpose gives each term a cotangent of its own to upcast. Autodiff of a sum that
-    is then rounded would upcast the cotangent once, for all of them, and so in memory.
+    Linear; its transpose upcasts the cotangent once for each term. Autodiff of a sum that is then
+    rounded would upcast it once for all terms, and so write the upcast cotangent to memory.
     """
-    wholes = broadcast_together(shape, terms, jax.tree.leaves(beside))
+    wholes = broadcast_together(shape, terms, jax.tree.leaves(others))
     dtypes = [whole.dtype for whole in wholes]
 
     def rounded(*terms: Array) -> list[Array]:
@@ -91,16 +91,16 @@ def rounded_sum(shape: tuple[int, ...], dtype: np.dtype, *terms: Array, beside: 
 
 
 def broadcast_together(
-    shape: tuple[int, ...], terms: Sequence[Array], beside: Sequence[Any] = ()
+    shape: tuple[int, ...], terms: Sequence[Array], others: Sequence[Any] = ()
 ) -> list[Array]:
-    """The terms broadcast to `shape`, of the type that they and what is `beside` have together.
+    """The terms broadcast to `shape`, with the common type of the terms and `others`.
 
-    A type says how an array lies on the axes of a mesh, and along which of them it varies. All are
-    of the rank of `shape`.
+    A type has the sharding of an array on a mesh, and the axes along which it varies. All have the
+    rank of `shape`.
     """
-    terms, place = _placed(shape, terms, beside)
+    terms, place = _placed(shape, terms, others)
     wholes = list(terms)
-    # Terms of one type go together, since a GPU sums two cotangents in one pass.
+    # Terms of one type are broadcast together, since a GPU sums two cotangents in one pass.
     for kind in {jax.typeof(v): None for v in terms if v.shape != shape}:
         which = [i for i, v in enumerate(terms) if jax.typeof(v) == kind]
         own = _broadcast([terms[i] for i in which], shape, place)
@@ -110,16 +110,16 @@ def broadcast_together(
 
 
 def line(
-    a: Array, b: Array, x: Array, mask: Array | None, center: Array, beside: Any
+    a: Array, b: Array, x: Array, mask: Array | None, center: Array, others: Any
 ) -> list[Array]:
-    """a and b (x - center), of the shape of x. Where x is masked and not finite it is taken as 0.
+    """a and b (x - center), of the shape of x. Masked entries of x that are not finite count as 0.
 
     Linear in a and b, which are of one dtype. The transpose of t and u is sum(t) and
     sum(u (x - center)) over the axes along which a and b are broadcast.
     """
     a, b = jnp.broadcast_arrays(a, b)
     kept, structure = jax.tree.flatten((x, mask, center))
-    (a, b), place = _placed(x.shape, [a, b], [*kept, *jax.tree.leaves(beside)])
+    (a, b), place = _placed(x.shape, [a, b], [*kept, *jax.tree.leaves(others)])
     shape, axes = x.shape, _reduced(a.shape, x.shape)
 
     def both(a: Array, b: Array, *leaves: Any) -> list[Array]:
@@ -140,21 +140,21 @@ def line(
 
 
 def norm_tangent(
-    written: Callable[..., Array], terms: Sequence[Array], kept: Sequence[Array], kernel: Function
+    plain: Callable[..., Array], terms: Sequence[Array], kept: Sequence[Array], kernel: Function
 ) -> Array:
-    """written(*terms, *kept), linear in the terms, which are of the rank of what is kept.
+    """plain(*terms, *kept), linear in the terms, which have the rank of the kept operands.
 
-    The transpose is that of `written`, or `kernel(cotangent, *kept)` where kernels may be called.
+    The transpose is that of `plain`, or `kernel(cotangent, *kept)` where kernels may be called.
     """
     terms, _ = _placed(kept[0].shape, terms, kept)
     types = [jax.typeof(t) for t in terms]
 
     def forward(*operands: Array) -> list[Array]:
-        return [written(*operands)]
+        return [plain(*operands)]
 
     def transposed(cotangent: Array, *kept: Array) -> Sequence[Array]:
         zeros = [ad.instantiate_zeros(ad.Zero(t)) for t in types]
-        return jax.vjp(lambda *terms: written(*terms, *kept), *zeros)[1](cotangent)
+        return jax.vjp(lambda *terms: plain(*terms, *kept), *zeros)[1](cotangent)
 
     def lowered(platform: str, cotangent: Array, *kept: Array) -> Sequence[Array]:
         return (kernel if platform == KERNELS else transposed)(cotangent, *kept)
@@ -163,32 +163,32 @@ def norm_tangent(
 
 
 def deviated(t: Array, x: Array, mask: Array | None, center: Array | None) -> Array:
-    """t (x - center) in the dtype of t. Where x is masked and not finite it is taken as 0."""
+    """t (x - center) in the dtype of t. Masked entries of x that are not finite count as 0."""
     return deviation(select_finite(x, x, mask).astype(t.dtype), center) * t
 
 
 def _placed(
-    shape: tuple[int, ...], terms: Sequence[Array], beside: Sequence[Any]
+    shape: tuple[int, ...], terms: Sequence[Array], others: Sequence[Any]
 ) -> tuple[Sequence[Array], Any]:
-    """Terms that vary along the axes along which all do, and where all lie when broadcast.
+    """The terms, varying along the axes of all arrays, and the sharding of their broadcast.
 
-    Broadcast without that a term would be on every device, and so would its whole cotangent be.
+    Without that sharding a broadcast term and its cotangent would be replicated on all devices.
     """
     first = terms[0].dtype
-    types = (jax.typeof(v) for v in (*terms, *beside))
+    types = (jax.typeof(v) for v in (*terms, *others))
     if len({t.update(shape=shape, dtype=first, weak_type=False) for t in types}) == 1:
         return terms, None
     # The zeros are never computed. A term varies along an axis before it is broadcast, since the
     # transpose sums over the devices of that axis.
-    nil = reduce(jnp.add, (jnp.zeros_like(v, first) for v in (*terms, *beside)))
+    nil = reduce(jnp.add, (jnp.zeros_like(v, first) for v in (*terms, *others)))
     place = jax.typeof(nil).sharding
     point = (1,) * len(shape)
-    nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *beside)))
+    nil = reduce(jnp.add, (jnp.zeros_like(v, first, point) for v in (*terms, *others)))
     return [term + nil.astype(term.dtype) for term in terms], place if any(place.spec) else None
 
 
 def _broadcast(terms: Sequence[Array], shape: tuple[int, ...], place: Any) -> list[Array]:
-    """Terms of one type; the transpose sums as the platform sums best."""
+    """Broadcasts terms of one type; the transpose sums in the best form of the platform."""
     axes = _reduced(terms[0].shape, shape)
 
     def broadcast(*terms: Array) -> list[Array]:
@@ -220,7 +220,7 @@ def _linear(
     `types` are those of the results.
     """
     if types is None:
-        types = jax.make_jaxpr(forward.written)(*terms, *kept).out_avals
+        types = jax.make_jaxpr(forward.plain)(*terms, *kept).out_avals
     how = dict(number=len(terms), forward=forward, transposed=transposed, types=tuple(types))
     return _linear_p.bind(*terms, *kept, **how)
 
@@ -233,7 +233,7 @@ def _jvp(primals: Any, tangents: Any, *, number: int, forward: Map, **how: Any) 
         d_terms = map(ad.instantiate_zeros, tangents[:number])
         results.append(_linear_p.bind(*d_terms, *kept, **how))
     if not all(isinstance(d, ad.Zero) for d in d_kept):
-        results.append(tangents_of(partial(forward.written, *primals[:number]), kept, d_kept))
+        results.append(tangents_of(partial(forward.plain, *primals[:number]), kept, d_kept))
     return _linear_p.bind(*primals, **how), [
         reduce(jnp.add, vs) for vs in zip(*results, strict=True)
     ]
@@ -253,11 +253,11 @@ def _transpose(
 def _batch(
     operands: Any, axes: Any, *, number: int, forward: Map, transposed: Map, **_: Any
 ) -> Any:
-    # To full size: a term that all examples share would be given the cotangents of all.
+    # Unbatched terms are broadcast, since the transpose returns a cotangent for each example.
     operands = [
         v if a is None else jnp.moveaxis(v, a, 0) for v, a in zip(operands, axes, strict=True)
     ]
-    # Zeros that lie on a mesh, and vary, as the examples do.
+    # Zeros with the sharding and the varying axes of the examples.
     examples = [v for v, a in zip(operands, axes, strict=True) if a is not None]
     nil = reduce(jnp.add, (jnp.sum(jnp.zeros_like(v, float), range(1, v.ndim)) for v in examples))
     terms = [

@@ -1,4 +1,4 @@
-"""One traced program for all platforms: how each one sums is chosen when it is lowered."""
+"""Platform-dependent functions in one traced program: the platform is known at lowering."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-# JAX 0.7 asks for no mesh when it lowers, and has no such name.
+# JAX 0.7 needs no mesh at lowering and lacks this function.
 _use_mesh: Any = getattr(jax.sharding, "use_abstract_mesh", nullcontext)
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -27,15 +27,15 @@ Function = Callable[..., Sequence[Array]]
 
 
 def by_platform(function: Function, *operands: Array, types: Any = None) -> list[Array]:
-    """`function(platform, *operands)`, traced for each platform when it is lowered for it.
+    """`function(platform, *operands)`, traced at lowering for the platform of the lowering.
 
-    `types` are those of the results, found by tracing where they are not given.
+    `types` are those of the results; if they are not given, tracing finds them.
 
-    The function has the same results for all of them, but for rounding. It is for use in functions
-    that have a derivative rule of their own. Where JAX passes over that rule, as in a second
-    derivative of a scan, the derivative is that of the CPU's form, whose operations all have one.
+    The results for all platforms are equal up to rounding. Use it in functions that have their own
+    derivative rule. Where JAX skips that rule, as in a second derivative of a scan, the form of the
+    CPU is differentiated, whose operations all have derivatives.
     """
-    # The types of the results say how they lie on a mesh, and along which mapped axes they vary.
+    # A type has the sharding of a result, and the mapped axes along which it varies.
     if types is None:
         types = jax.make_jaxpr(partial(function, "cpu"))(*operands).out_avals
     mesh = jax.sharding.get_abstract_mesh()
@@ -43,7 +43,7 @@ def by_platform(function: Function, *operands: Array, types: Any = None) -> list
 
 
 def lowered_as(platform: str) -> str:
-    """The platform whose form is lowered for `platform`: itself, unless the variable says else."""
+    """The platform whose form is lowered for `platform`; the environment variable overrides it."""
     asked = os.environ.get(VARIABLE) or platform
     if asked not in PLATFORMS:
         raise ValueError(
@@ -54,7 +54,7 @@ def lowered_as(platform: str) -> str:
 
 
 def may_call_kernels(context: Any) -> bool:
-    """Whether what is lowered runs whole on each device, and in this process.
+    """Whether the lowered program runs unpartitioned on each device, and in this process.
 
     XLA cannot partition a kernel, and another process may not have it.
     """
@@ -67,18 +67,18 @@ def may_call_kernels(context: Any) -> bool:
 
 
 def without_kernels(platform: str) -> str:
-    """The platform for a form that is mapped: kernels have no form for examples."""
+    """The platform under vmap: kernels have no batched form."""
     return "cpu" if platform == KERNELS else platform
 
 
 def _run(*operands: Array, **how: Any) -> list[Array]:
-    # Compiled: what is chosen when lowered is not known to a Python that runs by itself.
+    # Compiled, since the platform is known only at lowering.
     with jax.disable_jit(False):
         return jax.jit(partial(_by_platform_p.bind, **how))(*operands)
 
 
 def tangents_of(function: Function, primals: Any, tangents: Any) -> Sequence[Array]:
-    """Those of function(*primals), by the tangents that are not symbolically zero."""
+    """The tangents of function(*primals), from those tangents that are not symbolically zero."""
     moves = [not isinstance(t, ad.Zero) for t in tangents]
 
     def of_moving(*moving: Array) -> Sequence[Array]:
@@ -125,7 +125,7 @@ _by_platform_p.def_impl(_run)
 _by_platform_p.def_abstract_eval(lambda *_, types, **__: types)
 ad.primitive_jvps[_by_platform_p] = _jvp
 batching.primitive_batchers[_by_platform_p] = _batched
-# An accelerator that is not known here has reductions like those of a GPU.
+# An unknown accelerator uses the form of a GPU.
 mlir.register_lowering(_by_platform_p, _lowering("gpu"))
 for _name, _platform in dict(cpu="cpu", cuda="gpu", rocm="gpu", tpu="tpu").items():
     mlir.register_lowering(_by_platform_p, _lowering(_platform), platform=_name)

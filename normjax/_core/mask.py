@@ -1,4 +1,4 @@
-"""What a mask means: which entries count, how many they are, and what the others become."""
+"""Masks: which entries count, how many, and the values that replace the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def counted(x: Array, mask: Array | None, axes: tuple[int, ...]) -> Count:
 
 
 def safe_count(count: Count) -> Count:
-    """What to divide by: an empty sum is 0 already and stays so. A constant stays one."""
+    """The count as a divisor: 1 in place of 0. A constant stays a constant."""
     where = np.where if isinstance(count, np.generic) else jnp.where
     return where(count > 0, count, np.ones((), count.dtype)).astype(count.dtype)
 
@@ -48,8 +48,8 @@ def _ones(mask: Array, axes: tuple[int, ...], dtype: np.dtype) -> Array:
     known = all(isinstance(size, int) for size in sizes)
     if known and prod(sizes) < 2**32:
         return total(mask, axes).astype(dtype)
-    # An integer of 32 bits would wrap: the longest axis is summed first, and then what lies below
-    # 2^12 and what lies above each by itself.
+    # A 32-bit integer would overflow: the longest axis is summed first, then the lower 12 bits and
+    # the higher bits of these sums separately.
     first, *rest = sorted(axes, key=mask.shape.__getitem__, reverse=True) if known else axes
     below = total(mask, first)
     above = jnp.zeros_like(below)
@@ -72,7 +72,7 @@ def deviation(x: Array, center: Array | None, mask: Array | None = None) -> Arra
 
 
 def select_finite(values: Array, x: Array, mask: Array | None) -> Array:
-    """values for the output: 0 where x is masked and not finite, all others as they are."""
+    """values for the output: 0 where x is masked and not finite, all others unchanged."""
     if mask is None:
         return values
     return jnp.where(mask | jnp.isfinite(x), values, jnp.zeros((), values.dtype))

@@ -1,4 +1,4 @@
-"""From x to moments: on one device by the platform's own way, over devices in one exchange."""
+"""Measures moments: on one device in the platform's form, over devices with one reduction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from normjax._core.remat import moments_of_norm
 
 
 class FeatureGroups(NamedTuple):
-    """Features that share their statistics: neighbors along `axis`, in so many groups."""
+    """Groups of neighboring features along `axis`; each group shares its statistics."""
 
     axis: int
     groups: int
@@ -44,8 +44,8 @@ class FeatureGroups(NamedTuple):
         return jnp.moveaxis(split, self.axis + 1, 0)
 
     def spread(self, v: Array, features: int) -> Array:
-        """To each feature what its group has."""
-        # By hand, since jnp.repeat asks where explicitly sharded features shall lie.
+        """Repeats the value of a group for each of its features."""
+        # jnp.repeat would need an output sharding for explicitly sharded features.
         sizes = (self.groups, features // self.groups)
         head, tail = v.shape[: self.axis], v.shape[self.axis + 1 :]
         whole = jnp.broadcast_to(jnp.expand_dims(v, self.axis + 1), (*head, *sizes, *tail))
@@ -73,13 +73,13 @@ class FeatureGroups(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """What statistics are taken over.
+    """What statistics are reduced over.
 
     Attributes:
         axes: of x, sorted.
         centered: around the mean, or around zero.
-        axis_name, axis_index_groups: the devices that share.
-        groups: the features that share.
+        axis_name, axis_index_groups: the devices that share statistics.
+        groups: the features that share statistics.
     """
 
     axes: tuple[int, ...]
@@ -89,7 +89,7 @@ class Reduction(NamedTuple):
     groups: FeatureGroups | None = None
 
     def hashable(self) -> Reduction:
-        """With tuples for lists."""
+        """With tuples in place of lists."""
         name, groups = self.axis_name, self.axis_index_groups
         return self._replace(
             axis_name=tuple(name) if isinstance(name, list) else name,
@@ -97,14 +97,14 @@ class Reduction(NamedTuple):
         )
 
     def entries(self, x: Array) -> Count:
-        """How many entries of x share, on this device and without a mask."""
+        """How many entries of x share statistics, on this device and without a mask."""
         count = counted(x, None, self.axes)
         if self.groups is None:
             return count
         return self.groups.pooled_count(count, x.shape[self.groups.axis])
 
     def total(self, sums: list[Array]) -> list[Array]:
-        """Of the sums over the axes those over all features and devices that share."""
+        """Extends sums over the axes to all features and devices that share statistics."""
         if self.groups is not None:
             sums = [self.groups.total(v) for v in sums]
         if self.axis_name is not None:
@@ -137,7 +137,7 @@ def measure(
         exact variance: m2 is summed around the mean, never a difference of large numbers.
         masked out means out: an entry whose mask is False, NaN and infinity included, reaches
             neither the moments nor any derivative.
-        light backward: `x` in its own dtype and vectors are kept, nothing else.
+        light backward: only `x` in its own dtype and vectors are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -183,11 +183,11 @@ def shared_moments(
     x: Array, mask: Array | None, pivot: Array | None, floor: Array, reduction: Reduction,
     kept: bool,
 ) -> Moments:  # fmt: skip
-    """Of all that shares, in the rank of x.
+    """Moments over all features and devices that share them, in the rank of x.
 
     Args:
-        pivot: what the mean is likely near to, in the rank of x: running means.
-        floor: what will be added to the variance. Around a pivot, errors below it do no harm.
+        pivot: an estimate of the mean, in the rank of x: the running mean.
+        floor: will be added to the variance, so smaller errors of sums around a pivot are allowed.
         kept: whether a derivative reads the moments again.
     """
     axes, name = reduction.axes, reduction.axis_name
@@ -224,10 +224,11 @@ def _shared_moments_jvp(reduction: Reduction, _: bool, primals: Any, tangents: A
 def moments_for_output(
     x: Array, mask: Array | None, moments: Moments, reduction: Reduction
 ) -> Moments:
-    """Those that y is normalized by, where a derivative reads `moments`: the same, to rounding.
+    """Moments that normalize y where a derivative reads `moments`: equal to them up to rounding.
 
-    On a GPU the kernel that normalizes rows measures them too, at no cost, and the moments that a
-    derivative reads are taken in the backward pass, beside its sums. So 7 tensors are moved for 8.
+    On a GPU the kernel that normalizes rows also measures them, at no cost. The moments that a
+    derivative reads are computed in the backward pass, together with its sums. So 7 tensors are
+    read and written instead of 8.
     """
     local = reduction.axis_name is None and reduction.groups is None
     if not local or not gpu.are_rows(x, reduction.axes):
@@ -251,7 +252,7 @@ def _moments_for_output_jvp(reduction: Reduction, primals: Any, tangents: Any) -
 def moments_tangent(
     x: Array, mask: Array | None, moments: Moments, dx: Array, reduction: Reduction
 ) -> tuple[Array, Array]:
-    """d mean and d m2, linear in dx, for moments of all that shares.
+    """d mean and d m2, linear in dx, for moments over all features and devices that share them.
 
         d mean = sum(dx) / count,   d m2 = 2 sum(Re(conj(x - mean) dx))
 
@@ -278,7 +279,7 @@ def moments_tangent(
 def _local(
     x: Array, mask: Array | None, count: Count, axes: tuple[int, ...], centered: bool, kept: bool
 ) -> tuple[Array, Array]:
-    """mean and m2 of what lies on this device."""
+    """mean and m2 of the entries on this device."""
     form = partial(_measured, axes=axes, centered=centered, kept=kept)
     mean, m2 = chosen(form, (x, mask, count))
     return mean, m2
@@ -300,16 +301,16 @@ def _shared_around(
     x: Array, mask: Array | None, count: Count, pivot: Array, floor: Array, reduction: Reduction,
     kept: bool,
 ) -> Moments:  # fmt: skip
-    """One exchange: the devices know the pivot before they have measured anything.
+    """One reduction over devices: the pivot is known before any communication.
 
-    If it was far from the mean, or if they have not all known the same one, they measure again and
-    exchange means before squares. All decide alike, from nothing but what was exchanged.
+    If the pivot is far from the mean, or not equal on all devices, the devices measure again and
+    reduce means before squares. They all decide the same, from reduced values only.
     """
     axes, name = reduction.axes, reduction.axis_name
     assert name is not None
     sums = chosen(partial(_sums, axes=axes, kept=kept), (x, mask, count, pivot))
-    # What varies nowhere in a type may vary under pmap, vmap and shard_map with check_vma=False,
-    # in which nothing varies. A constant count is multiplied, not exchanged.
+    # The types of pmap, vmap and shard_map with check_vma=False do not say whether the pivot
+    # varies, so a hash of it is compared. A constant count is multiplied, not communicated.
     unknown = None if varies(x, name) else fingerprint(pivot)
     given = None if isinstance(count, np.generic) else count
     given, (first, second), same = total_over_devices((given, sums, unknown), name)
@@ -327,7 +328,7 @@ def _shared_around(
 
 
 def chosen(form: Any, operands: Any, types: Any = None) -> list[Array]:
-    """by_platform of a function of a tree of operands. Constants, a count for example, stay so."""
+    """`by_platform` for a tree of operands. Constants, such as a count, stay constants."""
     leaves, structure = jax.tree.flatten(operands)
     arrays = [v for v in leaves if not isinstance(v, np.generic)]
 
@@ -336,7 +337,7 @@ def chosen(form: Any, operands: Any, types: Any = None) -> list[Array]:
         whole = [v if isinstance(v, np.generic) else next(given) for v in constants]
         return form(platform, *jax.tree.unflatten(structure, whole))
 
-    # Without the arrays, which would leak from the trace that they belong to.
+    # Without the arrays, which would leak from their trace.
     constants = [v if isinstance(v, np.generic) else None for v in leaves]
     return by_platform(flat, *arrays, types=types)
 
@@ -349,9 +350,9 @@ def _of_groups(
     platform: str, x: Array, mask: Any, count: Count, floor: Array, *, axes: tuple[int, ...],
     groups: FeatureGroups, kept: bool,
 ) -> Any:  # fmt: skip
-    """Of each feature by itself, then merged over the features of a group.
+    """Measures each feature, then merges over the features of a group.
 
-    A sum over a few neighbors at a time is slow, and so is seeing x in another shape.
+    Sums over a few neighboring features are slow, and so is a reshape of x.
     """
 
     def merged(x: Array, mask: Any, count: Count) -> tuple[Array, Array]:
@@ -361,8 +362,8 @@ def _of_groups(
 
     if platform != "tpu" or jnp.iscomplexobj(x):
         return merged(x, mask, count)
-    # Plain sums fuse into the convolution that makes x, which a merge does not. Its channels have
-    # means that are small beside the deviation of a group.
+    # Plain sums fuse into the convolution that makes x; a merge does not. The means of its channels
+    # are small compared with the deviation of a group.
     whole = groups.pooled_count(count, x.shape[groups.axis])
     first, second = (groups.total(v) for v in sums_around(x, mask, None, axes, tpu.totals))
     near = moved(first, second, 0.0, whole)
@@ -373,7 +374,7 @@ def _around(
     platform: str, x: Array, mask: Any, count: Count, pivot: Array, floor: Array, *,
     axes: tuple[int, ...], kept: bool,
 ) -> Any:  # fmt: skip
-    """One pass around the pivot where that is cheaper; measured again where it was far."""
+    """One pass around the pivot where that is cheaper; measures again if the pivot is far off."""
     if platform in CPU:
         form = PLATFORMS[platform].measure
         return form(x, mask, count, axes=axes, centered=True, kept=kept)
@@ -385,7 +386,7 @@ def _sums(
     platform: str, x: Array, mask: Any, count: Count, pivot: Array, *, axes: tuple[int, ...],
     kept: bool,
 ) -> Any:  # fmt: skip
-    """The sums around a pivot, in the way of the platform; on a CPU of the exact moments."""
+    """The sums around a pivot, in the form of the platform; on a CPU from exact moments."""
     if platform in CPU:
         form = PLATFORMS[platform].measure
         mean, m2 = form(x, mask, count, axes=axes, centered=True, kept=kept)

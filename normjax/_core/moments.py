@@ -1,4 +1,4 @@
-"""Moments are a monoid: those of pieces of data merge into those of all of it."""
+"""Moments, their merge over pieces of data, and their merge over devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normjax._core.remat import moments_of_norm
 
 
 class Moments(NamedTuple):
-    """How many entries, their mean, and the sum of their squared deviations from it.
+    """The number of entries, their mean, and the sum of their squared deviations from it.
 
         count = sum of 1,   mean = sum of x / count,   m2 = sum of |x - mean|^2
 
@@ -28,8 +28,8 @@ class Moments(NamedTuple):
     devices into the moments of all (`synchronize`). `Moments(0, 0, 0)` is the neutral element.
 
     Attributes:
-        count: float32 or float64, shape () where every feature has equally many entries, else
-            the shape of `mean`.
+        count: float32 or float64, of shape () if all features have the same count, else of the
+            shape of `mean`.
         mean: float32, float64, complex64 or complex128; the shape of the axes that were kept.
         m2: real, the shape of `mean`.
     """
@@ -41,9 +41,9 @@ class Moments(NamedTuple):
     @classmethod
     @_errors.named("normjax.Moments.make")
     def make(cls, shape: int | Sequence[int], dtype: DTypeLike = jnp.float32) -> Moments:
-        """Moments of nothing, with a count for each feature: where a fold over `merge` starts.
+        """Moments of no data, with a count for each feature: the initial value of merges.
 
-        Of `dtype`, or of float32 if that is narrower; count and m2 are real.
+        The mean has `dtype`, or float32 if that is wider; count and m2 are real.
 
         Example:
             >>> import normjax
@@ -59,7 +59,7 @@ class Moments(NamedTuple):
     def variance(self, ddof: float = 0) -> Array:
         """m2 / (count - ddof): biased for `ddof=0`, unbiased for `ddof=1`.
 
-        0 where no degree of freedom is left (count <= ddof), so that 0/0 poisons no gradient.
+        0 where no degree of freedom is left (count <= ddof), so that 0/0 makes no gradient NaN.
         """
         freedom = self.count - _errors.ddof(ddof, self.m2.shape)
         some = (freedom > 0).astype(self.m2.dtype)
@@ -68,7 +68,7 @@ class Moments(NamedTuple):
 
 @_errors.named("normjax.merge")
 def merge(first: Moments, *others: Moments) -> Moments:
-    """Merges moments of pieces of data into the moments of all of it.
+    """Merges moments of pieces of data into the moments of all data.
 
         count = sum of counts,   mean = sum of count_i mean_i / count,
         m2 = sum of m2_i + count_i |mean_i - mean|^2
@@ -83,8 +83,8 @@ def merge(first: Moments, *others: Moments) -> Moments:
         monoid: associative and commutative to rounding; moments with count 0 change nothing.
 
     Raises:
-        TypeError: an argument is no `Moments`.
-        ValueError: the moments are of unequal features.
+        TypeError: an argument is not `Moments`.
+        ValueError: the moments have different features.
 
     References:
         Chan, Golub, LeVeque (1983), the pairwise merge, here for any number of pieces at once.
@@ -110,7 +110,7 @@ def merge(first: Moments, *others: Moments) -> Moments:
 
 
 def collapse(stacked: Moments) -> Moments:
-    """Merges moments that are stacked along their first axis; a single count is that of each."""
+    """Merges moments that are stacked along their first axis; a scalar count is that of each."""
     pieces, *features = stacked.mean.shape
     single = np.ndim(stacked.count) == 0
     count = stacked.count
@@ -130,14 +130,15 @@ def synchronize(
 ) -> Moments:
     """Merges the moments of all devices along `axis_name` into the moments of the whole batch.
 
-    The formula is that of `merge`, its sums taken over the named axis: two small reductions, the
-    second one around the mean that the first one found, and one of two vectors for the gradient.
-    `batch_norm` does with one where its running mean is near (docs/devices.md).
+    The formula is that of `merge`, with sums over the named axis. It takes two small reductions,
+    the second around the mean of the first, and one of two vectors for the gradient. `batch_norm`
+    needs only one if its running mean is near the mean (docs/devices.md).
 
     Args:
-        moments: what this device measured.
+        moments: measured on this device.
         axis_name: one name or several, bound by `pmap`, `shard_map` or `vmap`.
-        axis_index_groups: device groups that share among themselves only, as in `jax.lax.psum`.
+        axis_index_groups: groups of devices, each of which merges its moments, as in
+            `jax.lax.psum`.
 
     Returns:
         `Moments`, equal on all devices (of a group).
@@ -147,11 +148,11 @@ def synchronize(
             counts, a device without a valid entry included.
 
     Raises:
-        TypeError: `moments` is no `Moments`.
+        TypeError: `moments` is not `Moments`.
         NameError: `axis_name` is not bound.
         ValueError: `axis_index_groups` do not name each device once.
-        NotImplementedError: `axis_index_groups` where JAX has none: under `vmap`, and of unequal
-            size under `shard_map` with `check_vma=True`.
+        NotImplementedError: `axis_index_groups` where JAX does not implement it: under `vmap`, and
+            of unequal size under `shard_map` with `check_vma=True`.
 
     References:
         Chan, Golub, LeVeque (1983), the pairwise merge, over all devices at once.
@@ -170,45 +171,45 @@ def synchronize(
 
 
 def synchronized(moments: Moments, axis_name: AxisName, groups: Groups = None) -> Moments:
-    """`synchronize` of what was checked."""
+    """`synchronize` without the checks of its arguments."""
     if groups is not None:
-        # psum multiplies a constant by the size of the first group, whatever that of the others.
+        # psum multiplies a constant by the size of the first group, for all groups.
         moments = moments._replace(count=jnp.full_like(moments.m2, moments.count))
     return _pool(moments, lambda v: total_over_devices(v, axis_name, groups))
 
 
 def _pool(moments: Moments, total: Callable) -> Moments:
-    """The one merge formula; `total` says what is summed over: pieces, devices, steps."""
+    """The merge formula; `total` sums over pieces or devices."""
     count, mean, m2 = moments
     pooled_count = total(count)
     entries = safe_count(pooled_count)
     divisor = entries.astype(mean.dtype)
-    # An empty whole has mean 0: its weighted sum is 0 already.
+    # The mean of no entries is 0, since their weighted sum is 0.
     rough = moments_of_norm(total(_scaled(mean, count)) / divisor)
     # Corrected as in `measure`, so that pieces of one constant merge into that constant. The
     # correction is zero but for rounding, and so is its derivative.
     off = lax.stop_gradient(_scaled(mean - rough, count))
-    # Two sums, which XLA makes one: JAX 0.7 cannot transpose one of which a part is constant.
+    # Two sums, which XLA combines: JAX 0.7 cannot transpose a sum of which a part is constant.
     lost, squares = total(off), total(m2 + _between(count, mean, rough))
     rest = lost / divisor
-    # Beyond the range of the dtype it is infinite, and not the difference of two infinities.
+    # On overflow it is infinite, and not the difference of two infinities.
     corrected = squares - abs_square(rest) * entries
     squares = moments_of_norm(jnp.where(jnp.isfinite(squares), corrected, squares))
-    # Below 0 is rounding alone. It is taken off as a constant, since a selection or a maximum
-    # would take a derivative with it, of which the second one is not 0 there.
+    # Values below 0 come only from rounding. They are subtracted as a constant: a selection or a
+    # maximum would also remove the derivative, and the second derivative is not 0 there.
     return Moments(pooled_count, rough + rest, squares - lax.stop_gradient(jnp.minimum(squares, 0)))
 
 
 @jax.custom_jvp
 def _between(count: Count, mean: Array, pooled_mean: Array) -> Array:
-    """What a piece adds to m2 because its mean is not that of the whole."""
+    """What a piece adds to m2 because its mean differs from the pooled mean."""
     return abs_square(mean - pooled_mean) * count
 
 
 @_between.defjvp
 def _between_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The term with d pooled_mean is missing because the pieces' deviations sum to zero. Autodiff
-    # would find that zero by communicating it: one more reduction over the devices.
+    # would compute that zero with one more reduction over the devices.
     count, mean, pooled_mean = primals
     slope = 2 * jnp.asarray(count).astype(mean.dtype) * jnp.conj(mean - pooled_mean)
     return _between(*primals), jnp.real(slope * tangents[1])

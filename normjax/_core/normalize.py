@@ -22,9 +22,9 @@ Activation: TypeAlias = Callable[[Array], Array]
 
 
 class Vectors(NamedTuple):
-    """What x is normalized by, or the tangents of that; in the rank of x and in one dtype.
+    """Mean, variance, scale and bias, or their tangents; in the rank of x and in one dtype.
 
-    None is a mean of 0, a scale of 1, a bias of 0, and a tangent that is zero and costs nothing.
+    None stands for a mean of 0, a scale of 1, a bias of 0, and for a zero tangent.
 
     Attributes:
         mean, scale, bias: as in the formula.
@@ -40,7 +40,7 @@ class Vectors(NamedTuple):
     def make(
         cls, dtype: np.dtype, mean: Any, var: Any, scale: Any, bias: Any, epsilon: Any
     ) -> Vectors:
-        """Everything is computed in the widest dtype that came in."""
+        """Casts all to the widest dtype of the inputs, and adds epsilon to var."""
         widest = accumulation_dtype(dtype, common_dtype(mean, var, scale, bias))
         mean, scale, bias = (v if v is None else v.astype(widest) for v in (mean, scale, bias))
         real = real_dtype(widest)
@@ -48,11 +48,11 @@ class Vectors(NamedTuple):
 
 
 class Output(NamedTuple):
-    """How y is returned.
+    """Dtype and activation of y.
 
     Attributes:
-        dtype: what it is rounded to.
-        activation: what it goes through before, or None.
+        dtype: of y.
+        activation: is applied before y is rounded to its dtype. Or None.
     """
 
     dtype: np.dtype
@@ -80,8 +80,8 @@ def normalize(
         mean, var, scale, bias: arrays that broadcast to `x` as in NumPy. All but var may be None:
             a mean of 0, a scale of 1, a bias of 0.
         epsilon: added to the variance, in the square of the units of `x`.
-        mask: boolean, broadcasts to `x`. A non-finite entry of `x` whose mask is False is taken
-            as 0; all other entries are normalized as they are.
+        mask: boolean, broadcasts to `x`. A non-finite entry of `x` whose mask is False is replaced
+            by 0; all other entries are normalized.
         dtype: of the result, by default the dtype of `x`.
 
     Returns:
@@ -90,12 +90,12 @@ def normalize(
     Guarantees:
         float32 inside: computed in float32 or wider whatever the dtype of `x`.
         offset costs nothing: the mean is subtracted before anything is multiplied.
-        light backward: `x` in its own dtype and vectors are kept, nothing else.
+        light backward: only `x` in its own dtype and vectors are kept.
 
     Edge cases:
         ===================================  ==================================================
         var = 0                              y = (x - mean) / sqrt(epsilon) * scale + bias
-        masked NaN or infinity               taken as 0, with gradient 0
+        masked NaN or infinity               replaced by 0, with gradient 0
         ===================================  ==================================================
 
     Raises:
@@ -114,7 +114,7 @@ def normalize(
     _errors.epsilon(epsilon)
     out = _errors.output_dtype(dtype, x.dtype)
     mask = _errors.mask(mask, x.shape)
-    # A real result has no room for a complex vector, and a variance is real by its nature.
+    # A real result cannot hold a complex vector, and a variance is always real.
     is_real = not jnp.issubdtype(out, jnp.complexfloating)
     number = real_dtype(accumulation_dtype(x.dtype))
 
@@ -131,13 +131,14 @@ def normalize(
 
 
 def apply(x: Array, mask: Array | None, vectors: Vectors, output: Output) -> Array:
-    """The map itself."""
+    """The affine map and the activation."""
     mean, _, scale, bias = vectors
     number = common_dtype(x, *vectors)
     gain = inverse(vectors, number)
     if scale is not None and _folds(scale, gain):
         gain, scale = gain * scale, None
-    # A product of two vectors that has the size of x would be an operation more for each entry.
+    # Two vectors whose product has the size of x are not multiplied first: that would cost one more
+    # operation for each entry.
     y = deviation(select_finite(x, x, mask).astype(number), mean) * gain
     y = y if scale is None else y * scale
     y = y if bias is None else y + bias
@@ -146,7 +147,7 @@ def apply(x: Array, mask: Array | None, vectors: Vectors, output: Output) -> Arr
 
 _differentiable = jax.custom_jvp(apply, nondiff_argnums=(3,))
 
-# Layers of one shape are traced once: a ResNet-50 compiles in 1.1 and not 1.2 of Flax's time.
+# Layers of one shape share a trace: a ResNet-50 compiles in 1.1 times Flax's time, else in 1.2.
 normalized = jax.jit(_differentiable, static_argnums=3, inline=True)
 
 
@@ -160,7 +161,7 @@ def _normalized_jvp(output: Output, primals: Any, tangents: Any) -> tuple[Array,
 
 
 def given(tangent: Any) -> Any:
-    """A tangent, None if it is zero."""
+    """A tangent, or None if it is zero."""
     return None if isinstance(tangent, SymbolicZero) else tangent
 
 
@@ -175,10 +176,10 @@ def tangent(
     activation = output.activation
 
     def activated(dy: Array, x: Array, mask: Any, *leaves: Any) -> Array:
-        # y is computed again from x: kept, it would be one more array of the size of x.
+        # y is recomputed from x: kept, it would be one more array of the size of x.
         own = Vectors(*leaves)
         y = _differentiable(x, mask, own, Output(common_dtype(x, *own)))
-        # Under vmap dy may be that of each example, and x of all.
+        # Under vmap dy may be batched where x is not.
         (y,) = broadcast_together(dy.shape, [y], [dy])
         return jax.jvp(activation, (y,), (dy.astype(y.dtype),))[1].astype(output.dtype)
 
@@ -198,21 +199,21 @@ def _affine_tangent(
     mean, _, scale, _ = vectors
     d_mean, d_var, d_scale, d_bias = d_vectors
     number = common_dtype(x, *vectors)
-    # The powers of inv are applied one by one, because var^(-3/2) alone leaves the range of
-    # float32 for x of the size 1e15.
+    # The powers of inv are applied one by one, because var^(-3/2) is out of the range of float32
+    # for x of the size 1e15.
     inv = inverse(vectors, number)
     shift = None if d_mean is None else -d_mean * inv
     slope = None if d_var is None else -0.5 * inv * (d_var.astype(number) * inv * inv)
     if scale is not None and _folds(scale, inv):
-        # A scale that is one number for each statistic, as in batch norm, is multiplied in while
-        # all are vectors. The backward pass then needs two sums over dy and not four.
+        # A scale with one number for each statistic, as in batch norm, is multiplied with the
+        # vectors first. The backward pass then needs two sums over dy instead of four.
         shift, slope = product(shift, scale), product(slope, scale)
         slope = added(slope, product(d_scale, inv))
         inv, scale, d_scale = inv * scale, None, None
     if scale is None and _folds(d_bias, inv):
         shift, d_bias = added(shift, d_bias), None
 
-    beside = x, mask, vectors
+    others = x, mask, vectors
 
     def standardized(t: Array, mask: Any, inv: Array, mean: Any, x: Array) -> Array:
         return deviated(t * inv, x, mask, mean)
@@ -224,38 +225,38 @@ def _affine_tangent(
         shift, slope = line(shift, slope, x, mask, mean, vectors)
     elif slope is not None:
         slope = diagonal(deviated, slope, x, mask, mean, shape=x.shape)
-    # Together, since the sums of their cotangents are taken in one pass.
-    shift, d_scale, d_bias = _broadcast(x.shape, (shift, d_scale, d_bias), beside)
+    # Together, so that the sums of their cotangents take one pass.
+    shift, d_scale, d_bias = _broadcast(x.shape, (shift, d_scale, d_bias), others)
     within = [product(dx, inv), slope, shift]
     if scale is not None:
         within = [product(term, scale) for term in within]
     beyond = d_scale if d_scale is None else diagonal(standardized, d_scale, mask, inv, mean, x)
     terms = [term for term in (*within, beyond, d_bias) if term is not None]
     terms = terms or [jnp.zeros((1,) * x.ndim, number)]
-    return rounded_sum(x.shape, out, *terms, beside=beside)
+    return rounded_sum(x.shape, out, *terms, others=others)
 
 
-def _broadcast(shape: tuple[int, ...], tangents: tuple[Any, ...], beside: Any) -> tuple[Any, ...]:
-    """Tangents to `shape`; None stands for zero."""
-    there, structure = jax.tree.flatten(tangents)
-    wholes = broadcast_together(shape, there, jax.tree.leaves(beside)) if there else []
+def _broadcast(shape: tuple[int, ...], tangents: tuple[Any, ...], others: Any) -> tuple[Any, ...]:
+    """Broadcasts tangents to `shape`; None stands for zero."""
+    nonzero, structure = jax.tree.flatten(tangents)
+    wholes = broadcast_together(shape, nonzero, jax.tree.leaves(others)) if nonzero else []
     return jax.tree.unflatten(structure, wholes)
 
 
 def inverse(vectors: Vectors, dtype: np.dtype) -> Array:
-    """The reciprocal of the deviation."""
+    """The reciprocal of the standard deviation."""
     return lax.rsqrt(vectors.var).astype(dtype)
 
 
 def _folds(vector: Array | None, statistic: Array) -> bool:
-    """Whether `vector` is constant over what the statistic was taken over."""
+    """Whether `vector` is constant along the axes over which the statistic was reduced."""
     if vector is None:
         return False
     return jnp.broadcast_shapes(vector.shape, statistic.shape) == statistic.shape
 
 
 def product(a: Array | None, b: Array | None) -> Array | None:
-    """Of two tangents, or of one and a vector; None stands for zero."""
+    """The product of two tangents, or of a tangent and a vector; None stands for zero."""
     return None if a is None or b is None else a * b
 
 

@@ -1,4 +1,4 @@
-"""What checkpoint policies know of norms: their inputs and their moments, by name."""
+"""Names of the inputs and the moments of norms, for checkpoint policies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _named = jax.checkpoint_policies.save_only_these_names(_INPUT, _MOMENTS)
 
 
 def norm_inputs_saveable(primitive: Any, *values: Any, **params: Any) -> Any:
-    """A policy for `jax.checkpoint` and `nn.remat`: keep what goes into norms, and their moments.
+    """A policy for `jax.checkpoint` and `nn.remat`: keeps the inputs of norms and their moments.
 
         nn.remat(Block, policy=normjax.norm_inputs_saveable)
 
-    Of convolution, norm and activation the convolution's output is kept; the backward pass
-    normalizes and activates it again, which is elementwise, and convolves and measures nothing
-    twice. For any activation and any norm of this library. It pays where activations fill the
-    memory.
+    In a block of convolution, norm and activation, the output of the convolution is kept. The
+    backward pass recomputes only elementwise operations, the norm and the activation; it computes
+    no convolution and no statistics again. It works for any activation and any norm of this
+    library. Use it if activations fill the memory.
 
     Args:
-        primitive, values, params: what JAX asks a policy about.
+        primitive, values, params: the arguments that JAX passes to a policy.
 
     Returns:
         Whether the value is kept.
@@ -52,15 +52,15 @@ def norm_inputs_saveable(primitive: Any, *values: Any, **params: Any) -> Any:
 
 
 def input_of_norm(x: Array) -> Array:
-    """x, under the name by which `norm_inputs_saveable` knows it."""
+    """x, with the name that `norm_inputs_saveable` keeps."""
     return checkpoint_name(x, _INPUT)
 
 
 def moments_of_norm(moments: Any) -> Any:
-    """moments, under the name by which `norm_inputs_saveable` knows them."""
+    """moments, with the name that `norm_inputs_saveable` keeps."""
 
     def named(leaf: Any) -> Any:
-        # A count that is a constant is known in any case.
+        # A constant count needs no name.
         return checkpoint_name(leaf, _MOMENTS) if isinstance(leaf, Array) else leaf
 
     return jax.tree.map(named, moments)

@@ -1,4 +1,4 @@
-"""The one way from x to y: measure, merge, normalize."""
+"""Standardization, which all norms use: measure, merge, normalize."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Inputs(NamedTuple):
     """The arrays of a norm, all but x in the rank of x; None where there is none.
 
     Attributes:
-        x: what is normalized.
+        x: the input.
         mask: boolean, True = counts.
         scale, bias: the affine map.
         epsilon: added to the variance.
-        pivot: what the mean is likely near to: the running mean.
+        pivot: an estimate of the mean: the running mean.
         other: arrays for `Options.correction`.
     """
 
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
     other: Any = None
 
     def split(self, axis: int, groups: int) -> Inputs:
-        """With an axis for the groups of neighbors along `axis`, before that of the neighbors."""
+        """Splits `axis` into an axis of groups and an axis of the neighbors in a group."""
 
         def split(v: Array) -> Array:
             two = (1, 1) if v.shape[axis] == 1 else (groups, v.shape[axis] // groups)
@@ -72,14 +72,14 @@ class Inputs(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is static about a norm; equal ones share a trace.
+    """The static options of a norm; equal ones share a trace.
 
     Attributes:
-        reduction: what is measured.
-        output: how y is returned.
+        reduction: what the statistics are reduced over.
+        output: dtype and activation of y.
         summed: divide by the root of the sum of squares instead of that of their mean.
-        correction: gives (r, d) for moments and inputs; what is scaled and shifted is then
-            r (x - mean) / deviation + d. Constants to every derivative.
+        correction: returns (r, d) for moments and inputs; r (x - mean) / deviation + d is then
+            scaled and shifted. Derivatives treat r and d as constants.
     """
 
     reduction: Reduction
@@ -89,17 +89,17 @@ class Options(NamedTuple):
 
 
 def standardize(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
-    """y and the moments by which x was normalized. All is checked before."""
+    """y and the moments by which x was normalized. The caller has checked all arguments."""
     how = options.reduction
-    # Around the call: jax.vmap meets what it cannot share when the function has been traced.
+    # Around the call, since jax.vmap raises only after the function was traced.
     with _errors.grouped(how.axis_name, how.axis_index_groups):
         return _jitted(inputs, options)
 
 
 @partial(jax.jit, static_argnums=1)
 def _jitted(inputs: Inputs, options: Options) -> tuple[Array, Moments]:
-    # A function of its own for checkpoint policies too: where the function that makes what a policy
-    # keeps goes on to use it, JAX rounds it (reduce_precision), and XLA's CPU compiler then holds
+    # A separate function, also for checkpoint policies: if the function that computes a saved value
+    # also uses it, JAX rounds the value (reduce_precision), and XLA's CPU compiler then holds both
     # x and the rounded x. A stack of convolutions took 1.4 times the memory.
     y, moments = standardized(inputs._replace(x=input_of_norm(inputs.x)), options)
     return y, squeezed(moments, options.reduction.axes)
@@ -118,7 +118,7 @@ def standardized(inputs: Inputs, options: Options, kept: bool = False) -> tuple[
 
 
 def _composed(inputs: Inputs, options: Options, kept: bool) -> tuple[Array, Moments]:
-    """Measured, then normalized."""
+    """Measures, then normalizes."""
     moments = _measured(inputs, options, kept)
     if not kept:
         vectors, _ = _vectors(moments, inputs, options)
@@ -155,8 +155,8 @@ def _tangent(
 ) -> tuple[Array, Moments]:  # fmt: skip
     """dy and the tangents of the moments.
 
-    One rule for measuring and normalizing, in which dx is upcast once: the cotangents of both meet
-    in it and are rounded once. On a CPU, rounding each takes 1.9 times as long.
+    One rule for measuring and normalizing, in which dx is upcast once, so that the cotangents of
+    both are added before they are rounded. On a CPU, rounding each takes 1.9 times as long.
     """
     x, mask, *_ = inputs
     vectors, corrected = _vectors(moments, inputs, options)
@@ -176,7 +176,7 @@ def _tangent(
 
 
 def _kernel(inputs: Inputs, options: Options) -> kernels.View | None:
-    """How the kernels of a CPU see x; None where there is no kernel for this norm."""
+    """How the CPU kernels view x; None if there is no kernel for this norm."""
     x, where = inputs.x, options.reduction
     local = inputs.mask is None and options.correction is None and where.axis_name is None
     if not local or x.dtype not in kernels.DTYPES or options.output != Output(x.dtype):
@@ -197,7 +197,7 @@ def _kernel(inputs: Inputs, options: Options) -> kernels.View | None:
 def _by_kernel(
     inputs: Inputs, options: Options, how: kernels.View, kept: bool
 ) -> tuple[Array, Moments]:
-    """`_composed`, by one kernel where kernels may be called."""
+    """`_composed`, in one kernel where kernels may be called."""
     kind = jax.typeof(inputs.x).update(weak_type=False)
     shape = tuple(1 if a in options.reduction.axes else n for a, n in enumerate(kind.shape))
     one = kind.update(shape=shape, dtype=accumulation_dtype(kind.dtype))
@@ -229,7 +229,7 @@ def _tangent_by_kernel(
         inputs, *both = jax.tree.unflatten(own, kept)
         return inputs, Moments(count, *both)
 
-    def written(*operands: Array) -> Array:
+    def plain(*operands: Array) -> Array:
         dx, d_scale, d_bias = jax.tree.unflatten(structure, operands[:number])
         inputs, moments = given(operands[number:])
         return _tangent(inputs, moments, options, dx, d_scale, d_bias, None)[0]
@@ -244,7 +244,7 @@ def _tangent_by_kernel(
             v.reshape(t.shape).astype(t.dtype) for v, t in zip((dx, *wanted), terms, strict=True)
         ]
 
-    return norm_tangent(written, terms, kept, kernel)
+    return norm_tangent(plain, terms, kept, kernel)
 
 
 def _with_epsilon(inputs: Inputs) -> Inputs:
@@ -260,12 +260,12 @@ def _measured(inputs: Inputs, options: Options, kept: bool) -> Moments:
 
 
 def _spread(moments: Moments, options: Options) -> Array:
-    """What the deviations are divided by the root of; linear in m2."""
+    """The square of the divisor of the deviations; linear in m2."""
     return moments.m2 if options.summed else moments.variance()
 
 
 def _vectors(moments: Moments, inputs: Inputs, options: Options) -> tuple[Vectors, Any]:
-    """By what x is normalized, and the linear map that gives scale and bias, for tangents too."""
+    """The vectors that normalize x, and the linear map that corrects scale and bias."""
     mean = moments.mean if options.reduction.centered else None
     scale, bias = inputs.scale, inputs.bias
 

@@ -1,18 +1,18 @@
-"""Axes made canonical; every error of shape, dtype, range and mode is worded here alone.
+"""Checks of arguments: canonical axes, and all errors of shape, dtype, range and mode.
 
-Each message says what was called, what it got, what it expected and what to do. What was called is
-added by the door of a public function, `named`.
+Each message says what was called, what it got, what it expected and what to do. The decorator of a
+public function, `named`, adds the name of what was called.
 """
 
 # ruff: noqa: F401, I001
 
 from normjax._errors.arrays import (
     Features, affine, axes, axis, broadcast, common_shape, feature_vector, features,
-    group_axes, inexact, mask, matrix, nonzero, number_of_groups, same_shape_and_dtype, scalar,
-    shape, something, window,
+    group_axes, inexact, mask, matrix, nonempty, nonzero, number_of_groups, same_shape_and_dtype,
+    scalar, shape, window,
 )  # fmt: skip
 from normjax._errors.devices import axis_size, grouped, groups
-from normjax._errors.door import keywords, named
+from normjax._errors.naming import keywords, named
 from normjax._errors.dtypes import floating_dtype, output_dtype
 from normjax._errors.modules import (
     feature_count, groups_of_features, has_count, mode_of, moments_to_share, num_features,

@@ -19,14 +19,14 @@ class Features(NamedTuple):
     """Which axes of an x are its features."""
 
     x: Shape  # the shape of x
-    given: Axes  # the axes as the caller wrote them
+    given: Axes  # the axes as passed by the caller
     axes: Shape  # as sorted, non-negative integers
     shape: Shape  # their sizes
-    reduced: Shape  # the other axes, without that of the batch where each example is by itself
+    reduced: Shape  # the other axes; without the batch axis if examples are normalized separately
 
 
 def features(shape: Shape, given: Axes, *, batch: bool = False) -> Features:
-    """The features of an x of this shape, whose first axis is that of the batch if so said."""
+    """The features of an x of this shape; with `batch`, its first axis is the batch."""
     kept = axes("feature_axis", given, shape)
     if batch and 0 in kept:
         raise ValueError(
@@ -39,8 +39,8 @@ def features(shape: Shape, given: Axes, *, batch: bool = False) -> Features:
 
 
 def inexact(name: str, value: ArrayLike, *, real: bool = False) -> Array:
-    """An array that can be averaged: floating or complex, floating alone if `real`."""
-    # What is an array of JAX needs no conversion, which takes longer than all checks of it.
+    """An array that can be averaged: floating or complex, only floating if `real`."""
+    # A JAX array is not converted: the conversion takes longer than all checks.
     if not isinstance(value, Array):
         value = as_array(name, value, "an array of floating numbers")
     if not jnp.issubdtype(value.dtype, jnp.inexact):
@@ -51,13 +51,13 @@ def inexact(name: str, value: ArrayLike, *, real: bool = False) -> Array:
     if real and value.dtype.kind == "c":
         raise TypeError(
             f"normjax: {name} has dtype {value.dtype}, expected a real dtype, since the result "
-            f"is real or {name} is real by its nature. Pass {name}.real, or a complex x."
+            f"is real or {name} is always real. Pass {name}.real, or a complex x."
         )
     return value
 
 
 def as_array(name: str, value: ArrayLike, expected: str) -> Array:
-    """What JAX takes for an array. It would stack a list of arrays, one for each device perhaps."""
+    """A JAX array. Lists are rejected: JAX would stack the arrays of several devices."""
     if isinstance(value, (list, tuple)):
         raise TypeError(
             f"normjax: {name} is a {type(value).__name__} of length {len(value)}, expected "
@@ -72,7 +72,7 @@ def as_array(name: str, value: ArrayLike, expected: str) -> Array:
 
 
 def axes(name: str, given: Axes, shape: Shape) -> Shape:
-    """Axes as sorted, non-negative, distinct integers; none is a choice too, as in Flax."""
+    """Axes as sorted, non-negative, distinct integers; an empty tuple is allowed, as in Flax."""
     if isinstance(given, tuple) and not given:
         return given
     rank, canonical = len(shape), set()
@@ -98,7 +98,7 @@ def axes(name: str, given: Axes, shape: Shape) -> Shape:
 
 
 def axis(name: str, given: int, shape: Shape) -> int:
-    """One axis alone, as a non-negative integer."""
+    """A single axis, as a non-negative integer."""
     if isinstance(given, Iterable):
         raise TypeError(f"normjax: {name}={given!r}, expected one integer.")
     return axes(name, given, shape)[0]
@@ -113,7 +113,7 @@ def feature_vector(name: str, value: ArrayLike, features: Features, *, real: boo
 
 
 def affine(name: str, value: ArrayLike | None, features: Features, *, real: bool) -> Any:
-    """A scale or bias in the rank of x: one for each feature, or for each of each example."""
+    """A scale or bias in the rank of x: for each feature, or for each feature of each example."""
     if value is None:
         return None
     array, kept = inexact(name, value, real=real), features.axes
@@ -136,18 +136,18 @@ def _refuse_shape(name: str, got: Shape, features: Features) -> NoReturn:
 
 
 def expect_shape(name: str, got: Shape, expected: Shape, rest: str) -> None:
-    """An array of one shape alone; `rest` says whose that is and what to do."""
+    """Expects a shape; `rest` says whose shape it is and what to do."""
     if got != expected:
         raise ValueError(f"normjax: {name} has shape {got}, expected {expected}{rest}")
 
 
 def expect_kind(name: str, value: object, kind: type, expected: str) -> None:
-    """An instance of a class."""
+    """Expects an instance of a class."""
     if not isinstance(value, kind):
         raise TypeError(f"normjax: {name} is {type(value).__name__}, expected {expected}")
 
 
-def something(shape: Shape, reduced: Shape, *, name: str = "x") -> None:
+def nonempty(shape: Shape, reduced: Shape, *, name: str = "x") -> None:
     """Statistics need at least one element."""
     if 0 in [shape[a] for a in reduced]:
         raise ValueError(
@@ -173,7 +173,7 @@ def group_axes(given: Axes | None, feature_axis: int, shape: Shape) -> None:
 def number_of_groups(
     num_groups: int | None, group_size: int | None, features: int, noun: str = "channels"
 ) -> int:
-    """Exactly one of both is given, and divides the features, which Flax calls in two ways."""
+    """Exactly one of both is given, and divides the features; `noun` is Flax's word for these."""
     if (num_groups is None) == (group_size is None):
         raise ValueError(
             f"normjax: Either `num_groups` or `group_size` should be specified. If `group_size` "
@@ -184,7 +184,7 @@ def number_of_groups(
     name, given = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
     expected = f"a whole number that divides the {features} features of x. Pass an integer."
     given = whole(name, given, expected)
-    # Of a symbolic size it is known whether a number divides it, but not which ones do.
+    # One can ask whether a number divides a symbolic size, but not list its divisors.
     candidates = range(1, features + 1) if isinstance(features, int) else {1, given}
     divisors = [n for n in candidates if n and features % n == 0]
     if given not in divisors:
@@ -212,7 +212,7 @@ def scalar(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
 
 
 def mask(value: ArrayLike | None, shape: Shape) -> Array | None:
-    """A boolean mask of the rank of x, whose broadcast has one reading only."""
+    """A boolean mask in the rank of x; an ambiguous shape is an error."""
     if value is None:
         return None
     array = as_array("mask", value, "an array of booleans, True where an entry counts")
@@ -223,7 +223,7 @@ def mask(value: ArrayLike | None, shape: Shape) -> Array | None:
         )
     got, ones = array.shape, (1,) * (len(shape) - array.ndim)
     numpy_reading = fits(got, shape)
-    # What people mean by a short mask is one entry for each example, along the leading axes.
+    # A mask of lower rank usually means one entry for each example, along the leading axes.
     leading, trailing = got + ones, ones + got
     leading_reading = len(got) < len(shape) and fits(leading, shape)
     if numpy_reading and leading_reading and any(n != 1 for n in got):
@@ -265,7 +265,7 @@ def fits(small: Shape, large: Shape) -> bool:
 
 
 def common_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
-    """The one shape of moments to be merged; () stands for any."""
+    """The common shape of the moments to merge; () fits any."""
     found = {shape for shape in shapes if shape}
     if len(found) > 1:
         raise ValueError(
@@ -276,15 +276,15 @@ def common_shape(shapes: Sequence[Shape]) -> tuple[int, ...]:
 
 
 def matrix(shape: Shape, stats: Any, kind: type, n_steps: int) -> None:
-    """A weight that has singular values, and a state to start from."""
+    """Checks that a weight has singular values, and the state of its power iteration."""
     start = f"{kind.__name__}(jax.random.normal(key, (1, w.shape[-1])), jnp.ones(()))"
     expect_kind("stats", stats, kind, f"{kind.__name__}. Start from {start}.")
     if len(shape) < 2:
         raise ValueError(
             f"normjax: w has shape {shape}, expected a rank of at least 2, since a vector has no "
-            "singular values. Leave biases and scales as they are."
+            "singular values. Do not normalize biases and scales."
         )
-    something(shape, tuple(range(len(shape))), name="w")
+    nonempty(shape, tuple(range(len(shape))), name="w")
     for name, expected in {"u": (1, shape[-1]), "sigma": ()}.items():
         got = inexact(f"stats.{name}", getattr(stats, name), real=True).shape
         rest = f" for w with shape {shape}. Start from {start}."
@@ -309,14 +309,14 @@ def same_shape_and_dtype(x: ArrayLike, residual: ArrayLike) -> tuple[Array, Arra
 
 
 def window(size: int) -> None:
-    """A window holds a feature at least."""
+    """A window has at least one feature."""
     if not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"normjax: size={size!r}, expected a whole number of at least 1.")
 
 
 def shape(given: Axes) -> Shape:
-    """The shape of an array that is to be made."""
-    expected = "a whole number of at least 0 or a sequence of such, the sizes of the feature axes."
+    """The shape of a new array."""
+    expected = "a whole number of at least 0 or a sequence of them, the sizes of the feature axes."
     sizes = whole_numbers("shape", given, expected)
     if min(sizes, default=0) < 0:
         raise TypeError(f"normjax: shape={given!r}, expected {expected}")
@@ -324,7 +324,7 @@ def shape(given: Axes) -> Shape:
 
 
 def whole_numbers(name: str, given: Axes, expected: str) -> tuple[int, ...]:
-    """One integer or several; a bool, which Python takes for an integer, is a mistake."""
+    """One integer or several. A bool, which is an int in Python, is rejected."""
     try:
         listed = tuple(given) if isinstance(given, Iterable) else (given,)
         if not {bool, np.bool_}.isdisjoint(map(type, listed)):
@@ -335,7 +335,7 @@ def whole_numbers(name: str, given: Axes, expected: str) -> tuple[int, ...]:
 
 
 def whole(name: str, value: Any, expected: str) -> int:
-    """One integer alone, which an array of rank 0 is too."""
+    """A single integer; an array of rank 0 is accepted."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError

@@ -1,4 +1,4 @@
-"""Errors of devices: axes that are not bound, groups that JAX cannot share over."""
+"""Errors of devices: unbound axes, and groups that JAX does not support."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jax import lax
 def axis_size(
     axis_name: str | Sequence[str], axis_index_groups: Sequence[Sequence[int]] | None
 ) -> int:
-    """How many devices share statistics at least; a number, not an operation."""
+    """The least number of devices that share statistics, as a Python number."""
     _names(axis_name)
     try:
         whole = lax.psum(1, axis_name)
@@ -35,7 +35,7 @@ def axis_size(
 def grouped(
     axis_name: str | Sequence[str] | None, axis_index_groups: Sequence[Sequence[int]] | None
 ) -> Iterator[None]:
-    """Words what JAX raises when it cannot share over groups of `axis_name`."""
+    """Rewords the error that JAX raises if it does not support groups of `axis_name`."""
     try:
         yield
     except NotImplementedError:
@@ -49,7 +49,7 @@ def grouped(
 
 
 def groups(axis_name: object, axis_index_groups: object) -> None:
-    """Groups are groups of an axis."""
+    """Groups need the name of an axis."""
     if axis_name is not None:
         _names(axis_name)
     elif axis_index_groups is not None:
@@ -80,14 +80,14 @@ def _listed(axis_name: Any) -> list[Any]:
 
 
 def _partition(axis_name: object, axis_index_groups: object, size: int) -> None:
-    """Each device is in one group; XLA takes some lists that say otherwise and returns anything."""
+    """Each device is in one group; XLA accepts some other lists and returns arbitrary values."""
     got = f"normjax: axis_index_groups={axis_index_groups!r}"
     try:
         found = Counter(index(i) for group in axis_index_groups for i in group)  # type: ignore
         empty = not all(map(len, axis_index_groups))  # type: ignore[call-overload]
     except (TypeError, ValueError):
         raise TypeError(
-            f"{got} is no list of lists of indices, expected for example "
+            f"{got} is not a list of lists of indices, expected for example "
             f"{[list(range(size // 2)), list(range(size // 2, size))]}."
         ) from None
     whole = range(size)
@@ -99,14 +99,14 @@ def _partition(axis_name: object, axis_index_groups: object, size: int) -> None:
     wrong = [f"{fault}: {some}" for fault, some in faults.items() if some]
     if wrong or empty:
         raise ValueError(
-            f"{got} does not part the {size} devices of axis_name={axis_name!r} into groups "
+            f"{got} does not divide the {size} devices of axis_name={axis_name!r} into groups "
             f"({', '.join(wrong) or 'one is empty'}). Name each index from 0 to {size - 1} in one "
             "group."
         )
 
 
 def _unbound(axis_name: str | Sequence[str]) -> str:
-    """What is asked for, what there is, and what was most likely meant."""
+    """The requested axis, the bound axes, and the likely fix."""
     bound = bound_names()
     missing = [name for name in _listed(axis_name) if name not in bound]
     known = ", ".join(map(repr, bound)) or "none"
@@ -116,8 +116,8 @@ def _unbound(axis_name: str | Sequence[str]) -> str:
             return got + f"Did you mean {near[0]!r}?"
     if in_mesh := [name for name in missing if name in jax.sharding.get_abstract_mesh().axis_names]:
         return got + (
-            f"{in_mesh[0]!r} is an axis of the mesh, and jit binds none: it reduces over the whole "
-            "batch by itself. Pass axis_name=None, or map the step with jax.shard_map."
+            f"{in_mesh[0]!r} is an axis of the mesh, which jit does not bind: it reduces over the "
+            "whole batch by itself. Pass axis_name=None, or map the step with jax.shard_map."
         )
     return got + (
         "Bind it with jax.pmap, jax.shard_map or jax.vmap(..., axis_name=). Under plain jit over "
@@ -127,8 +127,8 @@ def _unbound(axis_name: str | Sequence[str]) -> str:
 
 def bound_names() -> list[object]:
     """The device axes that are bound here."""
-    # JAX has one way of asking, and moved it from jax.core to jax.extend.core.
-    for room in (jax.extend.core, jax.core):
-        if ask := getattr(room, "unsafe_get_axis_names_DO_NOT_USE", None):
-            return list(ask())
+    # JAX moved this function from jax.core to jax.extend.core.
+    for module in (jax.extend.core, jax.core):
+        if get := getattr(module, "unsafe_get_axis_names_DO_NOT_USE", None):
+            return list(get())
     return []

@@ -1,4 +1,4 @@
-"""Errors of dtypes: what JAX has no numbers of, what would lose a part of them."""
+"""Errors of dtypes: those that JAX does not have, and conversions from complex to real."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-# What other libraries call them.
+# Names in other libraries.
 _DTYPES = {f"{short}{bits}": f"float{bits}" for short in ("f", "fp") for bits in (16, 32, 64)}
 _DTYPES["bf16"] = "bfloat16"
 
@@ -28,14 +28,14 @@ def output_dtype(dtype: DTypeLike | None, of_x: np.dtype) -> np.dtype:
 
 
 def floating_dtype(name: str, dtype: DTypeLike) -> np.dtype:
-    """A floating or complex dtype, however it was named."""
+    """A floating or complex dtype, from anything that `jnp.dtype` accepts."""
     found = None
-    # An array has a dtype and is none.
+    # An array has a dtype but is not one.
     if not isinstance(dtype, (jax.Array, np.ndarray, np.generic)):
         with suppress(TypeError, ValueError):
             found = jnp.dtype(dtype)
     if found is not None and jnp.issubdtype(found, jnp.inexact):
-        # NumPy reads "f16" as 16 bytes, which JAX has for complex numbers alone.
+        # NumPy reads "f16" as 16 bytes, a size that only complex dtypes of JAX have.
         widest = 16 if found.kind == "c" else 8
         if found.itemsize <= widest:
             return found

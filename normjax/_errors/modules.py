@@ -1,4 +1,4 @@
-"""Errors of modules of NNX: their mode, the features they were built for, what they hold."""
+"""Errors of NNX modules: mode, number of features, missing variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normjax._errors.options import Mode, mode, switch
 
 
 def mode_of(held: bool | None, frozen: bool, at_call: dict[str, bool | None]) -> Mode:
-    """The mode at the call, `train` or `use_running_average`, goes before that of the module."""
+    """The mode at the call, `train` or `use_running_average`, overrides that of the module."""
     name = "use_running_average"
     is_asked = any(value is not None for value in at_call.values())
     if is_asked:
@@ -58,7 +58,7 @@ def num_features(name: str, held: tuple[int, ...], features: Features) -> None:
 
 
 def random_streams(value: Any) -> None:
-    """What the initializers draw from."""
+    """The random streams of the initializers."""
     if not hasattr(value, "params"):
         raise TypeError(
             f"normjax: rngs is {type(value).__name__}, expected nnx.Rngs. Pass rngs=nnx.Rngs(0), "
@@ -70,8 +70,8 @@ def restored(name: str, value: Any) -> Any:
     """The value of a variable, which a restored state may have left abstract."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic, int, float, complex)):
         raise ValueError(
-            f"normjax: {name} is {type(value).__name__}, expected an array: the state that was "
-            "restored does not hold it. Restore both nnx.Param and nnx.BatchStat."
+            f"normjax: {name} is {type(value).__name__}, expected an array: the restored state "
+            "does not contain it. Restore both nnx.Param and nnx.BatchStat."
         )
     return value
 
@@ -86,11 +86,11 @@ def groups_of_features(
 
 
 def has_count(needed: bool, held: bool) -> None:
-    """A layer that needs to know how many batches there were has counted them from the start."""
+    """A layer that needs the number of batches must count them from the start."""
     if needed and not held:
         raise ValueError(
             "normjax: momentum=None, debias=True and schedules need the variable count, which the "
-            "layer has not, expected it from the start. Build the layer with these arguments."
+            "layer does not have. Build the layer with these arguments."
         )
 
 
@@ -104,7 +104,7 @@ def some_batch_norm(number: int, model: Any) -> None:
 
 
 def some_moments(number: int) -> None:
-    """Statistics move by moments that were kept."""
+    """Statistics are updated by kept moments."""
     if not number:
         raise ValueError(
             "normjax: no batch norm has kept moments, expected at least one that did. Run the "
@@ -113,22 +113,22 @@ def some_moments(number: int) -> None:
 
 
 def moments_to_share(accumulate: bool, held: bool) -> None:
-    """A view shares the variables that there are; one of its own would be lost with it."""
+    """A view shares the variables of its layer; a new variable would be lost with the view."""
     if accumulate and not held:
         raise ValueError(
-            "normjax: accumulate=True in a view of a layer that has no variable moments, which the "
-            "view would keep for itself, expected a layer that has it. Build the layer with "
+            "normjax: accumulate=True in a view of a layer without the variable moments, expected "
+            "a layer that has it, since a view cannot add it. Build the layer with "
             "accumulate=True, or call normjax.nnx.empty_batch_moments(model) before."
         )
 
 
 def of_weight(held: Mapping[Any, Any] | None, path: tuple[Any, ...]) -> Any:
-    """What a wrapper keeps beside a weight of its layer."""
+    """The variable that a wrapper keeps for a weight of its layer."""
     if held is None or path not in held:
         raise RuntimeError(
-            f"normjax: the layer has the param {path}, for which nothing was made, expected one of "
-            f"{list(held or ())}. Parameters of the layer_instance should not change! Wrap "
-            "the layer when it is complete."
+            f"normjax: the layer has the param {path}, for which the wrapper has no variable, "
+            f"expected one of {list(held or ())}. Parameters of the layer_instance should not "
+            "change! Wrap the layer when it is complete."
         )
     restored("/".join(map(str, path)), held[path].get_value())
     return held[path]

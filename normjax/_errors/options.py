@@ -22,8 +22,8 @@ MAX, LEAST = sys.float_info.max, ulp(0.0)
 def number(
     name: str, value: Any, expected: str, least: float = -MAX, most: float = MAX, remedy: str = "."
 ) -> Any:
-    """A real number from `least` to `most`, as Python has it; a traced one is taken on trust."""
-    # type() and not isinstance, for which a bool is a whole number.
+    """A real number from `least` to `most`, as a Python float; a traced one is not checked."""
+    # type(), since isinstance accepts a bool as an int.
     if type(value) not in (int, float):
         is_array = isinstance(value, (np.integer, np.floating, np.ndarray, jax.Array))
         if not is_array or np.ndim(value) or not _is_real(value.dtype):
@@ -53,26 +53,26 @@ def finite(name: str, value: Any) -> Any:
 
 
 def positive(name: str, value: Any) -> Any:
-    """Likewise, for a number that keeps a sum of squares away from zero."""
+    """A number above 0, which keeps a divisor away from zero."""
     finite(name, value)
     return number(name, value, "a number above 0", LEAST, remedy=", or zeros divide by zero.")
 
 
 def epsilon(value: ArrayLike) -> None:
-    """What is added to the variance; zero is allowed."""
+    """A number that is added to the variance; zero is allowed."""
     expected = "a finite number of at least 0, which is added to the variance"
     number("epsilon", value, expected, 0, remedy=", for example 1e-5.")
 
 
 def slope(name: str, value: float) -> None:
-    """The size of an activation below zero, which is no array: it is hashed."""
+    """The slope of an activation below zero; a Python number, since activations are hashed."""
     expected = "a finite number above 0"
     if not isinstance(number(name, value, expected, LEAST), float):
         raise ValueError(f"normjax: {name}={value}, expected {expected}.")
 
 
 def activation(value: Any) -> None:
-    """A function that maps each entry by itself, which a number stands for here."""
+    """An elementwise function; it is checked for a single number."""
     if not (isinstance(value, Hashable) and callable(value)):
         raise TypeError(
             f"normjax: activation={value!r}, expected a hashable function, for example "
@@ -104,13 +104,13 @@ def momentum(value: ArrayLike | None, debias: bool) -> None:
     )  # fmt: skip
     if debias and isinstance(found, float) and found == 1:
         raise ValueError(
-            "normjax: momentum=1 with debias=True never takes anything in, so there is no "
-            "start to correct for. Pass momentum=None for the plain average over all batches."
+            "normjax: momentum=1 with debias=True never updates the statistics, so there is "
+            "nothing to correct. Pass momentum=None for the plain average over all batches."
         )
 
 
 def ddof(value: Any, shape: Shape = ()) -> Any:
-    """The correction of the running variance, one for each feature too if `shape` is theirs."""
+    """The correction of the running variance; also one for each feature, given their `shape`."""
     if shape and isinstance(value, jax.Array) and value.ndim and fits(value.shape, shape):
         return value
     expected = (
@@ -145,7 +145,7 @@ _BY_POSITION = (
 
 
 def mode(train: bool | None, built_with: bool | None, use_running_average: bool | None) -> Mode:
-    """The switch has two names and two places; exactly one is given."""
+    """The mode can be given by two names, in two places; exactly one is given."""
     name = "use_running_average"
     places = {
         "train (at call)": train,
@@ -164,7 +164,7 @@ def mode(train: bool | None, built_with: bool | None, use_running_average: bool 
     if not given:
         raise ValueError(
             f'normjax: no mode was given. Parameter "{name}" must be passed to the constructor or '
-            "at call time. Pass train=True to normalize by the batch and move the running "
+            "at call time. Pass train=True to normalize by the batch and update the running "
             f"statistics, or train=False to normalize by the running statistics. {_BY_POSITION}"
         )
     ((place, value),) = given.items()
@@ -189,7 +189,7 @@ def entries(shape: Shape, reduced: Shape, shared: int, mode: Mode = _TRAIN) -> N
         return
     found = "one" if local else "no"
     devices = f" of {shared} devices" if shared > 1 else ""
-    reason = ", since one value normalizes to 0 whatever it is" if local else ""
+    reason = ", since a single value always normalizes to 0" if local else ""
     along = "" if reduced else ", along a leading batch axis"
     raise ValueError(
         f"normjax: x with shape {shape} has {found} value for each feature over the axes "
@@ -199,7 +199,7 @@ def entries(shape: Shape, reduced: Shape, shared: int, mode: Mode = _TRAIN) -> N
 
 
 def initializer(name: str, value: object) -> None:
-    """What makes a parameter."""
+    """The initializer of a parameter."""
     if not callable(value):
         raise TypeError(
             f"normjax: {name}={value!r}, expected an initializer, a function of key, shape and "
@@ -208,7 +208,7 @@ def initializer(name: str, value: object) -> None:
 
 
 def layer(value: object, kind: type, framework: str, example: str) -> None:
-    """A wrapper has a layer within."""
+    """A wrapper needs a layer."""
     if not isinstance(value, kind):
         got = value.__name__ if isinstance(value, type) else type(value).__name__
         raise TypeError(
@@ -218,7 +218,7 @@ def layer(value: object, kind: type, framework: str, example: str) -> None:
 
 
 def variable_names(value: Any) -> None:
-    """Names of variables; a text is a collection too, of its letters."""
+    """Names of variables. A string, which is a collection of letters, is rejected."""
     named = isinstance(value, Collection) and not isinstance(value, (str, np.ndarray, jax.Array))
     if value is not None and not (named and all(isinstance(name, str) for name in value)):
         names = f"{{{value!r}}}" if isinstance(value, str) else 'for example {"kernel"}'
@@ -229,7 +229,7 @@ def variable_names(value: Any) -> None:
 
 
 def steps(value: Any) -> int:
-    """Steps of the power iteration around a layer; as in Flax none at all are allowed."""
+    """Steps of the power iteration around a layer; 0 is allowed, as in Flax."""
     return whole("n_steps", value, "a whole number, for example 1.")
 
 
@@ -240,13 +240,13 @@ def text(name: str, value: object) -> None:
 
 
 def bound(name: str, given: Any, smallest: float, stats: Any) -> Array | np.ndarray | float:
-    """A bound of batch renormalization, or what its schedule says for the steps taken."""
+    """A bound of batch renormalization; a schedule is called with the number of updates."""
     if not callable(given):
         expected = f"a number of at least {smallest} or a schedule"
         return number(name, given, expected, smallest, inf, ". Ioffe has 3 and 5.")
     if stats.count is None:
         raise ValueError(
-            f"normjax: {name} is a schedule, which needs stats.count, the steps taken, and "
+            f"normjax: {name} is a schedule, which needs stats.count, the number of updates, and "
             "got None. Start from BatchStats.make(features, counted=True)."
         )
     found, shape = given(stats.count), np.shape(stats.mean)
@@ -262,7 +262,7 @@ def bound(name: str, given: Any, smallest: float, stats: Any) -> Array | np.ndar
         raise TypeError(f"{what} {got}, expected {expected}.")
     if array.shape not in ((), shape):
         raise ValueError(f"{what} an array of shape {array.shape}, expected {expected}.")
-    # What depends on a traced count has no value yet.
+    # A result that depends on a traced count has no value yet.
     if not isinstance(found, jax.core.Tracer) and not np.all(np.asarray(found) >= smallest):
         raise ValueError(f"{what} {np.asarray(found).tolist()}, expected {expected}.")
     return array
@@ -282,19 +282,19 @@ def virtual_batches(size: int | None, shape: Shape, reduced: Shape) -> int | Non
 
 
 def moves(train: bool | None, update_stats: bool | None) -> bool:
-    """update_stats is the switch if it is given, train if it is alone."""
+    """Whether to update: `update_stats` if it is given, else `train`."""
     if update_stats is not None:
         return switch("update_stats", update_stats)
     if train is not None:
         return switch("train", train)
     raise ValueError(
-        "normjax: neither train nor update_stats was given, expected one. Pass train=True to move "
-        "the power iteration, or train=False."
+        "normjax: neither train nor update_stats was given, expected one. Pass train=True to "
+        "update the power iteration, or train=False."
     )
 
 
 def only_matrix(subject: str, path: str, shape: Shape) -> None:
-    """Asked for by error_on_non_matrix. `subject` is what Flax says."""
+    """Checks the rank for error_on_non_matrix; `subject` is Flax's wording."""
     if len(shape) > 2:
         raise ValueError(
             f"normjax: {subject} is {len(shape)}D but error_on_non_matrix is True: {path} has "
@@ -310,7 +310,7 @@ def known(name: str, value: Any, names: Sequence[str]) -> None:
 
 
 def at_least_one(name: str, value: Any) -> int:
-    """How many there are of what there is."""
+    """A number of at least 1."""
     expected = "a whole number of at least 1."
     count = whole(name, value, expected)
     if count < 1:

@@ -31,7 +31,7 @@ def batch_stats(given: Any, kind: Any, expected: str) -> None:
 
 
 def _arrays(name: str, leaves: dict[str, Any], kind: Any) -> None:
-    """What is averaged is read from arrays of numbers."""
+    """Expects arrays of numbers."""
     for field, leaf in leaves.items():
         array = isinstance(leaf, (jax.Array, np.ndarray, np.generic))
         if not array or not jnp.issubdtype(leaf.dtype, kind):
@@ -43,7 +43,7 @@ def _arrays(name: str, leaves: dict[str, Any], kind: Any) -> None:
 
 
 def moments(given: Any, kind: Any) -> None:
-    """Moments are more than a mean and a variance: without a count they do not merge."""
+    """Expects `Moments`: a mean and a variance without a count do not merge."""
     remedy = "Make it by normjax.measure(x, axis), and merge pieces by normjax.merge."
     expect_kind("moments", given, kind, f"Moments. {remedy}")
     # Moments(0, 0, 0) is the neutral element for any features, and counts may be whole numbers.
@@ -53,7 +53,7 @@ def moments(given: Any, kind: Any) -> None:
 
 
 def same_shape(stats: Any, moments: Any) -> None:
-    """Running statistics move by the moments of their own features."""
+    """Running statistics and moments have the same features."""
     got, expected = np.shape(moments.mean), np.shape(stats.mean)
     remedy = "Measure over all axes but those of the features, or start from BatchStats.make"
     expect_shape("moments.mean", got, expected, f", that of stats.mean. {remedy}({got}).")
@@ -66,7 +66,7 @@ def collection(name: str, given: object) -> None:
 
 
 def running_layer(path: str, found: bool) -> None:
-    """What was kept in one tree has its place in the other."""
+    """Each entry of batch_moments has running statistics in batch_stats."""
     if not found:
         raise ValueError(
             f"normjax: batch_moments has an entry at '{path or '/'}', and batch_stats has no "
@@ -84,20 +84,20 @@ def some_layer(layers: dict[str, Any], given: list[str]) -> None:
 
 
 def count(given: Array | None, momentum: ArrayLike | None, debias: bool) -> None:
-    """Averages over all batches need to know how many there were."""
+    """An average over all batches needs their number."""
     if given is None and (momentum is None or debias):
         asked = "momentum=None" if momentum is None else "debias=True"
         raise ValueError(
-            f"normjax: {asked} needs stats.count, the number of batches taken in, and got None. "
+            f"normjax: {asked} needs stats.count, the number of batches so far, and got None. "
             "Start from BatchStats.make(features, counted=True)."
         )
 
 
 def stored_count(held: bool) -> None:
-    """A missing count taken as 0 would throw away the statistics that were loaded."""
+    """A missing count is not read as 0, which would discard the loaded statistics."""
     if not held:
         raise ValueError(
             "normjax: momentum=None and debias=True need batch_stats/count, and the variables "
-            "have mean and var alone, as Flax writes them. Add count, of the shape of mean, with "
-            "the number of batches that they have seen; or use a momentum without debias."
+            "have only mean and var, as in Flax. Add count, of the shape of mean, with the number "
+            "of batches so far; or use a momentum without debias."
         )

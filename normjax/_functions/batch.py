@@ -1,4 +1,4 @@
-"""Statistics shared between examples, hence state: batch norm."""
+"""Batch norm: examples share statistics, so there is state."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def batch_norm(
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    With `train=True`, mean and var (biased) are those of the batch, over all axes but
-    `feature_axis`, all devices along `axis_name` and all entries whose mask is True, and
-    stats <- momentum stats + (1 - momentum) (mean, var with `ddof`). With `train=False` they are
-    those of `stats`, which is returned as it is.
+    With `train=True`, mean and var (biased) are those of the batch: over all axes but
+    `feature_axis`, all devices along `axis_name` and all entries whose mask is True. The
+    statistics are updated: stats <- momentum stats + (1 - momentum) (mean, var with `ddof`). With
+    `train=False`, mean and var are those of `stats`, which is returned unchanged.
 
     Args:
-        x: float16, bfloat16, float32, float64 or complex, any rank; of rank 1 it is one example.
+        x: float16, bfloat16, float32, float64 or complex, any rank; an x of rank 1 is one example.
         stats: `BatchStats` of the shape of the feature axes. None keeps no running statistics:
             then `train=False` normalizes by the batch as well.
         scale, bias: of the shape of the feature axes; with a leading batch axis before it, one
@@ -60,15 +60,15 @@ def batch_norm(
             batches; needs `stats.count`.
         epsilon: added to the variance, in the square of the units of x; 0 is allowed.
         ddof: correction of the running variance, 0 (Flax, the paper) or 1 (PyTorch).
-        debias: correct the exponential average for its start; needs `stats.count`.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
-        virtual_batch_size: normalize neighbors of this many examples along axis 0 by themselves
+        debias: correct the exponential average for its initial value; needs `stats.count`.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
+        virtual_batch_size: normalize each block of this many examples along axis 0 separately
             ("ghost" batch norm, Hoffer et al. 2017, arXiv:1705.08741). The running statistics
-            take in the moments of all, over `axis_name` too. Under jit over sharded arrays, the
-            share of a device keeps statistics local to it.
+            use the moments of all blocks, over `axis_name` too. Under jit over sharded arrays, a
+            block of the size of a device's share has statistics local to the device.
         axis_name: name or names of the mapped axes (pmap, shard_map, vmap) to share statistics
             over. Not needed under jit over sharded arrays.
-        axis_index_groups: groups along `axis_name` that share among themselves only.
+        axis_index_groups: groups along `axis_name`; statistics are shared within each group.
         dtype: of y, by default that of `x`.
 
     Returns:
@@ -79,40 +79,40 @@ def batch_norm(
         stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
         float32 inside: statistics of half precision input are computed and kept in float32.
         shared exactly: equal to one call on the concatenated batch, in value and gradient.
-        masked out means out: a masked entry takes no part in the statistics, and no NaN or
-            infinity at it reaches another entry, in value or derivative. Its own output depends
-            on the statistics of the others, so a loss should leave it out.
-        statistics stay finite: a non-finite step is not taken, for the feature concerned.
+        masked out means out: a masked entry does not affect the statistics, and a NaN or
+            infinity there reaches no other entry, in value or derivative. Its own output depends
+            on the statistics of the others, so exclude it from the loss.
+        statistics stay finite: a feature whose update is not finite keeps its statistics.
         no gradient: none flows through the running statistics.
-        light backward: `x` in its own dtype and per-feature vectors are kept, nothing else.
+        light backward: only `x` in its own dtype and per-feature vectors are kept.
 
     Edge cases:
         ===================================  ==================================================
         constant feature                     y = bias (epsilon > 0)
         feature with every entry masked      y = x * scale / sqrt(epsilon) + bias; its
-                                             statistics stay as they are
+                                             statistics stay unchanged
         one valid entry                      y = bias there (epsilon > 0); with ddof=1 its
                                              statistics stay
         NaN or infinity that counts          y of its feature is NaN; its statistics stay
-        NaN or infinity that is masked       taken as 0 in y, and has gradient 0
+        NaN or infinity that is masked       replaced by 0 in y, with gradient 0
         deviations beyond 1.8e19 / sqrt(n)   the sum of n squares overflows float32: y = bias,
                                              the statistics stay
         dy below 1e-38 var                   the part of dx that goes through the variance
                                              underflows in float32
         empty batch, train=False             y is empty
-        momentum=1                           statistics never move
+        momentum=1                           statistics never change
         momentum=0                           statistics of the last batch
         float32 stats, float64 x             statistics become float64
         ===================================  ==================================================
 
     Raises:
-        TypeError: `x`, `scale`, `bias` or `stats` of integers, a complex one beside a real `x`,
-            a mask that is not boolean, `stats` that are no `BatchStats`, a traced `train`, a
+        TypeError: `x`, `scale`, `bias` or `stats` of integers, a complex one with a real `x`,
+            a mask that is not boolean, `stats` that is not `BatchStats`, a traced `train`, a
             real `dtype` for complex `x`.
-        ValueError: wrong rank, axis, shape or range; a mask with two readings; with
-            `train=True` fewer than two values for each feature.
+        ValueError: wrong rank, axis, shape or range; an ambiguous mask; with `train=True` fewer
+            than two values for each feature.
         NameError: `axis_name` is not bound.
-        NotImplementedError: `axis_index_groups` where JAX has none.
+        NotImplementedError: `axis_index_groups` where JAX does not implement it.
 
     References:
         Ioffe, Szegedy (2015), Batch Normalization, arXiv:1502.03167.
@@ -137,7 +137,7 @@ def batch_norm(
 
 
 class Arguments(NamedTuple):
-    """Those of the functions of batch norm, as they were given."""
+    """The arguments of the batch norm functions, as given."""
 
     x: Any
     stats: Any
@@ -159,14 +159,14 @@ class Arguments(NamedTuple):
     d_max: Any = None
 
     def moved(self, moments: Moments | None) -> Any:
-        """The statistics one step further; as they are where no batch was measured for them."""
+        """The updated statistics; unchanged if no batch was measured."""
         if moments is None or self.stats is None:
             return self.stats
         return next_stats(self.stats, moments, self.momentum, self.debias, self.ddof)
 
 
 def run(arguments: Arguments) -> tuple[Array, Moments | None]:
-    """y and the moments of the batch; None in place of moments where it was not measured."""
+    """y and the moments of the batch, or None if it was not measured."""
     inputs, options, stats, train = check(arguments)
     x, where = inputs.x, options.reduction
     activated = options.output.activation is not None
@@ -191,9 +191,9 @@ def run(arguments: Arguments) -> tuple[Array, Moments | None]:
 
 
 def check(arguments: Arguments) -> tuple[Inputs, Options, BatchStats | None, bool]:
-    """Inputs, options, statistics and whether to train; all that can be wrong is found here."""
+    """Checks all arguments; returns inputs, options, statistics and whether to train."""
     a = arguments
-    # An activation needs an order, which complex numbers have not.
+    # Complex numbers have no order, which an activation needs.
     x = _errors.inexact("x", a.x, real=a.activation is not None)
     if a.activation is not None:
         _errors.activation(a.activation)
@@ -223,7 +223,7 @@ def check(arguments: Arguments) -> tuple[Inputs, Options, BatchStats | None, boo
 
 
 def enough(inputs: Inputs, options: Options, train: bool) -> None:
-    """One value has no variance to train by."""
+    """Training needs at least two values for each feature."""
     shared, where = 1, options.reduction
     if where.axis_name is not None:
         shared = _errors.axis_size(where.axis_name, where.axis_index_groups)
@@ -234,7 +234,7 @@ def enough(inputs: Inputs, options: Options, train: bool) -> None:
 # Compiled, since Python takes longer to make the vectors than the device.
 @partial(jax.jit, static_argnums=3, inline=True)
 def evaluate(inputs: Inputs, mean: Array, var: Array, options: Options) -> Array:
-    """By the running statistics, which no gradient reaches."""
+    """Normalizes by the running statistics, which get no gradient."""
     x = input_of_norm(inputs.x)
     axes = options.reduction.axes
     mean, var = (jnp.expand_dims(v, axes) for v in lax.stop_gradient((mean, var)))

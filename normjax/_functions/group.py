@@ -1,4 +1,4 @@
-"""Parts of each example by their own statistics: group norm and instance norm."""
+"""Group norm and instance norm: parts of each example have their own statistics."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def group_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Group normalization: each example by the mean and variance of groups of its features.
+    """Group normalization: normalizes groups of features of each example by mean and variance.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     Args:
         x: floating or complex array, examples along axis 0.
         scale, bias: of shape (C,), or (N, C) with one for each example, or None.
-        num_groups: into how many groups of neighbors the features are divided.
-        group_size: or how many features a group has. Exactly one of both is given.
+        num_groups: number of groups of neighboring features.
+        group_size: number of features in a group. Pass either `num_groups` or `group_size`.
         feature_axis: the axis of the features.
-        axis: the axes to reduce beside the features of a group, by default all but the first.
-            Give it where x has more than one leading batch axis.
+        axis: the axes to reduce in addition to the features of a group, by default all but the
+            first. Pass it if x has several leading batch axes.
         epsilon: added to the variance, in the square of the units of x.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
         axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
         dtype: of y, by default that of `x`.
 
@@ -52,9 +52,9 @@ def group_norm(
 
     Guarantees:
         stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
-        masked out means out: a masked entry takes no part in the statistics, and no NaN or
-            infinity at it reaches another entry, in value or derivative.
-        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+        masked out means out: a masked entry does not affect the statistics, and a NaN or
+            infinity there reaches no other entry, in value or derivative.
+        light backward: only `x` in its own dtype and one vector for each axis are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -65,7 +65,7 @@ def group_norm(
     Raises:
         TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
         ValueError: both or neither of `num_groups` and `group_size`, or one that does not divide
-            the features; a wrong axis or shape, a mask with two readings, nothing to reduce.
+            the features; a wrong axis or shape, an ambiguous mask, nothing to reduce.
         NameError: `axis_name` is not bound.
 
     References:
@@ -90,8 +90,8 @@ def group_norm(
         if not spatial:
             reduction = Reduction((feature + 1,), True, *where)
             return within(inputs.split(feature, groups), reduction, dtype).reshape(x.shape)
-        # Merging what was measured for each feature is faster than measuring groups: x need not be
-        # seen in another shape, and sums over a few neighbors at a time are slow.
+        # Measuring each feature and merging over the group is faster than measuring the group: x
+        # is not reshaped, and sums over a few neighboring features are slow.
         reduction = Reduction(spatial, True, *where, FeatureGroups(feature, groups))
         return within(inputs, reduction, dtype)
 
@@ -109,7 +109,7 @@ def instance_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Instance normalization: each feature of each example by its own mean and variance.
+    """Instance normalization: normalizes each feature of each example by its mean and variance.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -117,9 +117,9 @@ def instance_norm(
         x: floating or complex array, examples along axis 0.
         scale, bias: of the shape of `feature_axis`; with a leading batch axis before it, one for
             each example, which is adaptive instance norm (arXiv:1703.06868). Or None.
-        feature_axis: the axis or axes that are kept beside the first.
+        feature_axis: the axis or axes that are kept in addition to the first.
         epsilon: added to the variance, in the square of the units of x.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
         axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
         dtype: of y, by default that of `x`.
 
@@ -128,9 +128,9 @@ def instance_norm(
 
     Guarantees:
         stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
-        masked out means out: a masked entry takes no part in the statistics, and no NaN or
-            infinity at it reaches another entry, in value or derivative.
-        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+        masked out means out: a masked entry does not affect the statistics, and a NaN or
+            infinity there reaches no other entry, in value or derivative.
+        light backward: only `x` in its own dtype and one vector for each axis are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -139,7 +139,7 @@ def instance_norm(
 
     Raises:
         TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
-        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        ValueError: a wrong axis or shape, an ambiguous mask, nothing to reduce.
         NameError: `axis_name` is not bound.
 
     References:

@@ -1,4 +1,4 @@
-"""Batch norm and an elementwise activation in one, for which nothing but the input is kept."""
+"""Batch norm and an elementwise activation in one; the backward pass keeps only the input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ELU:
 
     def __call__(self, y: Array) -> Array:
         """The activation."""
-        # Selected twice: exp overflows above 0, where a minimum would halve the derivative at 0.
+        # Two selections: exp overflows above 0, and jnp.minimum would halve the derivative at 0.
         below = jnp.where(y > 0, jnp.zeros((), y.dtype), y)
         return jnp.where(y > 0, y, self.alpha * jnp.expm1(below))
 
@@ -87,8 +87,8 @@ def batch_norm_act(
 
         z = activation(y),   y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    The derivative of the activation is computed from x when it is needed; an activation after
-    `batch_norm` keeps y, or a mask of its signs, beside x. z is rounded once to its dtype.
+    The derivative of the activation is recomputed from x. A separate activation after `batch_norm`
+    would keep y, or a mask of its signs, in addition to x. z is rounded once to its dtype.
 
     Args:
         x: real floating array; everything else but `activation` as in `batch_norm`.
@@ -104,7 +104,7 @@ def batch_norm_act(
     Guarantees:
         same result: z, stats and all derivatives are those of `batch_norm` and the activation
             after it, for any scale and bias.
-        light backward: `x` in its own dtype and per-feature vectors are kept, nothing else.
+        light backward: only `x` in its own dtype and per-feature vectors are kept.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`.
@@ -112,9 +112,9 @@ def batch_norm_act(
             number to a number.
 
     References:
-        Rota Bulo, Porzi, Kontschieder (2018), In-Place Activated BatchNorm, arXiv:1712.02616,
-        which keeps z and computes x from it. That loses x where the activation saturates and
-        where scale is small beside bias, so here it is the other way round.
+        Rota Bulo, Porzi, Kontschieder (2018), In-Place Activated BatchNorm, arXiv:1712.02616. The
+        paper keeps z and recomputes x, which is inexact where the activation saturates or scale is
+        small compared with bias. Here x is kept and z is recomputed.
 
     Example:
         >>> import jax.numpy as jnp, normjax

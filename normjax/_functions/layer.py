@@ -1,4 +1,4 @@
-"""Each example by its own statistics: layer norm and RMS norm."""
+"""Layer norm and RMS norm: each example has its own statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layer_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """Layer normalization: each example by its own mean and variance over `axis`.
+    """Layer normalization: normalizes each example by its mean and variance over `axis`.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -40,7 +40,7 @@ def layer_norm(
         axis: the axis or axes to reduce.
         feature_axis: the axes of scale and bias, by default `axis`.
         epsilon: added to the variance, in the square of the units of x.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
         axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
         dtype: of y, by default that of `x`.
 
@@ -50,9 +50,9 @@ def layer_norm(
     Guarantees:
         stable: the error of y is a small multiple of eps (1 + |mean| / deviation).
         float32 inside: statistics of half precision input are computed in float32.
-        masked out means out: a masked entry takes no part in the statistics, and no NaN or
-            infinity at it reaches another entry, in value or derivative.
-        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+        masked out means out: a masked entry does not affect the statistics, and a NaN or
+            infinity there reaches no other entry, in value or derivative.
+        light backward: only `x` in its own dtype and one vector for each axis are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -66,7 +66,7 @@ def layer_norm(
 
     Raises:
         TypeError: `x`, `scale` or `bias` of integers, or a mask that is not boolean.
-        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        ValueError: a wrong axis or shape, an ambiguous mask, nothing to reduce.
         NameError: `axis_name` is not bound.
 
     References:
@@ -99,7 +99,7 @@ def rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Array:
-    """RMS normalization: each example by the root of its mean square over `axis`.
+    """RMS normalization: divides each example by the root of its mean square over `axis`.
 
         y = x / sqrt(mean(|x|^2) + epsilon) * scale
 
@@ -110,7 +110,7 @@ def rms_norm(
         axis: the axis or axes to reduce.
         feature_axis: the axes of scale, by default `axis`.
         epsilon: added to the mean square, in the square of the units of x.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
         axis_name, axis_index_groups: mapped axes over which the reduced axes are split.
         dtype: of y, by default that of `x`.
 
@@ -119,9 +119,9 @@ def rms_norm(
 
     Guarantees:
         float32 inside: the mean square of half precision input is computed in float32.
-        masked out means out: a masked entry takes no part in the mean square, and no NaN or
-            infinity at it reaches another entry, in value or derivative.
-        light backward: `x` in its own dtype and one vector for each axis are kept, nothing else.
+        masked out means out: a masked entry does not affect the mean square, and a NaN or
+            infinity there reaches no other entry, in value or derivative.
+        light backward: only `x` in its own dtype and one vector for each axis are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -134,7 +134,7 @@ def rms_norm(
 
     Raises:
         TypeError: `x` or `scale` of integers, or a mask that is not boolean.
-        ValueError: a wrong axis or shape, a mask with two readings, nothing to reduce.
+        ValueError: a wrong axis or shape, an ambiguous mask, nothing to reduce.
         NameError: `axis_name` is not bound.
 
     References:
@@ -156,7 +156,7 @@ def rms_norm(
 def affine(
     x: Array, scale: ArrayLike | None, bias: ArrayLike | None, features: _errors.Features
 ) -> tuple[Array | None, Array | None]:
-    """scale and bias in the rank of x, for each feature or for each feature of each example."""
+    """scale and bias in the rank of x, for each feature, or for each feature of each example."""
     real = not jnp.iscomplexobj(x)
     return (
         _errors.affine("scale", scale, features, real=real),
@@ -165,18 +165,18 @@ def affine(
 
 
 def within(inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None) -> Array:
-    """Checks what all norms have in common; measures, shares and normalizes."""
+    """Checks the arguments that all norms have; measures, shares and normalizes."""
     return standardize(*checked(inputs, reduction, dtype))[0]
 
 
 def checked(
     inputs: Inputs, reduction: Reduction, dtype: DTypeLike | None
 ) -> tuple[Inputs, Options]:
-    """What all norms have in common, with the mask in the rank of x."""
+    """Checks the arguments that all norms have; the mask gets the rank of x."""
     x, name, groups = inputs.x, reduction.axis_name, reduction.axis_index_groups
     _errors.epsilon(inputs.epsilon)
     _errors.groups(name, groups)
-    _errors.something(x.shape, reduction.axes)
+    _errors.nonempty(x.shape, reduction.axes)
     inputs = inputs._replace(mask=_errors.mask(inputs.mask, x.shape))
     output = Output(_errors.output_dtype(dtype, x.dtype))
     if name is not None:

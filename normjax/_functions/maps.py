@@ -1,4 +1,4 @@
-"""Maps whose derivative is computed from their input, which is all that they keep."""
+"""Maps whose derivatives are recomputed from their inputs; nothing else is kept."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _squashed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def thresholded(y: Array, floor: Array, inputs: Inputs, var: Array) -> Array:
     """max(y, floor) in the dtype of y; the gradient of floor is summed in the dtype of floor.
 
-    The derivative computes y again, from `inputs` and their mean square `var`.
+    The derivative recomputes y from `inputs` and their mean square `var`.
     """
     return jnp.maximum(y, floor.astype(y.dtype))
 
@@ -154,4 +154,4 @@ def _tangent(
         for one, t in zip(maps, map(given, tangents), strict=True)
         if t is not None
     ]
-    return rounded_sum(y.shape, y.dtype, *terms, beside=(y,))
+    return rounded_sum(y.shape, y.dtype, *terms, others=(y,))

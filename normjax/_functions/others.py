@@ -40,19 +40,19 @@ def filter_response_norm(
     Args:
         x: floating array, examples along axis 0.
         scale, bias: of the shape of `feature_axis`, or with a leading batch axis, or None.
-        threshold: likewise; None leaves the linear unit out.
-        feature_axis: the axis or axes that are kept beside the first.
+        threshold: likewise; None omits the linear unit.
+        feature_axis: the axis or axes that are kept in addition to the first.
         epsilon: added to the mean square.
-        mask: boolean, True = counts, broadcasts to `x` as in NumPy.
+        mask: boolean, True where an entry counts, broadcasts to `x` as in NumPy.
         dtype: of y, by default that of `x`.
 
     Returns:
         An array of the shape of `x`.
 
     Guarantees:
-        masked out means out: a masked entry takes no part in the mean square, and no NaN or
-            infinity at it reaches another entry, in value or derivative.
-        light backward: `x` in its own dtype and vectors are kept, nothing else.
+        masked out means out: a masked entry does not affect the mean square, and a NaN or
+            infinity there reaches no other entry, in value or derivative.
+        light backward: only `x` in its own dtype and vectors are kept.
 
     Edge cases:
         ===================================  ==================================================
@@ -96,7 +96,7 @@ def dynamic_tanh(
     *,
     feature_axis: int | Collection[int] = -1,
 ) -> Array:
-    """Dynamic tanh: a norm's squashing without its statistics.
+    """Dynamic tanh: an elementwise replacement of a norm, without statistics.
 
         y = tanh(alpha x) * scale + bias
 
@@ -110,8 +110,8 @@ def dynamic_tanh(
         An array of the shape and dtype of `x`.
 
     Guarantees:
-        no statistics: an entry depends on no other.
-        light backward: `x` in its own dtype and vectors are kept, nothing else.
+        no statistics: each entry of the result depends on one entry of `x`.
+        light backward: only `x` in its own dtype and vectors are kept.
 
     Raises:
         TypeError, ValueError: as in `layer_norm`; an alpha that is not a scalar.
@@ -143,12 +143,12 @@ def local_response_norm(
     k: float = 1.0,
     feature_axis: int = -1,
 ) -> Array:
-    """Local response normalization: each feature by its neighbors at the same position.
+    """Local response normalization: scales each feature by its neighbors at the same position.
 
         y = x / (k + alpha mean(x^2 over `size` neighboring features))^beta
 
-    The window reaches size // 2 features back and (size - 1) // 2 ahead, beyond the ends over
-    zeros, as in PyTorch.
+    The window contains size // 2 features before and (size - 1) // 2 after. Features beyond the
+    ends are zero, as in PyTorch.
 
     Args:
         x: floating array.
@@ -161,7 +161,7 @@ def local_response_norm(
 
     Guarantees:
         float32 inside: half precision input is squared and summed in float32.
-        light backward: `x` in its own dtype is kept, nothing else.
+        light backward: only `x` in its own dtype is kept.
 
     Raises:
         TypeError: `x` of integers or complex.
@@ -193,7 +193,7 @@ def local_response_norm(
 def l2_normalize(
     x: ArrayLike, *, axis: int | Collection[int] = -1, epsilon: ArrayLike = 1e-12
 ) -> Array:
-    """Unit norm: a vector by its Euclidean length.
+    """Unit norm: divides a vector by its Euclidean length.
 
         y = x / sqrt(sum(|x|^2) + epsilon)
 
@@ -206,7 +206,7 @@ def l2_normalize(
         An array of the shape and dtype of `x`.
 
     Guarantees:
-        float32 inside: the sum of squares of half precision input is taken in float32.
+        float32 inside: the sum of squares of half precision input is computed in float32.
 
     Edge cases:
         ===================================  ==================================================

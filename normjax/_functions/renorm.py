@@ -37,22 +37,22 @@ def batch_renorm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, BatchStats]:
-    """Batch renormalization: batch norm corrected towards what evaluation will do.
+    """Batch renormalization: batch norm corrected towards its output in evaluation.
 
         y = ((x - mean) / s * r + d) * scale + bias,   s = sqrt(var + epsilon)
         r = clip(s / running s, 1/r_max, r_max),   d = clip((mean - running mean) / running s,
         -d_max, d_max)
 
-    with mean and var of the batch for `train=True`. For r and d within their bounds y is what the
-    running statistics give; for r_max = 1, d_max = 0 it is batch norm. `train=False` is batch
-    norm by the running statistics.
+    With `train=True`, mean and var are those of the batch. If r and d are within their bounds, y
+    equals the output by the running statistics; with r_max = 1, d_max = 0 it is that of batch norm.
+    With `train=False`, it is batch norm by the running statistics.
 
     Args:
         x, scale, bias, train, feature_axis, momentum, epsilon: as in `batch_norm`.
         ddof, debias, mask, axis_name, axis_index_groups, dtype: as in `batch_norm`.
         stats: `BatchStats` of the shape of the feature axes; r and d need them.
-        r_max: at least 1; a number, or a schedule from `stats.count` (steps taken, for each
-            feature, in the dtype of the variance) to a number.
+        r_max: at least 1; a number, or a schedule: a function from `stats.count` (the number of
+            updates of each feature, in the dtype of the variance) to a number.
         d_max: at least 0; likewise.
 
     Returns:
@@ -66,12 +66,12 @@ def batch_renorm(
         ===================================  ==================================================
         r_max=1, d_max=0                     batch norm
         bounds never reached                 y by the running statistics, gradients by the batch
-        traced bound below its least         taken on trust: r = r_max, d = d_max
+        traced bound below its least         not checked: r = r_max, d = d_max
         ===================================  ==================================================
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as in `batch_norm`.
-        ValueError: r_max below 1, d_max below 0; a schedule and no `stats.count`.
+        ValueError: r_max below 1, d_max below 0; a schedule without `stats.count`.
 
     References:
         Ioffe (2017), Batch Renormalization, arXiv:1702.03275.
@@ -92,8 +92,8 @@ def batch_renorm(
 
 
 def run(arguments: Arguments) -> tuple[Array, Moments | None]:
-    """y and the moments of the batch; None in place of moments where it was not measured."""
-    # Bounds need an order, which complex numbers have not.
+    """y and the moments of the batch, or None if it was not measured."""
+    # Complex numbers have no order, which bounds need.
     x = _errors.inexact("x", arguments.x, real=True)
     _errors.batch_stats(arguments.stats, BatchStats, "BatchStats")
     inputs, options, stats, train = check(arguments._replace(x=x))
@@ -102,7 +102,7 @@ def run(arguments: Arguments) -> tuple[Array, Moments | None]:
         if not train:
             return evaluate(inputs, stats.mean, stats.var, options), None
         axes = options.reduction.axes
-        # Schedules are functions of a number of the dtype of the variance.
+        # A schedule gets the count in the dtype of the variance.
         dtype = accumulation_dtype(stats.var.dtype)
         counted = stats._replace(count=None if stats.count is None else stats.count.astype(dtype))
         r_max = _errors.bound("r_max", arguments.r_max, 1, counted)

@@ -1,4 +1,4 @@
-"""A residual and a norm of the sum, in one."""
+"""A residual sum and its norm in one function."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add_layer_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
-    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
+    """Adds a residual and normalizes the sum; returns both, in one compiled pass.
 
         s = x + residual,   y = layer_norm(s, scale, bias)
 
@@ -39,7 +39,7 @@ def add_layer_norm(
         `(y, s)`: the normalized sum, and the sum, which the next block adds to.
 
     Guarantees:
-        light backward: the sum and one vector for each axis are kept, nothing else.
+        light backward: only the sum and one vector for each axis are kept.
 
     Raises:
         TypeError: unequal dtypes; and as in `layer_norm`.
@@ -77,7 +77,7 @@ def add_rms_norm(
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[Array, Array]:
-    """Adds a residual and normalizes the sum; returns both, which one compiled pass makes.
+    """Adds a residual and normalizes the sum; returns both, in one compiled pass.
 
         s = x + residual,   y = rms_norm(s, scale)
 
@@ -90,7 +90,7 @@ def add_rms_norm(
         `(y, s)`: the normalized sum, and the sum, which the next block adds to.
 
     Guarantees:
-        light backward: the sum and one vector for each axis are kept, nothing else.
+        light backward: only the sum and one vector for each axis are kept.
 
     Raises:
         TypeError: unequal dtypes; and as in `rms_norm`.

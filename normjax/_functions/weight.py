@@ -23,7 +23,7 @@ class SpectralStats(NamedTuple):
 
     Attributes:
         u: the estimate of the right singular vector, shape (1, features).
-        sigma: the largest singular value that it gave last, shape ().
+        sigma: the last estimate of the largest singular value, shape ().
     """
 
     u: Array
@@ -38,7 +38,7 @@ def weight_norm(
     feature_axis: int | Collection[int] | None = -1,
     epsilon: ArrayLike = 1e-12,
 ) -> Array:
-    """Weight normalization: the direction of a weight, apart from its length.
+    """Weight normalization: the direction of a weight times a separate length.
 
         w / sqrt(sum(|w|^2) + epsilon) * scale
 
@@ -52,7 +52,7 @@ def weight_norm(
         An array of the shape and dtype of `w`.
 
     Guarantees:
-        float32 inside: the sum of squares of a half precision weight is taken in float32.
+        float32 inside: the sum of squares of a half precision weight is computed in float32.
 
     Edge cases:
         ===================================  ==================================================
@@ -86,7 +86,7 @@ def standardize_weight(
     epsilon: ArrayLike = 1e-5,
     scaled: bool = False,
 ) -> Array:
-    """Weight standardization: each feature's weights by their own mean and variance.
+    """Weight standardization: normalizes each feature's weights by their mean and variance.
 
         (w - mean) / sqrt(var + epsilon) * gain
         scaled: (w - mean) / sqrt(n var + epsilon) * gain, n the number of weights of a feature
@@ -102,7 +102,7 @@ def standardize_weight(
         An array of the shape and dtype of `w`.
 
     Guarantees:
-        float32 inside: the statistics of a half precision weight are taken in float32.
+        float32 inside: the statistics of a half precision weight are computed in float32.
 
     Edge cases:
         ===================================  ==================================================
@@ -139,7 +139,7 @@ def spectral_norm(
     n_steps: int = 1,
     epsilon: float = 1e-12,
 ) -> tuple[Array, SpectralStats]:
-    """Spectral normalization: a weight by its largest singular value, from power iteration.
+    """Spectral normalization: divides a weight by its largest singular value (power iteration).
 
         v = u W^T / |u W^T|,   u = v W / |v W|   (n_steps times),   sigma = v W u^T,   w / sigma
 
@@ -148,29 +148,28 @@ def spectral_norm(
     Args:
         w: floating weight of rank 2 or more, features along the last axis.
         stats: `SpectralStats`; start from a random u of shape (1, features).
-        train: whether the returned state moves.
+        train: whether to update the state.
         n_steps: steps of the power iteration, at least 1.
-        epsilon: added to the squared lengths of vectors whose largest entry is 1, so that small
-            weights are normalized like others.
+        epsilon: added to the squared lengths of vectors, after scaling their largest entry to 1,
+            so that small weights are normalized like others.
 
     Returns:
-        `(w / sigma, stats)`: the weight with its shape and dtype, the state with its dtypes; with
-        `train=False` the state as it was given, and the weight still by the sigma of the steps
-        from it, as in Flax.
+        `(w / sigma, stats)`, with the shape and dtypes of `w` and `stats`. With `train=False` the
+        state is returned unchanged; sigma is still computed by `n_steps` steps, as in Flax.
 
     Guarantees:
-        converges: sigma tends to the largest singular value as steps add up, from any u but 0.
-        no gradient: none flows through u and v, but through sigma.
+        converges: sigma converges to the largest singular value over the steps, from any u but 0.
+        no gradient: none flows through u and v; it flows through sigma.
 
     Edge cases:
         ===================================  ==================================================
-        zeros                                w as it is; u = 0 from then on, see below
-        u = 0                                w as it is, u and sigma are 0
+        zeros                                w unchanged; u becomes 0 and stays 0, see below
+        u = 0                                w unchanged, u and sigma are 0
         ===================================  ==================================================
 
-    A weight that starts at zero, as the biases of attention do, is thus left alone for good, as in
-    Flax: to divide it by its sigma would take it from 0 to length 1 in one step of training. To
-    have such a weight normalized, draw a new u when it is no longer zero.
+    A weight that is initialized with zeros, such as a bias of attention, is therefore never
+    normalized, as in Flax: dividing it by sigma would change its length from 0 to 1 in one training
+    step. To normalize such a weight, draw a new u when it is no longer zero.
 
     Raises:
         TypeError: `w` of integers, a traced `train`.
@@ -213,12 +212,12 @@ def spectral_norm(
 def _contracted(kernel: Array, vector: Array, axes: list[int]) -> Array:
     """The sum of kernel times vector over `axes`, the first ones or the last.
 
-    In full precision wherever the two lie, and of the kernel as it is: a reshape to a matrix would
-    gather one that is sharded along several axes.
+    In full precision, for any sharding. The kernel is not reshaped to a matrix: that would gather
+    a kernel that is sharded along several axes.
     """
     place, out = jax.typeof(kernel).sharding, None
     if any(place.spec):
-        # Explicit axes: a vector that lay otherwise would have the whole kernel gathered.
+        # Explicit axes: with a vector of another sharding the whole kernel would be gathered.
         spec = PartitionSpec(*(place.spec[a] for a in axes))
         vector = reshard(vector, place.update(spec=spec))
         kept = (s for a, s in enumerate(place.spec) if a not in axes)
@@ -237,12 +236,12 @@ def _contracted(kernel: Array, vector: Array, axes: list[int]) -> Array:
 
 
 def _unit(vector: Array, otherwise: Array, epsilon: float) -> Array:
-    """A vector by its length, whatever its size; zeros stay, `otherwise` stands in for NaN."""
+    """A vector divided by its length; zeros stay zeros, and `otherwise` replaces NaN."""
     largest = jnp.max(jnp.abs(vector))
     found = largest > 0
     scaled = vector / jnp.where(found, largest, jnp.ones((), vector.dtype))
     unit = weight_norm(scaled, feature_axis=None, epsilon=epsilon)
-    # A selection wants all to lie on the devices alike, as the zeros make them.
+    # jnp.where needs equal shardings, which adding zeros gives.
     otherwise = otherwise + jnp.zeros_like(unit)
     return jnp.where(jnp.isnan(largest), otherwise, jnp.where(found, unit, vector))
 
@@ -253,11 +252,11 @@ def _inputs(
 ) -> tuple[Inputs, tuple[int, ...]]:  # fmt: skip
     """Checked inputs and reduced axes.
 
-    Under an axis more, so that a weight of features alone has something to reduce.
+    A first axis of size 1 is added, so that a weight with feature axes only has an axis to reduce.
     """
     w = _errors.inexact("w", w)
     features = _errors.features(w.shape, () if feature_axis is None else feature_axis)
-    _errors.something(w.shape, features.reduced)
+    _errors.nonempty(w.shape, features.reduced)
     w, axes = w[None], (0, *(a + 1 for a in features.reduced))
     if scale is not None:
         scale = _errors.feature_vector(name, scale, features, real=not jnp.iscomplexobj(w))

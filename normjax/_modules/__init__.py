@@ -1,4 +1,4 @@
-"""What the modules of linen and of NNX share, free of either framework.
+"""Code that the modules of linen and NNX share; it imports neither.
 
-A shell reads its variables, calls a function of this room, and stores what comes back.
+A module reads its variables, calls a function of this package, and stores the results.
 """

@@ -10,7 +10,7 @@ from normjax import _errors
 from normjax._core.moments import Moments, merge
 from normjax._functions import batch, renorm
 from normjax._functions.batch import Arguments
-from normjax._modules.shell import Call, Shell, output_dtype
+from normjax._modules.adapter import Adapter, Call, output_dtype
 from normjax._stats import BatchStats
 
 # Options of a function that not all batch norms have.
@@ -18,12 +18,12 @@ EXTRAS = ("virtual_batch_size", "activation", "r_max", "d_max")
 
 
 class Memory(NamedTuple):
-    """What a module keeps from call to call.
+    """The state of a module between calls.
 
     Attributes:
         stats: the running statistics.
-        moments: of micro-batches, for which the statistics have not moved yet; None if this call
-            keeps no moments.
+        moments: of micro-batches that the statistics do not include yet; None if this call keeps
+            no moments.
     """
 
     stats: BatchStats
@@ -38,33 +38,33 @@ def read(fields: Any, call: Call) -> tuple[Call, _errors.Features]:
 
 
 def needs_count(fields: Any) -> bool:
-    """Whether a step of the running statistics depends on how many there were."""
+    """Whether an update of the running statistics needs the number of earlier ones."""
     scheduled = any(callable(getattr(fields, name, None)) for name in ("r_max", "d_max"))
     return _errors.switch("debias", fields.debias) or fields.momentum is None or scheduled
 
 
 def step(
-    shell: Shell, call: Call, features: _errors.Features, mode: _errors.Mode, memory: Memory,
+    adapter: Adapter, call: Call, features: _errors.Features, mode: _errors.Mode, memory: Memory,
     moves: bool,
 ) -> tuple[Array, Memory]:  # fmt: skip
-    """y and what the module keeps then; `moves` if the running statistics move."""
-    fields, x = shell.fields, call.x
-    scale, bias = shell.affine(features, call)
+    """y and the new state of the module; `moves` if the running statistics are updated."""
+    fields, x = adapter.fields, call.x
+    scale, bias = adapter.affine(features, call)
     mean, var, count = memory.stats
-    x, mean, var, scale, bias = shell.promoted(x, mean, var, scale, bias)
-    train = mode.train and not shell.initializing
+    x, mean, var, scale, bias = adapter.promoted(x, mean, var, scale, bias)
+    train = mode.train and not adapter.initializing
     stats: BatchStats | None = memory.stats if train else BatchStats(mean, var, count)
-    devices = dict(axis_name=None, axis_index_groups=None) | shell.devices()
+    devices = dict(axis_name=None, axis_index_groups=None) | adapter.devices()
     if train:
-        # The function checks it too, but does not know by which name the mode was asked for.
+        # The function checks it too, but does not know by which name the mode was given.
         name, groups = devices["axis_name"], devices["axis_index_groups"]
         shared = 1 if name is None else _errors.axis_size(name, groups)
         _errors.entries(x.shape, features.reduced, shared, mode)
     elif mode.train:
-        # Init makes shapes from any data, a batch of one included: it normalizes by that batch,
-        # keeps no statistics and needs no device axis.
+        # Init accepts any batch, also of one example: it normalizes by that batch, keeps no
+        # statistics and needs no device axis.
         stats = None
-    in_dtype = (x, mean, var, scale, bias) if shell.promotes_stats else (x, scale, bias)
+    in_dtype = (x, mean, var, scale, bias) if adapter.promotes_stats else (x, scale, bias)
     extras = {name: getattr(fields, name) for name in EXTRAS if hasattr(fields, name)}
     arguments = Arguments(
         x=x,
@@ -89,7 +89,7 @@ def step(
 
 
 def _after(arguments: Arguments, memory: Memory, moments: Moments | None, moves: bool) -> Memory:
-    """What is kept: this batch beside others, or statistics that have moved by all of them."""
+    """The new state: moments merged with those of this batch, or updated statistics."""
     if moments is None or not arguments.train:
         return memory
     kept = memory.moments

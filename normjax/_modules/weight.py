@@ -1,4 +1,4 @@
-"""Wrappers of a layer: what becomes of one weight, by the fields of the module."""
+"""Wrappers of a layer: transform one weight, by the fields of the module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from jax import Array
 
 from normjax._functions import SpectralStats, spectral_norm, standardize_weight, weight_norm
-from normjax._modules.shell import output_dtype
+from normjax._modules.adapter import output_dtype
 
 
 def normalized(fields: Any, w: Array, scale: Any) -> Array:
@@ -26,7 +26,7 @@ def standardized(fields: Any, w: Array, gain: Any) -> Array:
 def by_sigma(
     fields: Any, w: Array, stats: SpectralStats, moves: bool
 ) -> tuple[Array, SpectralStats]:
-    """`SpectralNorm`: the weight by its largest singular value, and the power iteration."""
+    """`SpectralNorm`: the weight divided by sigma, and the state of the power iteration."""
     options: dict[str, Any] = dict(n_steps=int(fields.n_steps), epsilon=fields.epsilon)
     normed, new = spectral_norm(w, stats, train=moves, **options)
     return normed.astype(output_dtype(fields.dtype, w, *stats)), new

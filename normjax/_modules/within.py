@@ -7,39 +7,39 @@ from typing import Any
 from jax import Array
 
 from normjax import _errors, _functions
-from normjax._modules.shell import Call, Shell, operands
+from normjax._modules.adapter import Adapter, Call, operands
 
 
-def layer_norm(shell: Shell, call: Call) -> Array:
+def layer_norm(adapter: Adapter, call: Call) -> Array:
     """`LayerNorm`."""
-    (x, scale, bias), options = operands(shell, call, shell.fields.feature_axes)
-    return _functions.layer_norm(x, scale, bias, **_axes(shell), **options)
+    (x, scale, bias), options = operands(adapter, call, adapter.fields.feature_axes)
+    return _functions.layer_norm(x, scale, bias, **_axes(adapter), **options)
 
 
-def rms_norm(shell: Shell, call: Call) -> Array:
+def rms_norm(adapter: Adapter, call: Call) -> Array:
     """`RMSNorm`."""
-    (x, scale, _), options = operands(shell, call, shell.fields.feature_axes)
-    return _functions.rms_norm(x, scale, **_axes(shell), **options)
+    (x, scale, _), options = operands(adapter, call, adapter.fields.feature_axes)
+    return _functions.rms_norm(x, scale, **_axes(adapter), **options)
 
 
-def add_layer_norm(shell: Shell, call: Call, residual: Any) -> tuple[Array, Array]:
+def add_layer_norm(adapter: Adapter, call: Call, residual: Any) -> tuple[Array, Array]:
     """`AddLayerNorm`."""
-    (x, scale, bias), options = operands(shell, call, shell.fields.feature_axes)
-    return _functions.add_layer_norm(x, residual, scale, bias, **_axes(shell), **options)
+    (x, scale, bias), options = operands(adapter, call, adapter.fields.feature_axes)
+    return _functions.add_layer_norm(x, residual, scale, bias, **_axes(adapter), **options)
 
 
-def add_rms_norm(shell: Shell, call: Call, residual: Any) -> tuple[Array, Array]:
+def add_rms_norm(adapter: Adapter, call: Call, residual: Any) -> tuple[Array, Array]:
     """`AddRMSNorm`."""
-    (x, scale, _), options = operands(shell, call, shell.fields.feature_axes)
-    return _functions.add_rms_norm(x, residual, scale, **_axes(shell), **options)
+    (x, scale, _), options = operands(adapter, call, adapter.fields.feature_axes)
+    return _functions.add_rms_norm(x, residual, scale, **_axes(adapter), **options)
 
 
-def group_norm(shell: Shell, call: Call, groups: dict[str, Any]) -> Array:
-    """`GroupNorm`; `groups` says how many there are, or how large they are."""
-    fields, x = shell.fields, _errors.inexact("x", call.x)
+def group_norm(adapter: Adapter, call: Call, groups: dict[str, Any]) -> Array:
+    """`GroupNorm`; `groups` has the number of groups or their size."""
+    fields, x = adapter.fields, _errors.inexact("x", call.x)
     _errors.group_axes(fields.reduction_axes, fields.feature_axis, x.shape)
     _errors.axis("feature_axis", fields.feature_axis, x.shape)
-    (x, scale, bias), options = operands(shell, call._replace(x=x), fields.feature_axis)
+    (x, scale, bias), options = operands(adapter, call._replace(x=x), fields.feature_axis)
     return _functions.group_norm(
         x,
         scale,
@@ -51,31 +51,31 @@ def group_norm(shell: Shell, call: Call, groups: dict[str, Any]) -> Array:
     )
 
 
-def instance_norm(shell: Shell, call: Call) -> Array:
+def instance_norm(adapter: Adapter, call: Call) -> Array:
     """`InstanceNorm`."""
-    axes = shell.fields.feature_axes
-    vectors, options = operands(shell, call, axes)
+    axes = adapter.fields.feature_axes
+    vectors, options = operands(adapter, call, axes)
     return _functions.instance_norm(*vectors, feature_axis=axes, **options)
 
 
-def filter_response_norm(shell: Shell, call: Call) -> Array:
+def filter_response_norm(adapter: Adapter, call: Call) -> Array:
     """`FilterResponseNorm`."""
-    fields = shell.fields
-    vectors, options = operands(shell, call, fields.feature_axes)
+    fields = adapter.fields
+    vectors, options = operands(adapter, call, fields.feature_axes)
     threshold = None
     if fields.use_threshold:
         features = _errors.features(vectors[0].shape, fields.feature_axes)
-        threshold = shell.held("threshold", features)
+        threshold = adapter.held("threshold", features)
     return _functions.filter_response_norm(
         *vectors, threshold, feature_axis=fields.feature_axes, **options
     )
 
 
-def dynamic_tanh(shell: Shell, call: Call) -> Array:
+def dynamic_tanh(adapter: Adapter, call: Call) -> Array:
     """`DynamicTanh`."""
-    axes, x = shell.fields.feature_axes, _errors.inexact("x", call.x)
-    alpha = shell.held("alpha")
-    scale, bias = shell.affine(_errors.features(x.shape, axes), call)
+    axes, x = adapter.fields.feature_axes, _errors.inexact("x", call.x)
+    alpha = adapter.held("alpha")
+    scale, bias = adapter.affine(_errors.features(x.shape, axes), call)
     return _functions.dynamic_tanh(x, alpha, scale, bias, feature_axis=axes)
 
 
@@ -91,5 +91,5 @@ def local_response_norm(fields: Any, x: Any) -> Array:
     )
 
 
-def _axes(shell: Shell) -> dict[str, Any]:
-    return {"axis": shell.fields.reduction_axes, "feature_axis": shell.fields.feature_axes}
+def _axes(adapter: Adapter) -> dict[str, Any]:
+    return {"axis": adapter.fields.reduction_axes, "feature_axis": adapter.fields.feature_axes}

@@ -1,6 +1,6 @@
 """`flax.linen` modules over the functions of normjax, drop-ins for those of Flax.
 
-They carry `params` and `batch_stats` in and out, and hold no arithmetic.
+They read and store `params` and `batch_stats`, and do no arithmetic.
 """
 
 from normjax.linen._accumulate import empty_batch_moments, move_batch_stats

@@ -1,4 +1,4 @@
-"""Moments kept over micro-batches: where they start, what the statistics make of them."""
+"""Moments of micro-batches: their initial value, and the update of the running statistics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from normjax._stats import BatchStats, update_stats
 
 @_errors.named("normjax.linen.empty_batch_moments")
 def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
-    """The collection `batch_moments` of a model that has measured nothing yet.
+    """The initial collection `batch_moments` of a model.
 
         count = 0,   mean = 0,   m2 = 0
 
-    for each layer that has a running mean and variance: the carry that a `jax.lax.scan` over
-    micro-batches starts from.
+    for each layer that has a running mean and variance. Use it as the initial carry of a
+    `jax.lax.scan` over micro-batches.
 
     Args:
         batch_stats: the collection of that name.
@@ -28,7 +28,7 @@ def empty_batch_moments(batch_stats: Mapping[str, Any]) -> dict[str, Any]:
         The same tree with one leaf `moments`, a `Moments`, in place of each `mean` and `var`.
 
     Guarantees:
-        neutral: to start from it or from no collection at all is the same.
+        neutral: starting from it or without the collection gives the same result.
 
     Raises:
         ValueError: no layer has a running mean and variance.
@@ -57,27 +57,28 @@ def move_batch_stats(
     debias: bool = False,
     ddof: float = 0,
 ) -> dict[str, Any]:
-    """Moves the running statistics of a model once, by the moments that it kept.
+    """Updates the running statistics of a model once, by the moments that it kept.
 
-    `normjax.move` for each layer. A model whose last micro-batch is applied with both
-    collections mutable does this by itself; after a `jax.lax.scan` over all of them it is left.
+    Applies `normjax.update_stats` to each layer. Call it after a `jax.lax.scan` over all
+    micro-batches. It is not needed if the last micro-batch is applied with both collections
+    mutable.
 
     Args:
         batch_stats, batch_moments: the collections of these names.
         momentum, debias, ddof: those of the modules.
 
     Returns:
-        The collection `batch_stats`. Layers without kept moments are as they were.
+        The collection `batch_stats`. Layers without kept moments do not change.
 
     Guarantees:
-        once: equal to the last of the micro-batches moving the statistics itself.
+        once: equal to applying the last micro-batch with both collections mutable.
 
     Raises:
         ValueError: kept moments of a layer that has no running mean and variance; whatever
-            `normjax.move` raises.
+            `normjax.update_stats` raises.
 
     References:
-        As in `normjax.move`.
+        As in `normjax.update_stats`.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen

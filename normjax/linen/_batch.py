@@ -1,4 +1,4 @@
-"""Batch norm: `params` and `batch_stats` in and out of `normjax.batch_norm`."""
+"""Batch norm modules over `normjax.batch_norm`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from normjax import _errors
 from normjax._core.moments import Moments
 from normjax._functions import LeakyReLU
 from normjax._modules import batch
-from normjax._modules.shell import Call
+from normjax._modules.adapter import Call
 from normjax._stats import BatchStats
-from normjax.linen._shell import MissingStatsError, shell
+from normjax.linen._adapter import MissingStatsError, adapter
 
 
 class ImmutableBatchStatsError(ModifyScopeVariableError):
-    """Training needs somewhere to put the new statistics; the class that Flax raises there."""
+    """Training cannot store the new statistics; a subclass of the error that Flax raises."""
 
     def __init__(self, path: str, asked: str, instead: str):
         # Flax would append a link to its own documentation of the class.
         Exception.__init__(
             self,
-            f"normjax at '/{path}': {asked} moves the running statistics, but "
+            f"normjax at '/{path}': {asked} updates the running statistics, but "
             "the collection 'batch_stats' is immutable. Call model.apply(variables, ..., "
             "mutable=['batch_stats']), which returns (output, updates), and keep "
             "updates['batch_stats'] for the next step; mutable=['batch_moments'] to keep the "
@@ -68,19 +68,20 @@ class _BatchNorm(nn.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> Array:
-        """Normalizes `x`; with `train=True` by the batch, moving `batch_stats`.
+        """Normalizes `x`; with `train=True` by the batch, and updates `batch_stats`.
 
         Args:
-            x: floating or complex array; of rank 1 it is one example.
+            x: floating or complex array; an x of rank 1 is one example.
             use_running_average: the mode by Flax's name, `not train`. A mode passed by position
                 is this one, as in Flax: write `layer(x, train=train)`, never `layer(x, train)`.
             train: the mode. Exactly one of both names is given, at construction or here.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: of (C,) or (N, C), in place of the parameters, which are then not made.
+            scale, bias: of shape (C,) or (N, C), used instead of the parameters, which are then
+                not created.
 
         Returns:
-            An array of the shape of `x`. In `init`, as in Flax, the statistics are not moved and
-            `axis_name` is not used.
+            An array of the shape of `x`. In `init`, as in Flax, the statistics are not updated
+            and `axis_name` is not used.
 
         Raises:
             ImmutableBatchStatsError: `train=True` and neither `batch_stats` nor `batch_moments`
@@ -94,32 +95,34 @@ class _BatchNorm(nn.Module):
 class BatchNorm(_BatchNorm):
     """`normjax.batch_norm` as a module; a drop-in for `flax.linen.BatchNorm`.
 
-    The same fields in the same order with the same defaults, the same variables
-    (`params/{scale,bias}`, `batch_stats/{mean,var}`), so checkpoints load both ways. On top of
-    that it takes `train=True/False` when called (by name: `layer(x, train)` would give Flax's
-    `use_running_average`, the opposite), and it accumulates: while `batch_moments` is
-    mutable and `batch_stats` is not, `train=True` merges the moments of its input into
-    `batch_moments/moments`; while both are, the running statistics move once by what was kept
-    and this batch, and the kept moments start again.
+    It has the same fields in the same order with the same defaults, and the same variables
+    (`params/{scale,bias}`, `batch_stats/{mean,var}`), so checkpoints load both ways. In addition,
+    a call accepts `train=True/False`. Pass it by name: `layer(x, train)` would set Flax's
+    `use_running_average`, the opposite.
+
+    It also accumulates micro-batches. If `batch_moments` is mutable and `batch_stats` is not,
+    `train=True` merges the moments of its input into `batch_moments/moments`. If both are mutable,
+    the running statistics are updated once, by the kept moments and this batch, and the kept
+    moments are reset.
 
     Attributes:
         use_running_average: normalize by the running statistics; `not train`. Here or at call.
         axis: the feature axis or axes of the input.
         momentum: weight of the OLD running value. None: the plain average over all batches; this
-            adds `batch_stats/count`, int32; one of floating numbers in a checkpoint stays so.
+            adds `batch_stats/count`, int32. A floating count of a checkpoint keeps its dtype.
         epsilon: added to the variance.
         dtype: of the result; by default what the input and the parameters promote to, as in Flax.
         param_dtype: of scale and bias.
         use_bias, use_scale: whether there is a bias, a scale.
         bias_init, scale_init: their initializers.
         axis_name: mapped axis to share batch statistics over. Need not be bound in `init`.
-        axis_index_groups: groups along `axis_name` that share among themselves only.
-        use_fast_variance: no effect, kept for Flax's sake: the exact variance is always used.
-        force_float32_reductions: no effect, likewise: statistics are float32 or wider always.
+        axis_index_groups: groups along `axis_name`; statistics are shared within each group.
+        use_fast_variance: no effect, for compatibility with Flax: the variance is always exact.
+        force_float32_reductions: no effect, likewise: statistics are always float32 or wider.
         ddof: correction of the running variance, 0 as in Flax, 1 as in PyTorch.
-        debias: correct the running average for its start, so that evaluation is right after the
-            first step; this adds `batch_stats/count`.
-        virtual_batch_size: normalize so many neighbors along axis 0 by themselves.
+        debias: correct the running average for its initial value, so that evaluation is right
+            after the first step; this adds `batch_stats/count`.
+        virtual_batch_size: normalize each block of this many examples along axis 0 separately.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -138,8 +141,8 @@ class BatchNorm(_BatchNorm):
 class BatchNormAct(BatchNorm):
     """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
 
-    Variables are those of `BatchNorm`, so a checkpoint of one loads in the other. For the backward
-    pass it keeps its input alone; see `normjax.batch_norm_act`.
+    Variables are those of `BatchNorm`, so a checkpoint of one loads in the other. The backward
+    pass keeps only the input; see `normjax.batch_norm_act`.
 
     Attributes are those of `BatchNorm`, and
         activation: a hashable elementwise function, for example `normjax.LeakyReLU()`,
@@ -162,9 +165,9 @@ class BatchNormAct(BatchNorm):
 class BatchRenorm(_BatchNorm):
     """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
-    Attributes are those of `BatchNorm`, the variables too, so a checkpoint of one loads in the
-    other. `r_max` and `d_max` are numbers, or schedules from the steps taken to a number, which
-    add `batch_stats/count`.
+    Attributes and variables are those of `BatchNorm`, so a checkpoint of one loads in the other.
+    `r_max` and `d_max` are numbers, or schedules from the number of updates to a number, which add
+    `batch_stats/count`.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -188,7 +191,7 @@ def _run(module: Any, use_running_average: bool | None, train: bool | None, call
 
 
 def _step(module: Any, use_running_average: bool | None, train: bool | None, call: Call) -> Array:
-    """Carries the variables of a module into a step, and out."""
+    """Reads the variables of a module, runs a step, and stores the results."""
     mode = _errors.mode(train, module.use_running_average, use_running_average)
     call, features = batch.read(module, call)
     running = _running(module, features.shape, mode)
@@ -197,14 +200,14 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
     keeps = trains and module.is_mutable_collection("batch_moments")
     if trains and not moves and not keeps:
         raise ImmutableBatchStatsError("/".join(module.path), mode.asked, mode.instead)
-    # A batch that comes in one piece leaves no moments behind, the state of Flax is all.
+    # A batch in one piece keeps no moments, so that the variables are those of Flax.
     keeps = keeps and (not moves or module.has_variable("batch_moments", "moments"))
     kept = None
     if keeps:
         kept = module.get_variable("batch_moments", "moments", Moments.make(features.shape))
     memory = batch.Memory(BatchStats(**{n: v.value for n, v in running.items()}), kept)
 
-    y, memory = batch.step(shell(module), call, features, mode, memory, moves)
+    y, memory = batch.step(adapter(module), call, features, mode, memory, moves)
     if keeps:
         module.put_variable("batch_moments", "moments", memory.moments)
     if moves:
@@ -214,7 +217,7 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
 
 
 def _running(module: Any, features: tuple[int, ...], mode: _errors.Mode) -> dict[str, Any]:
-    """The variables of the running statistics, made where there are none."""
+    """The variables of the running statistics, created if there are none."""
     counted = batch.needs_count(module)
     if counted and module.has_variable("batch_stats", "mean"):
         has_count = module.has_variable("batch_stats", "count")

@@ -13,15 +13,15 @@ from jax.typing import ArrayLike
 
 from normjax import _errors
 from normjax._modules import within
-from normjax._modules.shell import Call
-from normjax.linen._shell import shell
+from normjax._modules.adapter import Call
+from normjax.linen._adapter import adapter
 
 
 @_errors.keywords
 class AddLayerNorm(nn.Module):
-    """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
+    """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is also returned.
 
-    Attributes are those of `LayerNorm`, the variables too.
+    Attributes and variables are those of `LayerNorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -52,15 +52,15 @@ class AddLayerNorm(nn.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        return within.add_layer_norm(shell(self), Call(x, mask, scale, bias), residual)
+        """Returns `(y, x + residual)`; vectors that are passed replace the parameters."""
+        return within.add_layer_norm(adapter(self), Call(x, mask, scale, bias), residual)
 
 
 @_errors.keywords
 class AddRMSNorm(nn.Module):
-    """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
+    """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is also returned.
 
-    Attributes are those of `RMSNorm`, the variables too.
+    Attributes and variables are those of `RMSNorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -88,8 +88,8 @@ class AddRMSNorm(nn.Module):
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        return within.add_rms_norm(shell(self), Call(x, mask, scale), residual)
+        """Returns `(y, x + residual)`; vectors that are passed replace the parameters."""
+        return within.add_rms_norm(adapter(self), Call(x, mask, scale), residual)
 
 
 @_errors.keywords
@@ -100,9 +100,9 @@ class FilterResponseNorm(nn.Module):
         epsilon: added to the mean square.
         dtype: of the result; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
-        use_bias, use_scale, use_threshold: which of the parameters there are.
+        use_bias, use_scale, use_threshold: which parameters the module has.
         bias_init, scale_init, threshold_init: their initializers.
-        feature_axes: the axes that are kept beside the first.
+        feature_axes: the axes that are kept in addition to the first.
 
     Example:
         >>> import jax, jax.numpy as jnp, normjax.linen
@@ -132,8 +132,8 @@ class FilterResponseNorm(nn.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> Array:
-        """Normalizes and thresholds `x`; `scale` and `bias` stand in for the parameters."""
-        return within.filter_response_norm(shell(self), Call(x, mask, scale, bias))
+        """Normalizes and thresholds `x`; `scale` and `bias` replace the parameters."""
+        return within.filter_response_norm(adapter(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -166,8 +166,8 @@ class DynamicTanh(nn.Module):
     def __call__(
         self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
     ) -> Array:
-        """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
-        return within.dynamic_tanh(shell(self), Call(x, scale=scale, bias=bias))
+        """Squashes `x`, in its dtype; `scale` and `bias` replace the parameters."""
+        return within.dynamic_tanh(adapter(self), Call(x, scale=scale, bias=bias))
 
 
 @_errors.keywords

@@ -1,4 +1,4 @@
-"""Wrappers that normalize the weights of a layer, whose own parameters stay what they are."""
+"""Wrappers that normalize the weights of a layer; its own parameters do not change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jax import Array
 from normjax import _errors
 from normjax._functions import SpectralStats
 from normjax._modules import weight
-from normjax._modules.shell import feature_shape
-from normjax.linen._shell import MissingStatsError, param
+from normjax._modules.adapter import feature_shape
+from normjax.linen._adapter import MissingStatsError, param
 
 
 @_errors.keywords
@@ -66,11 +66,11 @@ class WeightNorm(nn.Module):
 class SpectralNorm(nn.Module):
     """`normjax.spectral_norm` around a layer; a drop-in for `flax.linen.SpectralNorm`.
 
-    Attributes are those of Flax. Called with `update_stats`, or with `train` as everywhere here.
+    Attributes are those of Flax. A call takes `update_stats`, as in Flax, or `train`.
 
     `epsilon` is relative to the largest entry of each vector, so that a weight of any size is
-    normalized; Flax adds it to the squared length itself. Where it is not negligible, as 0.1 would
-    be, results differ from Flax.
+    normalized; Flax adds it to the squared length. With a large epsilon, such as 0.1, results
+    differ from those of Flax.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, normjax.linen
@@ -97,9 +97,9 @@ class SpectralNorm(nn.Module):
         train: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Calls the layer with normalized weights; `train=True` moves the power iteration.
+        """Calls the layer with normalized weights; `train=True` updates the power iteration.
 
-        Beside `update_stats`, `train` is an argument of the layer.
+        If `update_stats` is given too, `train` is passed to the layer.
         """
         moves = _errors.moves(train, update_stats)
         n_steps = _errors.steps(self.n_steps)
@@ -133,7 +133,7 @@ class SpectralNorm(nn.Module):
 class WeightStandardized(nn.Module):
     """`normjax.standardize_weight` around a layer, for example Conv or Dense.
 
-    The layer keeps its own parameters; they are standardized on the way in.
+    The layer keeps its own parameters; a call uses standardized copies.
 
     Attributes:
         layer_instance: the layer.
@@ -192,7 +192,7 @@ def _call(
     def by_path(keys: tuple, w: Array) -> Array:
         inner = jax.tree_util.keystr(keys[1:], simple=True, separator="/")
         path = f"{module.layer_instance.name}/{inner}"
-        # Errors of the layer itself are its own.
+        # Errors of the layer itself are not renamed.
         named = _errors.named("normjax", w=path, x=path, feature_axis="feature_axes", stats=path)
         return named(transform)(path, jnp.asarray(w))
 

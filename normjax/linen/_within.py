@@ -1,4 +1,4 @@
-"""Norms within an example: `params` in and out of the functions of `normjax`."""
+"""Modules of norms within an example."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from normjax import _errors
 from normjax._modules import within
-from normjax._modules.shell import Call
-from normjax.linen._shell import shell
+from normjax._modules.adapter import Call
+from normjax.linen._adapter import adapter
 
 
 @_errors.keywords
@@ -62,9 +62,9 @@ class LayerNorm(nn.Module):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters, which are then not made.
+            scale, bias: used instead of the parameters, which are then not created.
         """
-        return within.layer_norm(shell(self), Call(x, mask, scale, bias))
+        return within.layer_norm(adapter(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -108,9 +108,9 @@ class RMSNorm(nn.Module):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale: in place of the parameter, which is then not made.
+            scale: used instead of the parameter, which is then not created.
         """
-        return within.rms_norm(shell(self), Call(x, mask, scale))
+        return within.rms_norm(adapter(self), Call(x, mask, scale))
 
 
 @_errors.keywords
@@ -160,10 +160,10 @@ class GroupNorm(nn.Module):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters, which are then not made.
+            scale, bias: used instead of the parameters, which are then not created.
         """
         groups = dict(num_groups=self.num_groups, group_size=self.group_size)
-        return within.group_norm(shell(self), Call(x, mask, scale, bias), groups)
+        return within.group_norm(adapter(self), Call(x, mask, scale, bias), groups)
 
 
 @_errors.keywords
@@ -209,6 +209,6 @@ class InstanceNorm(nn.Module):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters, which are then not made.
+            scale, bias: used instead of the parameters, which are then not created.
         """
-        return within.instance_norm(shell(self), Call(x, mask, scale, bias))
+        return within.instance_norm(adapter(self), Call(x, mask, scale, bias))

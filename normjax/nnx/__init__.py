@@ -1,6 +1,6 @@
 """`flax.nnx` modules over the functions of normjax, drop-ins for those of Flax.
 
-They carry `Param` and `BatchStat` variables in and out, and hold no arithmetic.
+They read and store `Param` and `BatchStat` variables, and do no arithmetic.
 """
 
 from normjax.nnx._accumulate import empty_batch_moments, move_batch_stats

@@ -1,4 +1,4 @@
-"""Moments kept over micro-batches: where they start, what the statistics make of them."""
+"""Moments of micro-batches: their initial value, and the update of the running statistics."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from normjax.nnx._batch import BatchMoments, _BatchNorm
 
 @_errors.named("normjax.nnx.empty_batch_moments")
 def empty_batch_moments(model: nnx.Module) -> None:
-    """Gives each batch norm of a model the moments of nothing, in place.
+    """Gives each batch norm of a model the initial variable `moments`, in place.
 
         count = 0,   mean = 0,   m2 = 0
 
-    A layer makes them by itself in its first call with `accumulate`. In a `nnx.scan` over
-    micro-batches no variable may appear, and in tree mode (`nnx.set_graph_mode(False)`) one that
-    appears in a program is lost, so they are made before.
+    A layer creates the variable itself in its first call with `accumulate`. Call this function
+    before a `nnx.scan` over micro-batches, in which no variable may be created, and in tree mode
+    (`nnx.set_graph_mode(False)`), in which a variable created in a transformation is lost.
 
     Args:
         model: with batch norms of normjax.
 
     Returns:
-        None; each layer has the variable `moments` then.
+        None; each layer has the variable `moments` afterwards.
 
     Guarantees:
-        neutral: to start from them or to let a layer make its own is the same.
+        neutral: starting from them or without the variable gives the same result.
 
     Raises:
         ValueError: no batch norm of normjax.
@@ -51,20 +51,20 @@ def empty_batch_moments(model: nnx.Module) -> None:
 
 @_errors.named("normjax.nnx.move_batch_stats")
 def move_batch_stats(model: nnx.Module) -> None:
-    """Moves the running statistics of a model once, by the moments that it kept, in place.
+    """Updates the running statistics of a model once, by the moments that it kept, in place.
 
-    `normjax.update_stats` for each layer, by its own momentum, debias and ddof; the kept moments
-    start again. A model whose last micro-batch runs without `accumulate` does this by itself; after
-    a `nnx.scan` over all of them it is left.
+    Applies `normjax.update_stats` to each layer, with its own momentum, debias and ddof, and resets
+    the kept moments. Call it after a `nnx.scan` over all micro-batches. It is not needed if the
+    last micro-batch runs without `accumulate`.
 
     Args:
-        model: with batch norms of normjax. Layers that kept nothing stay as they are.
+        model: with batch norms of normjax. Layers without kept moments do not change.
 
     Returns:
-        None; the running statistics are moved by what was kept.
+        None; the running statistics are updated by the kept moments.
 
     Guarantees:
-        once: equal to the last of the micro-batches moving the statistics itself.
+        once: equal to running the last micro-batch without `accumulate`.
 
     Raises:
         ValueError: no batch norm of normjax, or none that kept moments.

@@ -1,4 +1,4 @@
-"""Batch norm: `Param` and `BatchStat` in and out of `normjax.batch_norm`."""
+"""Batch norm modules over `normjax.batch_norm`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from normjax import _errors
 from normjax._core.moments import Moments
 from normjax._functions import LeakyReLU
 from normjax._modules import batch
-from normjax._modules.shell import Call
+from normjax._modules.adapter import Call
 from normjax._stats import BatchStats
+from normjax.nnx._adapter import adapter, held
 from normjax.nnx._fields import Affine
-from normjax.nnx._shell import held, shell
 
 
-# The name of the collection of linen, so that variables go over the bridge both ways.
+# The name of the collection of linen, so that `nnx.bridge` converts variables both ways.
 @partial(nnx.register_variable_name, "batch_moments", overwrite=True)
 class BatchMoments(nnx.Variable[Moments]):
-    """Moments of micro-batches, for which the running statistics have not moved yet."""
+    """Moments of micro-batches that the running statistics do not include yet."""
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -59,24 +59,24 @@ class _BatchNorm(Affine):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> Array:
-        """Normalizes `x`; in training by the batch, moving the running statistics.
+        """Normalizes `x`; in training by the batch, and updates the running statistics.
 
         Args:
-            x: floating or complex array; of rank 1 it is one example.
-            use_running_average: the mode, `not train`; as in Flax it goes before that of the
+            x: floating or complex array; an x of rank 1 is one example.
+            use_running_average: the mode, `not train`; as in Flax it overrides that of the
                 module, which `model.train()` and `model.eval()` set.
             train: the mode by its other name.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: of (C,) or (N, C), in place of the parameters.
+            scale, bias: of shape (C,) or (N, C), used instead of the parameters.
 
         Returns:
             An array of the shape of `x`.
 
         Raises:
-            ValueError: no mode or two modes, `train=True` for a frozen layer, an x of another
+            ValueError: no mode or two modes, `train=True` for a frozen layer, an x with a wrong
                 number of features; and whatever `normjax.batch_norm` raises.
         """
-        # The errors of an observer are named by the tool that put it there.
+        # The errors of an observer are named by the tool that installed it.
         called = f"normjax.nnx.{type(self).__name__}"
         names = dict(feature_axis="axis", stats="BatchStat")
         step = _errors.named(called, runs_model=True, **names)(_step)
@@ -89,13 +89,13 @@ class _BatchNorm(Affine):
         accumulate: bool | None = None,
         frozen: bool | None = None,
     ) -> None:
-        """What `nnx.view` sets; indented by two, as `nnx.view_info` reads it.
+        """Options of `nnx.view`; indented by two, as `nnx.view_info` reads them.
 
         Args:
           use_running_average: if True, the running statistics are used.
-          accumulate: if True, training keeps moments in place of moving the statistics. A view
-            shares the variables that there are: build the layer with `accumulate=True`.
-          frozen: if True, the layer acts by its running statistics and learns nothing.
+          accumulate: if True, training keeps moments instead of updating the statistics. A view
+            cannot add variables: build the layer with `accumulate=True`.
+          frozen: if True, the layer uses its running statistics and learns nothing.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -111,12 +111,14 @@ class _BatchNorm(Affine):
 class BatchNorm(_BatchNorm):
     """`normjax.batch_norm` as a module; a drop-in for `flax.nnx.BatchNorm`.
 
-    The same arguments with the same defaults, the same variables (`Param` scale and bias,
-    `BatchStat` mean and var), so states load both ways. Running statistics are used as they are,
-    in float32 or wider, whatever `dtype` is; Flax rounds them to `dtype` first. On top of that it
-    takes `train=True/False` when called, and it accumulates: in training with `accumulate`, the
-    moments of the input are merged into the variable `moments`, and the statistics stay. The first
-    training call without it moves them once, by what was kept and that batch.
+    It has the same arguments with the same defaults, and the same variables (`Param` scale and
+    bias, `BatchStat` mean and var), so states load both ways. Running statistics are used in
+    float32 or wider for any `dtype`; Flax rounds them to `dtype` first. In addition, a call accepts
+    `train=True/False`.
+
+    It also accumulates micro-batches. In training with `accumulate`, the moments of the input are
+    merged into the variable `moments`, and the statistics do not change. The next training call
+    without `accumulate` updates them once, by the kept moments and that batch.
 
     Attributes:
         num_features: the number of features.
@@ -131,17 +133,17 @@ class BatchNorm(_BatchNorm):
         use_bias, use_scale: whether there is a bias, a scale.
         bias_init, scale_init: their initializers.
         axis_name: mapped axis to share batch statistics over.
-        axis_index_groups: groups along `axis_name` that share among themselves only.
-        use_fast_variance: no effect, kept for Flax's sake: the exact variance is always used.
-        promote_dtype: a function that is given (x, mean, var, scale, bias) and `dtype`, and returns
-            what is used in their place. The default changes nothing but the dtype of the result.
+        axis_index_groups: groups along `axis_name`; statistics are shared within each group.
+        use_fast_variance: no effect, for compatibility with Flax: the variance is always exact.
+        promote_dtype: a function of (x, mean, var, scale, bias) and `dtype` that returns the arrays
+            to use instead. The default changes only the dtype of the result.
         rngs: for the initializers.
         bias_metadata, scale_metadata: metadata of the parameters, such as their sharding.
         ddof: correction of the running variance, 0 as in Flax, 1 as in PyTorch.
-        debias: correct the running average for its start; this adds the variable `count`.
+        debias: correct the running average for its initial value; this adds the variable `count`.
         accumulate: training merges moments into the variable `moments`, a `BatchMoments`.
-        frozen: act by the running statistics and learn nothing, whatever the mode of the model.
-        virtual_batch_size: normalize so many neighbors along axis 0 by themselves.
+        frozen: use the running statistics and learn nothing, in any mode of the model.
+        virtual_batch_size: normalize each block of this many examples along axis 0 separately.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -160,8 +162,8 @@ class BatchNorm(_BatchNorm):
 class BatchNormAct(BatchNorm):
     """`normjax.batch_norm_act` as a module: `BatchNorm` and an elementwise activation.
 
-    Variables are those of `BatchNorm`, so a state of one loads in the other. For the backward pass
-    it keeps its input alone; see `normjax.batch_norm_act`.
+    Variables are those of `BatchNorm`, so a state of one loads in the other. The backward pass
+    keeps only the input; see `normjax.batch_norm_act`.
 
     Attributes are those of `BatchNorm`, and
         activation: a hashable elementwise function, for example `normjax.LeakyReLU()`,
@@ -183,8 +185,8 @@ class BatchNormAct(BatchNorm):
 class BatchRenorm(_BatchNorm):
     """`normjax.batch_renorm` as a module: `BatchNorm` with r and d, bounded by `r_max`, `d_max`.
 
-    Attributes are those of `BatchNorm`, the variables too, so a state of one loads in the other.
-    `r_max` and `d_max` are numbers, or schedules from the steps taken to a number, which add the
+    Attributes and variables are those of `BatchNorm`, so a state of one loads in the other. `r_max`
+    and `d_max` are numbers, or schedules from the number of updates to a number, which add the
     variable `count`.
 
     Example:
@@ -200,12 +202,12 @@ class BatchRenorm(_BatchNorm):
 
 
 def _step(module: Any, use_running_average: bool | None, train: bool | None, call: Call) -> Array:
-    """Carries the variables of a module into a step, and out."""
+    """Reads the variables of a module, runs a step, and stores the results."""
     asked = dict(train=train, use_running_average=use_running_average)
     mode = _errors.mode_of(module.use_running_average, module.frozen, asked)
     call, features = batch.read(module, call)
-    # What the tools for trained models put there: it is shown each call, and says whether the batch
-    # at hand is the whole one.
+    # Installed by normjax.surgery: it observes each call, and returns whether this batch is the
+    # whole batch.
     observer = getattr(module, "normjax_observer", None)
     alone = observer is not None and observer(module, call, mode)
     if mode.train:
@@ -217,7 +219,7 @@ def _step(module: Any, use_running_average: bool | None, train: bool | None, cal
     kept = None
     if mode.train and keeps:
         kept = Moments.make(features.shape) if pending is None else pending.get_value()
-    read = shell(module, alone=alone, frozen=module.frozen, promotes_stats=True)
+    read = adapter(module, alone=alone, frozen=module.frozen, promotes_stats=True)
     y, memory = batch.step(read, call, features, mode, batch.Memory(stats, kept), moves)
     if memory.moments is not None:
         _keep(module, memory.moments)

@@ -1,4 +1,4 @@
-"""The fields that norms of NNX have in common; by keyword, as in Flax, but for the first."""
+"""The fields that all NNX norms have; keyword-only but for the first, as in Flax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax.nnx import initializers
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 
-from normjax.nnx._shell import Metadata, make_affine
+from normjax.nnx._adapter import Metadata, make_affine
 
 
 @dataclass(eq=False, repr=False)

@@ -15,17 +15,17 @@ from jax.typing import ArrayLike
 
 from normjax import _errors
 from normjax._modules import within
-from normjax._modules.shell import Call
+from normjax._modules.adapter import Call
+from normjax.nnx._adapter import adapter, make, make_affine
 from normjax.nnx._fields import Affine, Scaled
-from normjax.nnx._shell import make, make_affine, shell
 
 
 @_errors.keywords
 @dataclass(eq=False, repr=False, kw_only=True)
 class AddLayerNorm(Affine):
-    """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is returned as well.
+    """`normjax.add_layer_norm` as a module: LayerNorm of a sum, which is also returned.
 
-    Arguments are those of `LayerNorm`, the variables too.
+    Arguments and variables are those of `LayerNorm`.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -49,16 +49,16 @@ class AddLayerNorm(Affine):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        return within.add_layer_norm(shell(self), Call(x, mask, scale, bias), residual)
+        """Returns `(y, x + residual)`; vectors that are passed replace the parameters."""
+        return within.add_layer_norm(adapter(self), Call(x, mask, scale, bias), residual)
 
 
 @_errors.keywords
 @dataclass(eq=False, repr=False, kw_only=True)
 class AddRMSNorm(Scaled):
-    """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is returned as well.
+    """`normjax.add_rms_norm` as a module: RMSNorm of a sum, which is also returned.
 
-    Arguments are those of `RMSNorm`, the variables too.
+    Arguments and variables are those of `RMSNorm`.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -81,8 +81,8 @@ class AddRMSNorm(Scaled):
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
     ) -> tuple[Array, Array]:
-        """Returns `(y, x + residual)`; what is given stands in for the parameters."""
-        return within.add_rms_norm(shell(self), Call(x, mask, scale), residual)
+        """Returns `(y, x + residual)`; vectors that are passed replace the parameters."""
+        return within.add_rms_norm(adapter(self), Call(x, mask, scale), residual)
 
 
 @_errors.keywords
@@ -95,9 +95,9 @@ class FilterResponseNorm(nnx.Module):
         epsilon: added to the mean square.
         dtype: of the result; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
-        use_bias, use_scale, use_threshold: which of the parameters there are.
+        use_bias, use_scale, use_threshold: which parameters the module has.
         bias_init, scale_init, threshold_init: their initializers.
-        feature_axes: the axes that are kept beside the first.
+        feature_axes: the axes that are kept in addition to the first.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -138,8 +138,8 @@ class FilterResponseNorm(nnx.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> Array:
-        """Normalizes and thresholds `x`; `scale` and `bias` stand in for the parameters."""
-        return within.filter_response_norm(shell(self), Call(x, mask, scale, bias))
+        """Normalizes and thresholds `x`; `scale` and `bias` replace the parameters."""
+        return within.filter_response_norm(adapter(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -180,8 +180,8 @@ class DynamicTanh(nnx.Module):
     def __call__(
         self, x: ArrayLike, *, scale: ArrayLike | None = None, bias: ArrayLike | None = None
     ) -> Array:
-        """Squashes `x`, in its dtype; `scale` and `bias` stand in for the parameters."""
-        return within.dynamic_tanh(shell(self), Call(x, scale=scale, bias=bias))
+        """Squashes `x`, in its dtype; `scale` and `bias` replace the parameters."""
+        return within.dynamic_tanh(adapter(self), Call(x, scale=scale, bias=bias))
 
 
 @_errors.keywords

@@ -1,4 +1,4 @@
-"""Wrappers that normalize the weights of a layer, whose own parameters stay what they are."""
+"""Wrappers that normalize the weights of a layer; its own parameters do not change."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from jax import Array
 from normjax import _errors
 from normjax._functions import SpectralStats
 from normjax._modules import weight
-from normjax._modules.shell import feature_shape, make_param
-from normjax.nnx._shell import make_static
+from normjax._modules.adapter import feature_shape, make_param
+from normjax.nnx._adapter import make_static
 
 # The path of a variable within the layer, as in `nnx.to_flat_state`.
 Path = tuple[Any, ...]
@@ -31,8 +31,8 @@ class WeightNorm(nnx.Module):
     """`normjax.weight_norm` around a layer; a drop-in for `flax.nnx.WeightNorm`.
 
     Arguments are those of Flax. The lengths, `scales[path]`, are parameters, and the layer keeps
-    its weights as they are: they are normalized for the length of a call. In Flax the lengths are
-    no parameters, and the weights are overwritten.
+    its weights: they are normalized only during a call. In Flax the lengths are not parameters,
+    and the weights are overwritten.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -82,8 +82,8 @@ class SpectralNorm(nnx.Module):
     """`normjax.spectral_norm` around a layer; a drop-in for `flax.nnx.SpectralNorm`.
 
     Arguments and variables are those of Flax; `batch_stats[(*path, "u")]` and `"sigma"` are the
-    state of the power iteration. The layer keeps its weights as they are. `model.train()`,
-    `model.eval()`, `update_stats` and `train` at the call say whether the iteration moves.
+    state of the power iteration. The layer keeps its weights. `model.train()` and `model.eval()`,
+    or `update_stats` or `train` at the call, set whether the state is updated.
 
     `epsilon` is relative to the largest entry of each vector; see `normjax.linen.SpectralNorm`.
 
@@ -116,7 +116,7 @@ class SpectralNorm(nnx.Module):
             if param.ndim < 2 or self.n_steps < 1:
                 continue
             if self.error_on_non_matrix:
-                _errors.only_matrix("Layer instance parameter", _written(path), param.shape)
+                _errors.only_matrix("Layer instance parameter", _path_name(path), param.shape)
             makes = (
                 ("u", initializers.normal(), (1, param.shape[-1])),
                 ("sigma", initializers.ones, ()),
@@ -136,10 +136,10 @@ class SpectralNorm(nnx.Module):
         train: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Calls the layer with normalized weights; in training the power iteration moves.
+        """Calls the layer with normalized weights; training updates the power iteration.
 
-        As in Flax the layer has one argument by position. Beside `update_stats`, `train` is an
-        argument of the layer.
+        As in Flax, the layer gets one positional argument. If `update_stats` is given too, `train`
+        is passed to the layer.
         """
         if train is not None and update_stats is not None:
             kwargs["train"] = train
@@ -161,10 +161,10 @@ class SpectralNorm(nnx.Module):
             return self.layer_instance(x, **kwargs)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` sets; indented by two, as `nnx.view_info` reads it.
+        """Options of `nnx.view`; indented by two, as `nnx.view_info` reads them.
 
         Args:
-          use_running_average: if True, the power iteration stays where it is.
+          use_running_average: if True, the power iteration is not updated.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -175,7 +175,7 @@ class SpectralNorm(nnx.Module):
 class WeightStandardized(nnx.Module):
     """`normjax.standardize_weight` around a layer, for example Conv or Linear.
 
-    The layer keeps its own parameters; they are standardized for the length of a call.
+    The layer keeps its own parameters; they are standardized only during a call.
 
     Attributes:
         layer_instance: the layer.
@@ -246,18 +246,18 @@ def _parameters(module: Any, name: str, init: Any, rngs: nnx.Rngs) -> dict[Path,
 def _transformed(
     layer: nnx.Module, chosen: Any, transform: Callable[[Path, Array], Array]
 ) -> Iterator[None]:
-    """The layer with other weights for a while. Sharing and state are those of the layer itself."""
+    """Gives the layer other weights inside the context; its variables stay the same objects."""
     params = _params(layer, chosen)
     before = [param.get_raw_value() for _, param in params]
     try:
         for path, param in params:
-            name = _written(path)
-            # Errors of the layer itself are its own.
+            name = _path_name(path)
+            # Errors of the layer itself are not renamed.
             named = _errors.named(
                 "normjax", w=name, x=name, feature_axis="feature_axes", stats=name
             )
             w = named(transform)(path, _errors.restored(name, param.get_value()))
-            # A variable may store its value in another form; a copy of it knows how.
+            # A variable may store its value in another form, to which a copy converts it.
             copy = param.copy()
             copy.set_value(w)
             _put(param, copy.get_raw_value())
@@ -268,14 +268,14 @@ def _transformed(
 
 
 def _put(param: Any, raw: Any) -> None:
-    """Gives a variable the value that it stores."""
+    """Sets the stored value of a variable."""
     try:
         param.set_raw_value(raw)
     except TraceContextError:
-        # The layer is one that a traced function closes over. Flax refuses, since the value of a
-        # trace must not stay in a variable from outside of it; this one is taken back.
+        # A traced function closes over the layer. Flax forbids the assignment, since a tracer must
+        # not stay in an outer variable; here the old value is restored.
         object.__setattr__(param, "_raw_value", raw)
 
 
-def _written(path: Path) -> str:
+def _path_name(path: Path) -> str:
     return "/".join(map(str, path))

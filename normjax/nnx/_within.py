@@ -1,4 +1,4 @@
-"""Norms within an example: `Param` in and out of the functions of `normjax`."""
+"""Modules of norms within an example."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 
 from normjax import _errors
 from normjax._modules import within
-from normjax._modules.shell import Call
+from normjax._modules.adapter import Call
+from normjax.nnx._adapter import adapter
 from normjax.nnx._fields import Affine, Scaled
-from normjax.nnx._shell import shell
 
 
 @_errors.keywords
@@ -22,8 +22,8 @@ class LayerNorm(Affine):
     """`normjax.layer_norm` as a module; a drop-in for `flax.nnx.LayerNorm`.
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect: the exact
-    variance, in float32 or wider, is always used. The result is rounded once, to `dtype`; the
-    default `promote_dtype` rounds nothing before.
+    variance, in float32 or wider, is always used. With the default `promote_dtype`, only the result
+    is rounded, once, to `dtype`.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -50,9 +50,9 @@ class LayerNorm(Affine):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters.
+            scale, bias: used instead of the parameters.
         """
-        return within.layer_norm(shell(self), Call(x, mask, scale, bias))
+        return within.layer_norm(adapter(self), Call(x, mask, scale, bias))
 
 
 @_errors.keywords
@@ -86,9 +86,9 @@ class RMSNorm(Scaled):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale: in place of the parameter.
+            scale: used instead of the parameter.
         """
-        return within.rms_norm(shell(self), Call(x, mask, scale))
+        return within.rms_norm(adapter(self), Call(x, mask, scale))
 
 
 @_errors.keywords
@@ -98,7 +98,7 @@ class GroupNorm(Affine):
 
     Arguments and variables are those of Flax. `use_fast_variance` has no effect; see `LayerNorm`.
     `num_groups` is 32 unless `num_groups=None` leaves it to `group_size`. `feature_axis` is added.
-    Any number of leading axes is right, and a mask need not have the size of the features.
+    Any number of leading axes is allowed, and a mask need not have the size of the features.
 
     Example:
         >>> import jax.numpy as jnp, normjax.nnx
@@ -115,7 +115,7 @@ class GroupNorm(Affine):
     feature_axis: int = -1
 
     def __post_init__(self, *made_from: Any) -> None:
-        # As in Flax the constructor says what does not divide, and both numbers are known then.
+        # As in Flax, the constructor checks divisibility and sets both numbers.
         sizes = self.num_groups, self.group_size, self.num_features
         self.num_groups, self.group_size = _errors.groups_of_features(*sizes)
         super().__post_init__(*made_from)
@@ -134,10 +134,10 @@ class GroupNorm(Affine):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters.
+            scale, bias: used instead of the parameters.
         """
         groups = dict(num_groups=self.num_groups)
-        return within.group_norm(shell(self), Call(x, mask, scale, bias), groups)
+        return within.group_norm(adapter(self), Call(x, mask, scale, bias), groups)
 
 
 @_errors.keywords
@@ -171,6 +171,6 @@ class InstanceNorm(Affine):
         Args:
             x: floating or complex array.
             mask: True (nonzero, as in Flax) where an entry counts; broadcasts to `x`.
-            scale, bias: in place of the parameters.
+            scale, bias: used instead of the parameters.
         """
-        return within.instance_norm(shell(self), Call(x, mask, scale, bias))
+        return within.instance_norm(adapter(self), Call(x, mask, scale, bias))

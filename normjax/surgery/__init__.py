@@ -1,7 +1,7 @@
-"""What is done to a trained model: mended, frozen, converted, judged, carried over and served.
+"""Tools for trained models: diagnose, recompute, freeze, convert, import, export and fold.
 
-Works on plain trees of variables and on functions that run a model of linen, and on models of NNX,
-those of Flax alone included. Nothing is changed in place.
+They take variables of linen and functions that run a linen model, or models of NNX. The models may
+use the layers of Flax only. Nothing is changed in place.
 """
 
 from normjax.surgery._convert import convert

@@ -1,4 +1,4 @@
-"""What a batch norm saw in one batch, or in all of them: measured as it runs, merged afterwards."""
+"""Records of the inputs of batch norms: measured while the model runs, merged over batches."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from normjax import Moments, _errors, measure, merge, synchronize
 from normjax._core.dtypes import accumulation_dtype
 from normjax._core.moments import collapse
 from normjax.surgery._layers import Edit, Layer, not_recognized
-from normjax.surgery._paths import Path, chosen, written
+from normjax.surgery._paths import Path, chosen, path_name
 
-# Accumulators travel inside `batch_stats`: whatever Flax lifts a layer through (scan, vmap, remat,
-# jit) carries that collection, and no other for sure.
+# Accumulators are stored in `batch_stats`, the one collection that Flax's transformations (scan,
+# vmap, remat, jit) of a batch norm must include.
 SLOT = "normjax_record"
 
 DID_NOT_RUN = "did not run"
 
 
 class Accumulator(NamedTuple):
-    """Every array has the shape of the running mean, axes of scan and vmap included.
+    """The record of a layer; arrays have the shape of the running mean, also in scan and vmap.
 
     Attributes:
-        center: what was subtracted before measuring. Means of float32 are too coarse to be merged
-            if they are large; their distances from a center are not.
+        center: is subtracted before measuring. Large means are too coarse in float32 to be merged;
+            their distances from a center are not.
         moments: of x - center.
-        within: the part of m2 that lies within the examples and not between them.
-        examples: how many examples.
-        batches: how many calls in training mode.
-        evaluated: how many calls in evaluation mode.
-        frozen: how many of these because `surgery.freeze` says so.
-        ddof: what the layer takes off the count for its running variance.
-        epsilon: what it adds to a variance.
+        within: the part of m2 within the examples, not between them.
+        examples: number of examples.
+        batches: number of calls in training mode.
+        evaluated: number of calls in evaluation mode.
+        frozen: number of these that are due to `surgery.freeze`.
+        ddof: of the layer's running variance.
+        epsilon: of the layer.
     """
 
     center: Array
@@ -52,14 +52,14 @@ class Accumulator(NamedTuple):
 
     @classmethod
     def start(cls, center: Array) -> Accumulator:
-        """Nothing seen yet."""
+        """An empty record."""
         center = center.astype(accumulation_dtype(center.dtype))
         zero = jnp.zeros(center.shape, center.real.dtype)
         nothing = Moments(zero, jnp.zeros_like(center), zero)
         return cls(center, nothing, *[zero] * (len(cls._fields) - 2))
 
     def merged(self, other: Accumulator) -> Accumulator:
-        """What both saw. The center is the same, unless the first has seen nothing yet."""
+        """The merge of both records. Their centers are equal unless the first one is empty."""
         return Accumulator(
             center=other.center,
             moments=merge(self.moments, other.moments),
@@ -73,7 +73,7 @@ class Accumulator(NamedTuple):
         )
 
     def stats(self, node: Mapping[str, Any]) -> dict[str, Array]:
-        """Population statistics in place of the running ones; as they were where nothing counts."""
+        """Population statistics; the running ones where no entry counts."""
         seen = self.moments.count > self.ddof
         new = {
             "mean": self.center + self.moments.mean,
@@ -87,7 +87,7 @@ class Accumulator(NamedTuple):
 
 
 class Measure(Edit):
-    """Writes a record where one was put beside the running statistics."""
+    """Updates the record of a layer, where there is one next to its running statistics."""
 
     called = "normjax.surgery.recompute"
 
@@ -95,7 +95,7 @@ class Measure(Edit):
         super().__init__(None)
         # In the order in which the model runs them.
         self.paths: dict[str, None] = {}
-        self.strangers: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}
 
     def __call__(self, layer: Layer) -> Layer:
         layer, module = layer.unmapped(), layer.module
@@ -114,22 +114,22 @@ class Measure(Edit):
         return layer
 
     def unrecognized(self, path: str, module: Any, collection: str) -> None:
-        """Kept for the words: what was not measured is named afterwards."""
+        """Stores the message: layers that were not measured are reported afterwards."""
         name = type(module).__name__
-        self.strangers[path] = f"is a {name} that {not_recognized(collection)}"
+        self.unknown[path] = f"is a {name} that {not_recognized(collection)}"
 
     def elsewhere(self, at: tuple[str, ...] | None, records: Iterable[Path]) -> dict[str, str]:
-        """Chosen modules with statistics that are in no record, since they keep them elsewhere."""
-        known = set(map(written, records))
-        found = self.strangers.items()
+        """Chosen modules without a record, since their statistics are in another collection."""
+        known = set(map(path_name, records))
+        found = self.unknown.items()
         return {path: why for path, why in found if path not in known and chosen(path, at)}
 
     def fault(self, path: str, record: Accumulator) -> str | None:
         """Why a layer was not measured; None if it was, or was frozen on purpose."""
         if np.any(record.batches) or np.any(record.frozen):
             return None
-        if path in self.strangers:
-            return self.strangers[path]
+        if path in self.unknown:
+            return self.unknown[path]
         if np.any(record.evaluated):
             return "ran in evaluation mode, though call was given train=True"
         return DID_NOT_RUN
@@ -172,8 +172,8 @@ def _see(layer: Layer, center: Array) -> Accumulator:
 
 
 def _measure(x: Array, reduced: tuple[int, ...], mask: Array | None) -> tuple[Moments, Any, Any]:
-    """Moments of a batch, what of m2 lies within its examples, and how many these are."""
-    # The first axis that is not of features is that of examples, the others are positions.
+    """Moments of a batch, the part of m2 within its examples, and the number of examples."""
+    # The first axis that is not a feature axis has the examples, the others are positions.
     first, *positions = reduced
     if not positions:
         moments = measure(x, reduced, mask)

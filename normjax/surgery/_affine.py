@@ -1,4 +1,4 @@
-"""Outputs of a layer that are still to be scaled and shifted."""
+"""Outputs of a layer with a deferred scale and shift."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from normjax.surgery._jaxpr import Equation
 
 
 class Layer(NamedTuple):
-    """Where a chain of scales and shifts starts.
+    """The start of a chain of scales and shifts.
 
     Attributes:
-        equation: the convolution or product; None where the chain follows no layer.
-        x: what goes in.
-        kernel: the operand that is known, and its position.
+        equation: the convolution or product; None if the chain follows no layer.
+        x: its input.
+        kernel: the known operand, and its position.
         features: for each axis of the output the axis of the kernel that it is, or None.
-        where: for people.
-        reason: why no kernel takes in what follows; None where there is one.
+        where: its path, for reports.
+        reason: why the chain cannot be folded into a kernel; None if it can.
     """
 
     equation: Equation | None
@@ -47,15 +47,15 @@ class DeferredAffine(NamedTuple):
 
     Attributes:
         layer: what is scaled.
-        pieces: the axes of the layer's output, in order, as far as reshapes have split them.
-        axes: for each axis of the value the pieces that it joins, major first; None where it is
-            made of other entries.
+        pieces: the axes of the layer's output, in order, split by reshapes.
+        axes: for each axis of the value the pieces that it joins, major first; None if it does not
+            consist of pieces.
         shape, dtype: of the value.
         moves: the equations that led to these axes.
-        offset: what is added before the scale where no kernel takes the scale in. The mean of
-            x = 1e5 +- 1 must be subtracted before anything is rounded.
-        scale, shift: as offset with an axis for each piece, in float32 or wider.
-        norms, scales: where the scales came from, for people; norms divide by a deviation.
+        offset: added before the scale if no kernel holds the scale. The mean of x = 1e5 +- 1 must
+            be subtracted before anything is rounded.
+        scale, shift: like offset, with an axis for each piece, in float32 or wider.
+        norms, scales: the paths of the scales, for reports; norms divide by a deviation.
     """
 
     layer: Layer
@@ -72,17 +72,17 @@ class DeferredAffine(NamedTuple):
 
     @classmethod
     def start(cls, layer: Layer, shape: tuple[int, ...], dtype: np.dtype) -> DeferredAffine:
-        """The output of a layer as it is."""
+        """The output of a layer, without scale and shift."""
         pieces = tuple(Piece(axis, size) for axis, size in enumerate(shape))
         return cls(layer, pieces, tuple((axis,) for axis in range(len(shape))), shape, dtype)
 
     @property
     def complete(self) -> bool:
-        """Whether another scale would be multiplied into the shift, for no kernel to gain."""
+        """Whether another scale would have to multiply the shift, without a kernel to fold into."""
         return self.layer.kernel is None and self.shift is not None
 
     def admits(self, constant: Constant) -> bool:
-        """Whether a known operand says nothing that the layer's kernel could not say."""
+        """Whether a known operand varies only along axes that the layer's kernel has."""
         joined = [self.axes[axis] for axis in constant.varying]
         return all(
             pieces is not None
@@ -107,12 +107,12 @@ class DeferredAffine(NamedTuple):
         return scaled._named(equation, constant.deviation) if constant.stored else scaled
 
     def moved(self, equation: Equation) -> DeferredAffine | None:
-        """After a reshape, a transposition or the like; None after anything else."""
+        """After a reshape, a transposition or the like; None after any other equation."""
         source = sources(equation, self.shape)
         if source is None:
             return None
         shape = equation.avals[0].shape
-        # Without a kernel the pieces of a batch would be told apart in what is stored.
+        # Without a kernel, stored arrays would depend on the split of a batch axis.
         splits = equation.name == "reshape" and self.layer.kernel is not None
         value = self._reshaped(equation) if splits else None
         if value is None:
@@ -121,7 +121,7 @@ class DeferredAffine(NamedTuple):
         return value._replace(shape=shape, moves=(*self.moves, equation))
 
     def emit(self, take: Callable[[Array], Array]) -> Array:
-        """Computes it, with `take` for whatever is known before the call."""
+        """Computes the value; calls `take` for each array that is known before the call."""
         layer, y = self.layer, self.layer.x
         offset, scale, shift = (
             None if v is None else self._joined(v) for v in (self.offset, self.scale, self.shift)
@@ -142,7 +142,7 @@ class DeferredAffine(NamedTuple):
             if scale is not None:
                 y = y.astype(width) * take(scale)
         if shift is not None:
-            # Behind the layer, so that padding is padded with zeros as before.
+            # After the layer, so that its padding is still zeros.
             y = y.astype(width) + take(shift)
         y = y.astype(self.dtype)
         for move in self.moves:
@@ -195,7 +195,7 @@ class DeferredAffine(NamedTuple):
         return self._replace(offset=after) if first else self._replace(shift=after)
 
     def _named(self, equation: Equation, deviation: bool) -> DeferredAffine:
-        """With the place of one more scale. The scale of a norm stands where its root does."""
+        """With the path of one more scale. The scale of a norm has the path of its root."""
         where = equation.where
         # Outside all modules the only name is that of the operation.
         if where in self.norms or (self.norms and where == equation.name and not deviation):
@@ -273,7 +273,7 @@ def cuts(
 
 
 def mixed(function: Callable, a: Array, b: Array) -> Array:
-    """Of two arrays in the wider of their dtypes."""
+    """The function of two arrays in their common dtype."""
     width = accumulation_dtype(a.dtype, b.dtype)
     return function(a.astype(width), b.astype(width))
 

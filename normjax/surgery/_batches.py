@@ -1,4 +1,4 @@
-"""Walking through a data set: with a bar, merged as a tree, every fault told in words."""
+"""Runs a model over batches: progress bar, records merged as a tree, errors of batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from normjax.surgery._compiled import CALL, Accumulators, Seen
-from normjax.surgery._paths import At, norms, written
+from normjax.surgery._paths import At, norms, path_name
 
 
 def over_batches(
@@ -26,7 +26,7 @@ def over_batches(
     progress: bool,
     each: Callable[[Seen, Any], None],
 ) -> Accumulators:
-    """The merged records of the chosen layers over all batches; `each` is shown every batch."""
+    """The merged records of the chosen layers over all batches; calls `each` for every batch."""
     called, step = compiled.measure.called, compiled.step
     bar = called.rsplit(".", 1)[-1] if progress and sys.stderr.isatty() else None
     found = norms(variables, at)
@@ -39,7 +39,7 @@ def over_batches(
         first = shapes if first is None else first
         try:
             if not centered:
-                # The first batch in which anything counts gives the center, and runs twice.
+                # The first batch in which any entry counts gives the center, and runs twice.
                 there = step(variables, centers, batch).records
                 centers = {path: r.center + r.moments.mean for path, r in there.items()}
                 centered = all(np.any(r.moments.count) for r in there.values() if np.any(r.batches))
@@ -53,8 +53,8 @@ def over_batches(
         each(seen, batch)
     if first is None:
         raise ValueError(
-            "normjax: the batches are empty, expected at least one. An iterator that was walked "
-            "through before is empty, too: pass a list, or make it anew."
+            "normjax: the batches are empty, expected at least one. An iterator that was used "
+            "before is empty, too: pass a list, or create it again."
         )
     records = tree.whole()
     _expect_finite(records, finite)
@@ -62,7 +62,7 @@ def over_batches(
 
 
 def expect_batches(batches: Any) -> None:
-    """One batch is not several, though Python would walk through it."""
+    """Rejects a single batch, over which Python could iterate."""
     if hasattr(batches, "shape") or hasattr(batches, "__array__"):
         kind, means = f"an array of shape {np.shape(batches)}", "its rows one by one"
     elif isinstance(batches, Mapping):
@@ -84,7 +84,7 @@ def expect_batches(batches: Any) -> None:
 
 
 def _expect_arrays(number: int, batch: Any) -> None:
-    """A batch is made of arrays, which the compiled call takes."""
+    """A batch consists of arrays."""
     for leaf in jax.tree.leaves(batch):
         known = isinstance(leaf, jax.Array | int | float | complex) or hasattr(
             leaf, "__jax_array__"
@@ -102,7 +102,7 @@ def _expect_arrays(number: int, batch: Any) -> None:
 def _reword(
     error: Exception, number: int, batch: Any, shapes: Any, first: Any, takes_part: str
 ) -> None:
-    """Raises what can be said better: what was called with what, and what to do."""
+    """Raises a clearer error: the call, its arguments, and what to do."""
     where = f"batch {number} (counted from 0)"
     if shapes != first:
         raise ValueError(
@@ -121,16 +121,16 @@ def _reword(
         kind = type(batch).__name__
         raise TypeError(
             f"normjax: call does not take {where}, a {kind} of the shapes {shapes}: "
-            f"{type(error).__name__}: {error}. A batch is given to call as it is. If the model "
+            f"{type(error).__name__}: {error}. A batch is passed to call unchanged. If the model "
             f"takes a part of it, {takes_part}, or pass a generator, (images for images, labels in "
             "batches)."
         ) from error
 
 
 def _finite(mean: Any) -> Any:
-    """A center to start from, also where a running mean is beyond use."""
+    """The initial center: the running mean, or 0 where it is too large or not finite."""
     mean = jnp.asarray(mean)
-    # What is centered is squared and summed in float32.
+    # Centered values are squared and summed in float32.
     return jnp.where(jnp.abs(mean) < 1e15, mean, jnp.zeros_like(mean))
 
 
@@ -159,17 +159,17 @@ def _join(first: Accumulators, second: Accumulators) -> Accumulators:
 
 
 def _expect_finite(records: Accumulators, finite: list[Any]) -> None:
-    """Accumulators that are finite."""
+    """Rejects accumulators that are not finite."""
     if not np.all(finite):
         bad = [
-            written(p)
+            path_name(p)
             for p, r in records.items()
             if not np.isfinite(np.asarray(r.moments.m2)).all()
         ]
         raise ValueError(
-            f"normjax: what reaches the batch norms {bad} is not finite, or has squares beyond "
-            f"float32, first in batch {int(np.argmin(finite))} (counted from 0). Leave such "
-            "examples out, or mask them; the variables are as they were."
+            f"normjax: the inputs of the batch norms {bad} are not finite, or their squares "
+            f"overflow float32, first in batch {int(np.argmin(finite))} (counted from 0). Leave "
+            "such examples out, or mask them; the variables are unchanged."
         )
 
 

@@ -1,4 +1,4 @@
-"""What is compiled for one function `call`, and found again the next time it is given."""
+"""Compiles a function `call` once, and finds it again the next time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _compiled = Kept()
 
 
 class Seen(NamedTuple):
-    """One batch: what the layers saw, what the model returned, whether all of it is finite."""
+    """One batch: the records of the layers, the outputs of the model, whether all is finite."""
 
     records: Accumulators
     outputs: Any
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 
 class Compiled:
-    """A call with measuring layers, and as it serves.
+    """A call with measuring layers, and in evaluation.
 
     Attributes:
         measure: the edit that measures.
@@ -44,29 +44,29 @@ class Compiled:
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
 
-    # For errors: what trains, what to look at where it did not, how to take a part of a batch.
+    # For errors: what trains, what to check if it did not, how to take a part of a batch.
     trains = "call(..., train=True)"
-    remedy = "Pass train on to the model, and look whether it hands it to its layers."
+    remedy = "Pass train to the model, and check that it passes train to its layers."
     takes_part = "take that part in call, model.apply(variables, batch[0], ...)"
 
     def __init__(self, measure: type[Measure], call: Callable):
         self.measure = measure()
         self.reads = tuple(map(_reference, _read_by(call, set())))
-        # What jit keeps must not keep `call` alive, with all that it holds.
+        # The cache of jit must not keep `call` alive, with all that it holds.
         method = isinstance(call, MethodType)
         alive = weakref.WeakMethod(call) if method else _reference(call)
         self.step = jax.jit(functools.partial(_step, alive, self.measure))
         self.serve = jax.jit(functools.partial(_serve, alive))
 
     def holds(self, call: Callable) -> bool:
-        """Whether `call` still reads the same objects, so that no trace is out of date."""
+        """Whether `call` still reads the same objects, so that its traces are valid."""
         now = tuple(_read_by(call, set()))
         same = len(now) == len(self.reads)
         return same and all(old() is new for old, new in zip(self.reads, now, strict=True))
 
 
 def compiled(measure: type[Measure], call: Callable) -> Compiled:
-    """What is compiled for `call`, as long as it lives and reads the same objects."""
+    """The compiled `call`, cached while it is alive and reads the same objects."""
     expect_function(call, f"a function that runs the model, such as\n{CALL}")
     make = functools.partial(Compiled, measure, call)
     owner: Any = call
@@ -75,7 +75,7 @@ def compiled(measure: type[Measure], call: Callable) -> Compiled:
         # Modules of linen are frozen, and each access of `model.apply` makes a new method.
         owner, key = call.__self__, (measure, call.__func__)
     elif not isinstance(call, FunctionType | functools.partial):
-        return make()  # What another object reads is not known.
+        return make()  # It is not known what other objects read.
     found = _compiled.get(owner, key, make)
     if not found.holds(call):
         _compiled.forget(owner, key)
@@ -95,7 +95,7 @@ def _step(alive: Callable, measure: Measure, variables: Any, centers: Any, batch
         raise TypeError(
             "normjax: call(variables, batch, train=True, mutable=['batch_stats']) must "
             "return (outputs, updates) with the updated 'batch_stats', as model.apply does. "
-            "Pass mutable on: model.apply(variables, ..., train=train, mutable=mutable)."
+            "Pass mutable to it: model.apply(variables, ..., train=train, mutable=mutable)."
         ) from None
     finite = [jnp.isfinite(r.moments.m2).all() for r in records.values()]
     return Seen(records, outputs, jnp.stack(finite).all())
@@ -106,7 +106,7 @@ def _serve(alive: Callable, variables: Mapping[str, Any], batch: Any) -> Any:
 
 
 def _reference(value: Any) -> Callable[[], Any]:
-    """A weak reference, where the value takes one."""
+    """A weak reference if the value supports one, else a strong one."""
     try:
         return weakref.ref(value)
     except TypeError:
@@ -114,7 +114,7 @@ def _reference(value: Any) -> Callable[[], Any]:
 
 
 def _read_by(function: Any, done: set[int]) -> Iterator[Any]:
-    """What a function reads beside its arguments, and what the functions of its file read."""
+    """The objects, other than arguments, that a function and functions of its file read."""
     if isinstance(function, functools.partial):
         yield from _read_by(function.func, done)
     if not isinstance(function, FunctionType) or id(function) in done:

@@ -25,11 +25,11 @@ class Constant(NamedTuple):
     """A value that depends on no input of the call.
 
     Attributes:
-        array: its entries, with size 1 along each axis over which it only repeats itself, so that
-            what is stored for serving has no trace of the batch size.
+        array: its entries, with size 1 along each axis of repeated entries, so that the arrays
+            stored for serving do not depend on the batch size.
         shape: its shape in the program.
         stored: whether it comes from the variables, and is not a constant of the program.
-        deviation: whether a root was taken on the way from the variables, as in a norm.
+        deviation: whether it was computed from the variables with a root, as in a norm.
     """
 
     array: Any
@@ -50,8 +50,8 @@ class Constant(NamedTuple):
 def evaluation(equation: Equation, given: Sequence[Constant]) -> str:
     """How an equation of known operands is evaluated: "compact", "whole", or when "serving".
 
-    What only repeats itself is never written out beforehand, since it may do so for each example.
-    What prints does so at each call.
+    Repeated entries are never expanded beforehand, since they may be repeated for each example.
+    Equations that print run at each call.
     """
     if equation.lasting:
         return "serving"
@@ -61,7 +61,7 @@ def evaluation(equation: Equation, given: Sequence[Constant]) -> str:
 
 
 def evaluate(equation: Equation, given: Sequence[Constant]) -> list[Constant]:
-    """An equation of known operands, beforehand."""
+    """Evaluates an equation of known operands before the call."""
     if equation.name not in ELEMENTWISE and len(given) == 1 and _source(equation, given[0]):
         return [_move(equation, given[0])]
     arrays = [known.array for known in given]
@@ -94,7 +94,7 @@ def whole(constant: Constant, take: Callable[[Array], Array]) -> Array:
 
 
 def carried(array: Any, source: Sequence[int | None]) -> Array:
-    """An array laid out anew: each axis is one of its own or, for None, of size 1."""
+    """An array with new axes: each is one of its own axes or, for None, of size 1."""
     kept = [axis for axis in source if axis is not None]
     dropped = [axis for axis in range(array.ndim) if axis not in kept]
     moved = jnp.transpose(jnp.squeeze(array, dropped), [sorted(kept).index(a) for a in kept])
@@ -102,14 +102,14 @@ def carried(array: Any, source: Sequence[int | None]) -> Array:
 
 
 def sources(equation: Equation, shape: tuple[int, ...]) -> tuple[int | None, ...] | None:
-    """For each axis of the result the axis of the operand that it is; None if it is no move."""
+    """For each axis of the result its axis in the operand; None if entries are not just moved."""
     params, new = equation.params, equation.avals[0].shape
     if equation.name == "transpose":
         return tuple(params["permutation"])
     if equation.name == "squeeze":
         return tuple(a for a in range(len(shape)) if a not in params["dimensions"])
     if equation.name == "broadcast_in_dim":
-        # An axis that is repeated is another one.
+        # A repeated axis is a new axis.
         kept = enumerate(params["broadcast_dimensions"])
         places = {to: a for a, to in kept if shape[a] == new[to]}
         return tuple(places.get(axis) for axis in range(len(new)))

@@ -1,4 +1,4 @@
-"""Variables of batch norms to those of group norms."""
+"""Converts batch norms to group norms."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from normjax.surgery._paths import (
     is_nnx,
     like,
     norms,
+    path_name,
     patterns,
-    written,
 )
 
 CALLED = "normjax.surgery.convert"
-# What Flax calls layers that were given no name: their class and a number.
+# Flax's names of layers without a given name: class and number.
 AUTOMATIC = re.compile(r"(BatchNorm|BatchRenorm)_(\d+)")
 # The number of groups of Wu and He, and the default of Flax.
 USUAL = 32
@@ -46,46 +46,45 @@ def convert(
     at: At = None,
     epsilon: float | None = None,
 ) -> Tree:
-    """Variables for the same model with group norm in the places of batch norm.
+    """Converts the variables of a model for the same model with group norm instead of batch norm.
 
         scale' = scale S / s,   bias' = bias + scale (M - running mean) / s
 
     with s^2 = running var + epsilon, and M, S^2 the mean and the variance of all channels of a
-    group together. An example whose groups have these moments then comes out as before; copying
-    scale and bias would give that for no example. Fine-tune from there.
+    group together. The output for an example whose groups have these moments does not change; with
+    copied scale and bias it would change for every example. Fine-tune the converted model.
 
     Args:
         variables: all of the model with batch norm; or a model of flax.nnx.
         num_groups, group_size: as in `group_norm`, one of them for all layers. Without either each
-            layer has 32 groups, or where 32 does not divide its channels the number nearest to 32
-            that leaves two channels or more in a group (the smaller of two such numbers, 1 for a
-            prime number of channels): 16 channels have 8 groups, 35 have 7, 50 have 25. A warning
-            names such layers, since the GroupNorm in the code of the model needs the same number.
+            layer has 32 groups; if 32 does not divide its channels, it has the number nearest to 32
+            with two channels or more in a group (the smaller of two such numbers, 1 for a prime
+            number of channels): 16 channels have 8 groups, 35 have 7, 50 have 25. A warning names
+            such layers, since the GroupNorm in the code of the model needs the same number.
         at: patterns over the paths of the layers, all if None.
         epsilon: of the batch norms; by default 1e-5 for variables, and each layer's own in a model.
 
     Returns:
-        New variables; or a copy of the model of NNX, with group norms in the places of its batch
-        norms, which keep their activation and pass over a mode. Layers that linen named by their
-        class are called GroupNorm_0, GroupNorm_1 and so on, in their order; names that a person
-        gave stay.
+        New variables; or a copy of the model of NNX, with group norms in place of its batch norms,
+        which keep the activation and ignore a mode. Layers that linen named by their class are
+        called GroupNorm_0, GroupNorm_1 and so on, in their order; given names stay.
 
     Guarantees:
         typical examples come out as before: exact where an example's groups have the moments of
             the running statistics.
-        nothing else: other parameters are the very arrays that came in.
+        nothing else: other parameters are the same array objects.
 
     Edge cases:
         ===================================  ==================================================
         no scale, no bias                    taken as 1 and 0; the group norm has both
         layers stacked by scan or vmap       the last axis is the channels, the others are layers
         channels that 32 does not divide     the nearest number of groups, and a warning
-        none of the batch norms is left      there is no collection batch_stats any more
-        the others are renumbered            as Flax will count them
+        none of the batch norms is left      the result has no collection batch_stats
+        the others are renumbered            as Flax will number them
         ===================================  ==================================================
 
     Raises:
-        TypeError: `variables` is no dictionary.
+        TypeError: `variables` is not a dictionary.
         ValueError: a given number or size that does not divide the channels (with all layers
             concerned); no statistics; a pattern that matches none; automatic names whose order
             among others cannot be known.
@@ -138,7 +137,7 @@ def _groups(
     """The number of groups of each layer."""
     channels = {path: np.shape(node["mean"])[-1] for path, node in chosen.items()}
     layers = {
-        n: ", ".join(f"'{written(path)}'" for path in channels if channels[path] == n)
+        n: ", ".join(f"'{path_name(path)}'" for path in channels if channels[path] == n)
         for n in sorted(set(channels.values()))
     }
     if num_groups is None and group_size is None:
@@ -173,7 +172,7 @@ def _groups(
 def _nearest(channels: int) -> int:
     """The usual number of groups, or else the nearest one with groups of two channels or more.
 
-    Groups of one channel are instance norm, and after a dense layer the bias alone.
+    Groups of one channel are instance norm; after a dense layer only the bias would remain.
     """
     if channels % USUAL == 0:
         return USUAL
@@ -191,7 +190,7 @@ def _affine(
         var.astype(accumulation_dtype(var.dtype)),
     )
     *lead, channels = mean.shape
-    # The moments of a group are those of its channels merged, all of one count.
+    # The moments of a group are the merged moments of its channels, with equal counts.
     stacked = (jnp.moveaxis(v.reshape(*lead, groups, -1), -1, 0) for v in (mean, var))
     group = collapse(Moments(np.float32(1), *stacked))
     center, spread = (
@@ -199,14 +198,14 @@ def _affine(
     )
     scale = jnp.asarray(affine.get("scale", jnp.ones(mean.shape, mean.dtype)))
     bias = jnp.asarray(affine.get("bias", jnp.zeros(mean.shape, mean.dtype)))
-    # Group norm sends M to 0 and M + S to 1; the batch norm says what is to become of these.
+    # Group norm maps M to 0 and M + S to 1. The outputs for M and M + S are those of batch norm.
     at_zero = normalize(center, mean, var, scale, bias, epsilon=epsilon)
     slope = normalize(jnp.sqrt(spread), 0.0, var, scale, epsilon=epsilon)
     return {"scale": slope.astype(scale.dtype), "bias": at_zero.astype(bias.dtype)}
 
 
 def _names(chosen: Collection[Path], known: Collection[Path], params: Any) -> dict[Path, Path]:
-    """New paths of all batch norms, those that stay what they are included."""
+    """New paths of all batch norms, including those that are not converted."""
     names = {path: path for path in known}
     for parent in {path[:-1] for path in known if path}:
         automatic = {p: AUTOMATIC.fullmatch(p[-1]) for p in known if p[:-1] == parent}
@@ -216,7 +215,7 @@ def _names(chosen: Collection[Path], known: Collection[Path], params: Any) -> di
         if converted and (others or len({p[-1].split("_")[0] for p in converted}) > 1):
             among = sorted(others) or sorted(path[-1] for path in converted)
             raise ValueError(
-                f"normjax: '{written(parent)}' holds layers that Flax has numbered by their "
+                f"normjax: '{path_name(parent)}' holds layers that Flax has numbered by their "
                 f"class, {among}, and how it would number them together with the converted ones "
                 "depends on their order in the code. Give the layers names."
             )

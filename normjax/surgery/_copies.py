@@ -1,8 +1,8 @@
-"""Batch norms of other authors: classes of their own with the variables and the switch of Flax.
+"""Copies of Flax's batch norm: other classes with the same variables and the same mode argument.
 
-Many code bases carry a copy of Flax's batch norm that does not extend it. A copy is recognized by
-what it does, and runs by its own code: only its mode, its device axis and the gradients of its
-parameters can be changed from outside.
+Many code bases have a copy of Flax's batch norm that does not extend it. A copy is recognized by
+its variables and arguments, and runs its own code: only its mode, its device axis and the gradients
+of its parameters can be changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax import lax
 
 from normjax.surgery._paths import nodes
 
-# The names of the switch between both modes, and whether True is training.
+# The names of the mode argument, and whether True is training.
 SWITCHES = {"use_running_average": False, "train": True, "training": True, "is_training": True}
 
 
@@ -36,8 +36,8 @@ class Copy(NamedTuple):
 
 
 def statistics_of(module: Any) -> str | None:
-    """The collection in which a module keeps a mean and a var itself; None if it keeps none."""
-    # A module of NNX keeps the statistics of all its layers in the module of linen around it.
+    """The collection in which a module itself keeps a mean and a var; None if it keeps none."""
+    # The linen wrapper of a module of NNX keeps the statistics of all its layers.
     whole = type(module).__module__.startswith("flax.nnx")
     for collection, tree in module.variables.items():
         own = {name: leaf for name, leaf in tree.items() if whole or not isinstance(leaf, Mapping)}
@@ -51,7 +51,7 @@ def copy_of(module: Any, body: Callable, args: tuple, kwargs: dict[str, Any]) ->
     if statistics_of(module) != "batch_stats":
         return None
     code = getattr(inspect.unwrap(body), "__code__", None)
-    # A class that calls its parent's code is met there, in the parent.
+    # A class that calls its parent's code is recognized in that call.
     delegates = code is None or "__call__" in code.co_names
     has_children = any(
         isinstance(leaf, Mapping) for tree in module.variables.values() for leaf in tree.values()
@@ -61,7 +61,7 @@ def copy_of(module: Any, body: Callable, args: tuple, kwargs: dict[str, Any]) ->
     try:
         bound = inspect.signature(body).bind(module, *args, **kwargs)
     except TypeError:
-        return None  # The module itself says what is wrong with its arguments.
+        return None  # The module itself raises for its arguments.
     bound.apply_defaults()
     fields = _fields_of(module)
     for switch, means_training in SWITCHES.items():
@@ -78,13 +78,13 @@ def copy_of(module: Any, body: Callable, args: tuple, kwargs: dict[str, Any]) ->
 def run_copy(
     copy: Copy, next_fun: Callable, module: Any, train: bool, frozen: bool, devices: dict[str, Any]
 ) -> Any:
-    """Runs a copy by its own code in another mode, over other devices, or without gradients."""
+    """Runs the code of a copy in another mode, over other devices, or without gradients."""
     switch, mode = copy.switch, train == SWITCHES[copy.switch]
     fields = _fields_of(module)
     changed = {name: value for name, value in devices.items() if name in fields}
     if switch in copy.bound.signature.parameters:
         copy.bound.arguments[switch] = mode
-        # Flax takes one of both, the field or the argument.
+        # Flax accepts either the field or the argument.
         changed |= {switch: None} if switch in fields else {}
     else:
         changed[switch] = mode
@@ -104,7 +104,7 @@ def _fields_of(module: Any) -> dict[str, Any]:
 
 @contextmanager
 def _changed(module: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """The module with other attributes for a while; Flax forbids a plain assignment."""
+    """Gives the module other attributes inside the context; Flax forbids a plain assignment."""
     before = {name: vars(module)[name] for name in values if name in vars(module)}
     for name, value in values.items():
         object.__setattr__(module, name, value)

@@ -1,4 +1,4 @@
-"""Which parameters weight decay is for."""
+"""Which parameters get weight decay."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCALES = {"scale", "gamma", "gain", "alpha", "slope", "temperature"}
 SHIFTS = {"bias", "biases", "beta", "offset", "shift", "threshold", "tau"}
 BIASES = ("bias", "b", "beta", "offset")
 STATISTICS = {"batch_stats", "running_mean", "running_var", "moving_mean", "moving_variance"}
-# Positions are added to the input, tokens stand beside it: neither multiplies it.
+# Positions are added to the input, tokens are concatenated with it: neither multiplies it.
 POSITION = re.compile(r"pos(emb\w*|enc\w*|itions?|itional)?|wpe")
 TOKENS = {"token", "tokens", "register", "registers"}
 # What `pos` and `token` describe in the name of a layer: `pos_proj` is a matrix.
@@ -28,35 +28,34 @@ PRODUCTS = {"kernel", "weight", "weights", "proj", "projection", "linear", "dens
 
 @_errors.named("normjax.surgery.decay_mask")
 def decay_mask(params: Any) -> Any:
-    """A tree of booleans: True where weight decay belongs, for `optax.adamw(mask=...)`.
+    """A tree of booleans for `optax.adamw(mask=...)`: True for parameters with weight decay.
 
-        True for what multiplies an input (kernels) or is looked up as one (embeddings), False for
-        what is added to it or stands beside it (biases, positions, class, register and mask
-        tokens) and for the scales of norms
+        True for kernels and embeddings, False for biases, positions, class, register and mask
+        tokens, and the scales of norms
 
-    The first rule that fits decides. Names are read in the words of Flax, Haiku, Keras and
-    PyTorch, at the end of the path; `_`, digits and capitals part words, as in `in_proj_bias`.
+    The first rule that fits applies. Names are those of Flax, Haiku, Keras and PyTorch, at the end
+    of the path; `_`, digits and capitals separate words, as in `in_proj_bias`.
 
     1. The scale of a normalized weight, `kernel/scale` of WeightNorm or `weight_g`: yes, since it
        is the length of the kernel, and decay of its direction changes nothing. The `gain` of a
        standardized weight: no (Brock et al. 2021).
     2. Integers, booleans, scalars and running statistics: no.
-    3. Named as a bias, a scale, a position or a token: no, whatever its rank. The table of an
+    3. Named as a bias, a scale, a position or a token: no, for any rank. The table of an
        embedding has the name of its layer: `wpe/embedding`, `embed_positions.weight` and
        `relative_attention_bias/embedding` are positions and a bias, `embed_tokens/embedding` is an
        embedding. Kernels of such layers, as `pos_proj.weight`, are kernels.
-    4. Named as a kernel: yes, whatever its rank; named as an embedding and no vector: yes.
+    4. Named as a kernel: yes, for any rank; named as an embedding and not a vector: yes.
     5. Of the shape of its module's bias, as the weight of a norm over several axes: no.
-    6. Else a matrix, or whatever has two axes longer than 1: yes; a vector: no.
+    6. Else a matrix, or an array with two axes longer than 1: yes; a vector: no.
 
     Args:
         params: pytree of arrays or shapes: linen params, `nnx.state(model, nnx.Param)`, a dict by
-            dotted or slashed names, lists of (w, b) pairs, or a module that is a pytree. Of a
-            model of flax.nnx its `nnx.Param` are taken.
+            dotted or slashed names, lists of (w, b) pairs, or a module that is a pytree. For a
+            model of flax.nnx, its `nnx.Param`.
 
     Returns:
         A pytree of Python bools of the same structure (for NNX a state without variables, as
-        `nnx.Optimizer` hands it to optax); the function itself may be the mask,
+        `nnx.Optimizer` passes it to optax); the function itself may be the mask,
         `optax.adamw(1e-3, mask=surgery.decay_mask)`.
 
     Guarantees:
@@ -119,7 +118,7 @@ def _decays(path: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]
 
 
 def _is_length(name: str, parents: tuple[str, ...]) -> bool:
-    """Of a normalized weight: in linen, in PyTorch, and in its parametrizations."""
+    """Whether this is the length of a weight: of linen, PyTorch, or PyTorch's parametrizations."""
     of_kernel = name == "scale" and parents[-1:] == ("kernel",)
     parametrized = name == "original0" and parents[-2:] == ("parametrizations", "weight")
     return of_kernel or parametrized or name == "weight_g"
@@ -129,13 +128,13 @@ def _is_added(path: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ..
     """A position, a token, or the table of a bias or of positions."""
     name, parents = path[-1] if path else "", path[:-1]
     words = _words(name)
-    # What Flax calls an embedding that was given no name says nothing of it.
+    # Flax's name of an embedding without a given name says nothing about it.
     layer = _words(next((p for p in parents[::-1] if not re.fullmatch(r"Embed_\d+", p)), ""))
     in_embedding = any(word.startswith(("emb", "enc")) for word in layer)
     if name in TABLES:
         return bool(layer & SHIFTS) or _is_position(layer)
     if name == "weight":
-        # Of PyTorch: a table and no matrix where it is one by name, and without a bias beside it.
+        # PyTorch: a table, not a matrix, if its name says so and the layer has no bias.
         is_table = len(shapes[path]) == 2 and (*parents, "bias") not in shapes
         named = (in_embedding and _is_position(layer)) or _is_position(layer - {"pos"})
         return is_table and (bool(layer & SHIFTS) or named)
@@ -148,7 +147,7 @@ def _is_position(words: set[str]) -> bool:
 
 
 def _words(name: str) -> set[str]:
-    """Of a name with `_`, digits or capitals between them, as in `in_proj_bias` or `PosEmbed_0`."""
+    """The words of a name, split at `_`, digits and capitals: `in_proj_bias`, `PosEmbed_0`."""
     return {part.lower() for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
@@ -161,7 +160,7 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _unfolded(path: tuple[Any, ...]) -> Iterator[Any]:
-    """A wrapper of NNX holds what belongs to a weight by the path of that: as linen writes it."""
+    """Expands the keys of NNX wrappers, which are paths of weights, to the paths of linen."""
     for key, following in zip(path, (*path[1:], None), strict=True):
         weight = getattr(following, "key", None)
         if isinstance(weight, tuple):

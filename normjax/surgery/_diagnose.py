@@ -1,4 +1,4 @@
-"""One call that says what is wrong with the batch norms of a model, and what to do about it."""
+"""Finds problems of the batch norms of a model, and their remedies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from normjax.surgery._batches import expect_batches, over_batches
 from normjax.surgery._compiled import Seen
 from normjax.surgery._findings import findings_of, findings_unmeasured
 from normjax.surgery._layers import Edit, Layer, editing
-from normjax.surgery._paths import At, Path, at_path, norms, patterns, written
+from normjax.surgery._paths import At, Path, at_path, norms, path_name, patterns
 from normjax.surgery._refused import never_updated
 from normjax.surgery._report import Finding, NormReport, Report
 from normjax.surgery._source import Source, source
@@ -39,19 +39,19 @@ def diagnose(
     limit: int | None = None,
     progress: bool = True,
 ) -> Report:
-    """Compares what each batch norm is served with to what it sees, and names what is wrong.
+    """Compares the running statistics of batch norms with their inputs, and reports problems.
 
         shift = |mean - running mean| / s,   s^2 = running var + epsilon
         KL(actual || running) = (r + shift^2 - 1 - log r) / 2,   r = (var + epsilon) / s^2
 
     Args:
         call: `call(variables, batch, *, train, mutable)`, as in `recompute`.
-        variables: all of the model; also as pmap holds them, with a leading axis of devices. In
-            place of both a model of flax.nnx, as in `recompute`.
-        batches: a few, of the size of those in training, like the data that are served.
+        variables: all variables of the model, also with the leading device axis of pmap. A model
+            of flax.nnx is passed as in `recompute`.
+        batches: a few batches of the size of those in training, of data as in evaluation.
         at: patterns over the paths of the layers, all if None.
-        limit: how many batches at most.
-        progress: a bar, where there is a terminal.
+        limit: the maximal number of batches.
+        progress: whether to show a progress bar in a terminal.
 
     Returns:
         A `Report`. `print(report)` is a table with findings and remedies, `report.norms` and
@@ -61,15 +61,15 @@ def diagnose(
     Guarantees:
         every failure has a name: statistics stale, never updated, not finite, different on the
             devices, not measured; few samples; modes apart; channels dead, exploding or at the
-            epsilon floor; a redundant bias before.
-        healthy is clean: a model that is well has no findings.
+            epsilon floor; a redundant bias before the norm.
+        healthy is clean: a healthy model has no findings.
         pure: nothing is changed.
 
     Edge cases:
         ===================================  ==================================================
         layer that was not measured          a finding: it ran in evaluation, not at all, with
                                              every entry masked, or is not recognized
-        layer that is frozen inside call     judged by its statistics alone
+        layer that is frozen inside call     only its stored statistics are checked
         model compared on odd outputs        outputs_apart is None
         ===================================  ==================================================
 
@@ -97,13 +97,13 @@ def diagnose(
     replicas = variables
     if first is not None and held.model is None:
         variables = _first_replica(call, variables, first[0])
-    apart, outputs = _Apart(variables), _Outputs(run, variables)
+    modes, outputs = _ModeDifferences(variables), _Outputs(run, variables)
     biased: list[dict[str, str]] = []
 
     def each(seen: Seen, batch: Any) -> None:
         if not biased:
             biased.append(_biased(held, variables, batch))
-        apart.add(seen.records)
+        modes.add(seen.records)
         outputs.add(seen.outputs, batch)
 
     records = over_batches(run, variables, batches, at, limit, progress, each)
@@ -112,16 +112,16 @@ def diagnose(
     findings: list[Finding] = []
     # In the order in which the model runs them.
     order = {path: number for number, path in enumerate(run.measure.paths)}
-    for path in sorted(records, key=lambda path: order.get(written(path), len(order))):
-        name, node = written(path), at_path(variables["batch_stats"], path)
+    for path in sorted(records, key=lambda path: order.get(path_name(path), len(order))):
+        name, node = path_name(path), at_path(variables["batch_stats"], path)
         devices = _devices_apart(at_path(replicas["batch_stats"], path), stacked)
-        if path in apart.samples:
+        if path in modes.samples:
             norm = NormReport(
                 path=name,
                 epsilon=float(np.max(records[path].epsilon)),
                 **_moments(path, records[path], variables),
-                modes_apart=float(np.sqrt(np.mean(apart.squares[path]))),
-                samples=float(np.mean(apart.samples[path])),
+                modes_apart=float(np.sqrt(np.mean(modes.squares[path]))),
+                samples=float(np.mean(modes.samples[path])),
                 devices_apart=devices,
                 redundant_bias=biased[0].get(name),
                 never_updated=never_updated(node),
@@ -135,7 +135,7 @@ def diagnose(
     for name, fault in run.measure.elsewhere(patterns(at), records).items():
         findings += findings_unmeasured(name, None, 0.0, fault)
     findings.sort(key=lambda finding: not finding.serious)
-    return Report(tuple(reports), tuple(findings), outputs.batches, outputs.apart())
+    return Report(tuple(reports), tuple(findings), outputs.batches, outputs.difference())
 
 
 def _moments(
@@ -161,7 +161,7 @@ def _flat(leaf: Any) -> np.ndarray:
     return np.asarray(leaf, np.float64).ravel()
 
 
-# Numbers that are not finite are findings.
+# Numbers that are not finite are reported as findings, not as warnings.
 NO_WARNINGS = np.errstate(all="ignore")
 
 
@@ -170,7 +170,7 @@ class _Measure(Measure):
 
 
 def _biased(held: Source, variables: Any, batch: Any) -> dict[str, str]:
-    """The batch norms that are given the output of a layer with a bias, and that layer."""
+    """The batch norms that follow a layer with a bias, and that layer."""
     if held.model is not None:
         from normjax.surgery._nnx.measure import biased
 
@@ -181,7 +181,7 @@ def _biased(held: Source, variables: Any, batch: Any) -> dict[str, str]:
 
 
 class _Watch(Edit):
-    """What only a run by modules shows: whose output a layer is given."""
+    """Finds the layer whose output a batch norm gets, by running the modules."""
 
     called = CALLED
 
@@ -204,19 +204,19 @@ class _Watch(Edit):
         return layer.unmapped()
 
     def unrecognized(self, path: str, module: Any, collection: str) -> None:
-        """What measures names it."""
+        """Ignored: the edit that measures reports it."""
 
     def _follow(self, next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         y = next_fun(*args, **kwargs)
         linear = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense)
         if isinstance(context.module, linear) and context.module.use_bias:
-            # The output is kept, so that its id is not given to another array meanwhile.
-            self._made[id(y)] = (y, written(context.module.path))
+            # The output is kept, so that its id is not reused.
+            self._made[id(y)] = (y, path_name(context.module.path))
         return y
 
 
-class _Apart:
-    """Batch by batch: how far both modes are apart, and how many samples a statistic has."""
+class _ModeDifferences:
+    """For each batch: the difference between both modes, and the samples of a statistic."""
 
     def __init__(self, variables: Mapping[str, Any]):
         self.stats = variables["batch_stats"]
@@ -234,8 +234,8 @@ class _Apart:
             running = np.sqrt(_flat(node["var"]) + floor)
             batch = np.sqrt(m2 / np.maximum(count, 1) + floor)
             shift = (_flat(record.center) + mean - _flat(node["mean"])) / running
-            # With x = batch mean + batch deviation * z the one mode gives z, the other shift +
-            # batch / running * z.
+            # With x = batch mean + batch deviation * z, training gives z, and evaluation gives
+            # shift + batch / running * z.
             squares = shift**2 + (batch / running - 1) ** 2
             self.squares.setdefault(path, []).append(float(squares[counted].mean()))
             samples = _samples(record)[counted] / _flat(record.batches)[counted]
@@ -243,15 +243,15 @@ class _Apart:
 
 
 def _samples(record: Accumulator) -> np.ndarray:
-    """Effective samples: the variance over that of the mean.
+    """Effective samples: the variance divided by the variance of the mean.
 
-    The means of the examples vary by what of m2 lies between them; the mean of a batch varies by
-    that over the number of examples. Never fewer than the examples, nor more than the values.
+    The variance of the mean of a batch is the variance between its examples, divided by their
+    number. The result is at least the number of examples, at most the number of values.
     """
     m2, within, examples, count = map(
         _flat, (record.moments.m2, record.within, record.examples, record.moments.count)
     )
-    # What lies between the examples is not known beyond the rounding of m2.
+    # The part of m2 between the examples is known only up to the rounding of m2.
     limits = np.finfo(float)
     between = np.maximum(m2 - within, limits.eps * m2 + limits.tiny)
     return np.clip((examples - 1) * m2 / between, examples, np.maximum(count, examples))
@@ -279,24 +279,24 @@ class _Outputs:
             self.values.append(s)
 
     @NO_WARNINGS
-    def apart(self) -> float | None:
+    def difference(self) -> float | None:
         """The root mean square of the difference, relative to the deviation."""
         values = np.concatenate(self.values) if self.comparable and self.values else np.zeros(0)
         spread = float(np.std(values)) if values.size else 0.0
-        apart = float(np.sqrt(self.squares / values.size) / spread) if spread else np.nan
-        return apart if np.isfinite(apart) else None
+        ratio = float(np.sqrt(self.squares / values.size) / spread) if spread else np.nan
+        return ratio if np.isfinite(ratio) else None
 
 
 def _peek(batches: Any) -> tuple[list[Any] | None, Any]:
     """The first batch, and an iterable that still has it."""
-    walking = iter(batches)
-    for first in walking:
-        return [first], chain([first], walking) if walking is batches else batches
+    iterator = iter(batches)
+    for first in iterator:
+        return [first], chain([first], iterator) if iterator is batches else batches
     return None, []
 
 
 def _first_replica(call: Callable, variables: Mapping[str, Any], batch: Any) -> Mapping[str, Any]:
-    """The variables as the model takes them: where pmap stacked them, those of one device."""
+    """The variables that the model takes: those of one device if pmap stacked them."""
     leaves = jax.tree.leaves(variables)
     if len({np.shape(leaf)[:1] for leaf in leaves}) > 1 or np.ndim(leaves[0]) < 2:
         return variables
@@ -304,7 +304,7 @@ def _first_replica(call: Callable, variables: Mapping[str, Any], batch: Any) -> 
     try:
         watch.trace(call, variables, batch)
     except Exception:
-        # Not as they are. If the model takes one of them, they are a stack.
+        # The model does not take them. If it takes those of one device, they are stacked.
         one = jax.tree.map(lambda leaf: leaf[0], variables)
         try:
             watch.trace(call, one, batch)
@@ -324,7 +324,7 @@ def _devices_apart(node: Mapping[str, Any], stacked: bool) -> float:
 
 
 def _replicas(leaf: Any, stacked: bool) -> np.ndarray:
-    """The values of each device along the first axis; one where there is one alone."""
+    """The values of each device along the first axis, which has size 1 for one device."""
     if stacked:
         return np.asarray(leaf, np.float64)
     if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:

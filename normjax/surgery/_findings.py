@@ -1,4 +1,4 @@
-"""From numbers to findings, with the reason of each bound."""
+"""Findings from the numbers of a report, with the reason for each bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOT_FINITE = "not finite"
 
 
 def findings_of(norm: NormReport) -> Iterator[Finding]:
-    """All that is to be said about one layer."""
+    """All findings of one layer."""
 
     def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
         return Finding(norm.path, kind, serious, what, remedy)
@@ -41,38 +41,38 @@ def findings_of(norm: NormReport) -> Iterator[Finding]:
             f"the running statistics are {divergence:.2g} nats from the actual ones; at worst, in "
             f"channel {worst}, the mean is {norm.shift[worst]:.2g} deviations away and the "
             f"variance {ratio:.2g} times as large.",
-            "surgery.recompute on data like those that are served.",
+            "Call surgery.recompute on data as in evaluation.",
             serious=True,
         )
     few = norm.samples < FEW_SAMPLES
     if few:
         yield finding(
             "few samples",
-            f"a statistic rests on {norm.samples:.2g} effective samples, of {FEW_SAMPLES} wanted.",
-            f"Larger batches, sharing over {ceil(FEW_SAMPLES / norm.samples)} times as many "
-            "devices (surgery.synchronize), or group norm (surgery.convert).",
+            f"a statistic has {norm.samples:.2g} effective samples, of {FEW_SAMPLES} wanted.",
+            f"Use larger batches, share over {ceil(FEW_SAMPLES / norm.samples)} times as many "
+            "devices (surgery.synchronize), or use group norm (surgery.convert).",
         )
     stale = norm.never_updated or divergence > STALE
     if norm.modes_apart > MODES_APART and not (stale or few):
         yield finding(
             "modes apart",
-            f"training and evaluation put out values that differ by {norm.modes_apart:.2g} "
-            "deviations, though the statistics are right on average: batches differ.",
-            "Shuffle, so that a batch is like the data; or batch renormalization.",
+            f"the outputs of training and evaluation differ by {norm.modes_apart:.2g} deviations, "
+            "though the statistics are right on average: batches differ.",
+            "Shuffle, so that each batch represents the data; or use batch renormalization.",
         )
     yield from _channels(norm, finding)
     if norm.redundant_bias is not None:
         yield finding(
             "redundant bias",
             f"'{norm.redundant_bias}' has a bias, which this layer subtracts again.",
-            "use_bias=False there, unless something else takes its output.",
+            "Set use_bias=False there, unless its output is also used elsewhere.",
         )
 
 
 def findings_unmeasured(
     path: str, node: Mapping[str, Any] | None, devices_apart: float, fault: str | None
 ) -> Iterator[Finding]:
-    """What the statistics alone say; and why the layer was not measured, unless on purpose."""
+    """Findings of the stored statistics; and why the layer was not measured, unless on purpose."""
 
     def finding(kind: str, what: str, remedy: str, serious: bool = False) -> Finding:
         return Finding(path, kind, serious, what, remedy)
@@ -81,8 +81,8 @@ def findings_unmeasured(
         yield finding(
             "not measured",
             f"the layer {fault}.",
-            "Look whether the model hands train to this layer: statistics of a layer that is not "
-            "told to train are not learned. If it is meant so, name the others: at=.",
+            "Check that the model passes train to this layer: without it the layer does not learn "
+            "statistics. If this is intended, name the others: at=.",
             serious=True,
         )
     if node is not None:
@@ -93,7 +93,7 @@ def findings_unmeasured(
 def _stored(
     finding: Callable, stats: Sequence[np.ndarray], new: bool, devices_apart: float
 ) -> Iterator[Finding]:
-    """What needs no run: statistics that differ, are not finite, or are those of a new layer."""
+    """Stored statistics that differ between devices, are not finite, or those of a new layer."""
     if devices_apart > DEVICES_APART:
         yield finding(
             "devices differ",
@@ -107,15 +107,15 @@ def _stored(
             NOT_FINITE,
             f"{np.sum(~finite)} of {finite.size} channels have running statistics that are NaN or "
             "infinite.",
-            "surgery.recompute, after surgery.reset; normjax.linen.BatchNorm takes in no NaN.",
+            "Call surgery.reset, then surgery.recompute; normjax.linen.BatchNorm ignores NaN.",
             serious=True,
         )
     elif new:
         yield finding(
             "never updated",
             "the running statistics are those of a new layer, mean 0 and variance 1.",
-            "Train with the statistics kept (linen: the updates of mutable=['batch_stats']), or "
-            "surgery.recompute.",
+            "Train and keep the statistics (linen: the updates of mutable=['batch_stats']), or "
+            "call surgery.recompute.",
             serious=True,
         )
 
@@ -131,23 +131,23 @@ def _channels(norm: NormReport, finding: Callable) -> Iterator[Finding]:
         constant = np.sum(dead & (np.abs(norm.scale) >= DEAD))
         yield finding(
             "dead channels",
-            f"{_few(dead)} put out a constant: {constant} have a constant input, "
+            f"{_few(dead)} have a constant output: {constant} have a constant input, "
             f"{dead.sum() - constant} a scale of 0.",
             "Prune them; if there are many, lower the learning rate or the weight decay of scale.",
         )
     if (size > EXPLODING).any():
         yield finding(
             "exploding",
-            f"{_few(size > EXPLODING)} put out values of the size {size.max():.2g}.",
-            "Look at scale and bias, and at running variances that are too small.",
+            f"{_few(size > EXPLODING)} have outputs of the size {size.max():.2g}.",
+            "Check scale and bias, and running variances that are too small.",
             serious=True,
         )
     if floor.any():
         yield finding(
             "epsilon floor",
             f"{_few(floor)} have a variance not above epsilon = {norm.epsilon:.2g}, which then "
-            "decides the output.",
-            "A smaller epsilon, or inputs (weights before) of a larger scale.",
+            "determines the output.",
+            "Use a smaller epsilon, or inputs (weights before) of a larger scale.",
         )
 
 

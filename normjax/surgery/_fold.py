@@ -1,4 +1,4 @@
-"""Inference without batch norm: every known scale and shift goes into the layer before it."""
+"""Inference without batch norm: known scales and shifts are folded into the layers before them."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ CASTS = {"convert_element_type", "copy", "stop_gradient", "name"}
 LOOPS = {"scan", "while", "cond", "shard_map"}
 
 ONE_SIZE = (
-    "the call repeats variables for each example, as learned queries: fold it with two examples or "
-    "more."
+    "the call repeats variables for each example, such as learned queries: fold it with two "
+    "examples or more."
 )
 
-# How an equation of constants was evaluated, by its place, its name and its number there.
+# How an equation of constants was evaluated, by its path, its name and its number there.
 Evaluations = dict[tuple[str, str, int], str]
 
 
 @dataclass
 class FoldReport:
-    """What became of every norm of a call; `print` it.
+    """The result of `fold` for every norm of a call; `print` it.
 
     Attributes:
-        folded: pairs (layer, norm): the norm went into the layer's kernel and bias.
-        alone: pairs (norm, reason): it became (x - mean) * s + bias, or could not be reached.
-        scales: pairs (layer, scale): a scale that divides by no deviation, such as a layer scale,
-            went into the layer, too. It counts as no norm.
+        folded: pairs (layer, norm): the norm was folded into the layer's kernel and bias.
+        alone: pairs (norm, reason): it became (x - mean) * s + bias, or was not accessible.
+        scales: pairs (layer, scale): a scale that is not a norm, such as a layer scale, was folded
+            into the layer, too.
     """
 
     folded: list[tuple[str, str]] = field(default_factory=list)
@@ -60,44 +60,44 @@ class FoldReport:
 def fold(
     call: Callable[..., Any], variables: Any, *inputs: Any
 ) -> tuple[Callable[..., Any], tuple[Array, ...], FoldReport]:
-    """Folds batch norms, and whatever else is known before the call, into the layers before them.
+    """Folds batch norms, and other scales and shifts known before a call, into the layers before.
 
         (conv(x, kernel) + b - mean) * s + bias  =  conv(x, kernel * s) + ((b - mean) * s + bias)
 
-    with s = scale / sqrt(var + epsilon). The pairs are found by following the data of one traced
-    call, never by name: a scale that comes from the variables alone and reaches the output of a
-    convolution (grouped, dilated, transposed) or product feature by feature is folded. A norm that
-    follows anything else becomes (x - mean) * s + bias: the mean is subtracted first, since data of
-    1e5 +- 1 would not survive x * s - mean * s. What depends on the variables alone, such as the
-    kernels of `WeightNorm`, is computed once.
+    with s = scale / sqrt(var + epsilon). The pairs are found in the data flow of one traced call,
+    not by name. A scale is folded if it depends only on the variables and multiplies the features
+    of the output of a convolution (also grouped, dilated or transposed) or of a matrix product.
+    Any other norm becomes (x - mean) * s + bias. The mean is subtracted first, since rounding would
+    destroy data of 1e5 +- 1 in x * s - mean * s. Values that depend only on the variables, such as
+    the kernels of `WeightNorm`, are computed once.
 
-    The kernel and the bias that a norm went into are rounded a few times each, so that beside the
-    rounding of the layer itself the output is off by at most
+    A folded kernel and bias are rounded a few times each. In addition to the rounding of the layer
+    itself, the output therefore has an error of at most
 
         4 eps s (sum |kernel| |x| + |b| + |mean|) + 4 eps |bias|
 
-    with the eps of the kernel's dtype. That is what the call itself may be off, and it is large
-    only where the mean is large beside the deviation.
+    with the eps of the kernel's dtype. The call itself may have the same error. It is large only if
+    the mean is large compared with the deviation.
 
     Args:
         call: `call(variables, *inputs)`, in evaluation mode and traceable by JAX, for example
             `lambda variables, x: model.apply(variables, x, train=False)`.
-        variables: pytree of arrays, of a Flax model or any other; or of their shapes. In place of
-            both a model of flax.nnx, `fold(model, *inputs)`, which runs after `model.eval()`; or,
-            where it cannot be called so, `fold(call, model, *inputs)`, with `call(model, *inputs)`.
+        variables: pytree of arrays, of a Flax model or any other; or of their shapes. For a model
+            of flax.nnx, call `fold(model, *inputs)`, which runs it after `model.eval()`; or
+            `fold(call, model, *inputs)` with `call(model, *inputs)`.
         inputs: examples of the inputs; any batch size.
 
     Returns:
         `(serve, folded, report)`: `serve(folded, *inputs)` equals `call(variables, *inputs)` and
-        may be jitted, for any batch size; `folded` is a tuple of arrays, to be kept as any other
-        pytree; `report` is a `FoldReport`. The shapes in `folded` depend on those of the
-        variables alone, so that arrays of one call fit the `serve` of another.
+        may be jitted, for any batch size; `folded` is a tuple of arrays, a pytree that can be
+        saved; `report` is a `FoldReport`. The shapes in `folded` depend only on those of the
+        variables, so that arrays of one call fit the `serve` of another.
 
     Guarantees:
         same output: equal to that of the call within the bound above.
         no norm is left: the served program has neither root nor quotient of a folded norm.
-        only what is safe: a pair is left alone if a nonlinearity stands between, if the layer's
-            output is used twice, or if the norm comes first (padding would be shifted with it).
+        only what is safe: a pair is not folded if a nonlinearity is between them, if the layer's
+            output is used twice, or if the norm comes first (padding would be shifted, too).
         any batch: nothing in `folded` depends on the batch size of `inputs`.
 
     Edge cases:
@@ -105,22 +105,21 @@ def fold(
         layer without bias                   gets the shift as its bias
         norm after an activation             (x - mean) * s + bias
         norm of raw data                     the same, as exact as the norm itself
-        layer scale                          folded, and no norm: under `scales` of the report
+        layer scale                          folded, and listed in `scales` of the report
         shared layer                         one kernel for each norm that follows it
         layer and norm shared by passes      stored once
         variables stacked for vmap           folded, the members of the ensemble side by side
         shapes in place of arrays            `folded` holds shapes (`jax.ShapeDtypeStruct`), as
                                              to restore a checkpoint; `serve` takes arrays
         half precision                       folded in float32, kernels keep their dtype
-        norm inside a scan                   left as it is, and reported
+        norm inside a scan                   not folded, and reported
         variables repeated for each example  fold with two examples or more
         ===================================  ==================================================
 
     Raises:
-        TypeError: `call` is a module of linen and no function.
-        ValueError: nothing is found to fold, as in training mode, where statistics come from the
-            input; or `serve` meets an input for which the call computes with other shapes of
-            variables.
+        TypeError: `call` is a module of linen, not a function.
+        ValueError: there is nothing to fold, as in training mode, where statistics come from the
+            input; or `serve` gets an input for which the call uses other shapes of variables.
 
     References:
         Jacob et al. (2018), Quantization and Training of Neural Networks, arXiv:1712.05877,
@@ -172,7 +171,7 @@ def fold(
             "least one. If the call trains, its statistics come from the inputs: pass train=False "
             "(use_running_average=True in Flax)."
         )
-    # What is stored depends on no input, so none is needed to compute it.
+    # The stored arrays depend on no input, so none is needed to compute them.
     nothing = [None] * len(jax.tree.leaves(inputs))
     compute = jax.jit(lambda leaves: tuple(beforehand.run([*leaves, *nothing])))
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -183,9 +182,9 @@ def fold(
 def _server(
     call: Callable, variables: Any, order: Sequence[int], evaluations: Evaluations
 ) -> Callable:
-    """The function that serves, traced anew for each shape of its inputs.
+    """The function that serves, traced for each shape of its inputs.
 
-    `order` has the place in `folded` of each array that is needed.
+    `order` has the index in `folded` of each array that is needed.
     """
     shapes = jax.eval_shape(lambda variables: variables, variables)
     leaves = jax.tree.leaves(shapes)
@@ -202,8 +201,8 @@ def _server(
                     got = "nothing more" if given is None else f"shape {given.shape}"
                     raise ValueError(
                         f"serve: folded holds {got} where the call on these inputs needs "
-                        f"{array.shape}. Pass what fold returned beside serve; if you did, "
-                        + ONE_SIZE
+                        f"{array.shape}. Pass the arrays that fold returned with serve; if you "
+                        f"did, {ONE_SIZE}"
                     )
                 return given
 
@@ -215,8 +214,8 @@ def _server(
             is_sequence = isinstance(folded, (tuple, list))
             got = f"holds {len(folded)} arrays" if is_sequence else f"is {type(folded).__name__}"
             raise ValueError(
-                f"serve: folded {got}, expected {size} arrays. Pass what fold "
-                "returned beside serve, not the variables of the model."
+                f"serve: folded {got}, expected {size} arrays. Pass the arrays that fold "
+                "returned with serve, not the variables of the model."
             )
         rest = trace(remaining, leaves, folded, inputs)
         values = rest.run([*leaves, *jax.tree.leaves((folded, inputs))])
@@ -226,10 +225,10 @@ def _server(
 
 
 class _Folding:
-    """One walk over a program, which `take`s every array that is known before the call.
+    """One pass over a program, which `take`s every array that is known before the call.
 
-    The first walk writes down how it evaluated what is known; later ones, over other shapes,
-    follow it, and so take the same arrays.
+    The first pass records how it evaluated known values; later passes, over other shapes, follow
+    this record, and so take the same arrays.
     """
 
     def __init__(
@@ -237,7 +236,7 @@ class _Folding:
     ):
         self.program, self.report, self.evaluations = program, report, evaluations
         self.uses = program.uses()
-        self.met: Counter[tuple[str, str]] = Counter()
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.known: dict[int, Any] = {}
         self.reasons: dict[int, str] = dict.fromkeys(program.inputs, "it comes first")
         self.taken: dict[int, tuple[Array, Array]] = {}
@@ -261,13 +260,13 @@ class _Folding:
         )
 
     def take(self, array: Array) -> Array:
-        """Each array once. It is held beside its number, which would otherwise be given anew."""
+        """Takes each array once. The array is stored with its id, so that the id is not reused."""
         if id(array) not in self.taken:
             self.taken[id(array)] = array, self._take(jnp.asarray(array))
         return self.taken[id(array)][1]
 
     def live(self, value: Any) -> Array:
-        """A value as an array, whatever was still pending."""
+        """A value as an array; a deferred affine map is computed."""
         if isinstance(value, Constant):
             return whole(value, self.take)
         if isinstance(value, DeferredAffine):
@@ -280,7 +279,7 @@ class _Folding:
         return value
 
     def settled(self, equation: Equation, slot: int, value: Any) -> Any:
-        """A result; computed where it is, if more than one equation reads it."""
+        """A result; it is computed here if several equations read it."""
         self.reasons[slot] = f"{equation.name} stands between it and any layer"
         if isinstance(value, DeferredAffine) and self.uses[slot] > 1:
             self.reasons[slot] = (
@@ -310,10 +309,10 @@ class _Folding:
         return equation.bind(*map(self.live, values))
 
     def evaluation(self, equation: Equation, found: str) -> str:
-        """That of the first walk."""
+        """The evaluation of the first pass."""
         place = (equation.where, equation.name)
-        self.met[place] += 1
-        first = self.evaluations.setdefault((*place, self.met[place]), found)
+        self.counts[place] += 1
+        first = self.evaluations.setdefault((*place, self.counts[place]), found)
         if found == "serving" != first:
             raise ValueError(
                 f"serve: {equation.name} in {equation.where} was computed beforehand, "
@@ -363,15 +362,17 @@ class _Folding:
         """A value in another layout or precision."""
         out = equation.avals[0]
         if equation.name in CASTS:
-            alike = jnp.iscomplexobj(out) == jnp.iscomplexobj(value.layer.x)
-            return value._replace(dtype=out.dtype) if alike and _is_inexact(out) else None
+            same_kind = jnp.iscomplexobj(out) == jnp.iscomplexobj(value.layer.x)
+            return value._replace(dtype=out.dtype) if same_kind and _is_inexact(out) else None
         return value.moved(equation)
 
     def look_inside(self, equation: Equation, values: list[Any]) -> None:
-        """Reports norms that a loop or a branch hides."""
+        """Reports norms inside a loop or a branch."""
         stored = any(isinstance(value, Constant) and value.stored for value in values)
         if equation.name in LOOPS and stored and "sqrt" in str(equation.params):
-            self.report.alone.append((equation.where, f"a {equation.name} is not looked into"))
+            self.report.alone.append(
+                (equation.where, f"a norm inside a {equation.name} is not folded")
+            )
 
 
 def _is_inexact(aval: Any) -> bool:

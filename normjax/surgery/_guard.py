@@ -10,24 +10,24 @@ import jax
 
 from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
-from normjax.surgery._paths import Apply, At, chosen, is_nnx, nodes, patterns, written
+from normjax.surgery._paths import Apply, At, chosen, is_nnx, nodes, path_name, patterns
 from normjax.surgery._refused import expect_updated, refuse_training
 
 
 @_errors.named("normjax.surgery.guard")
 def guard(apply: Apply, *, at: At = None) -> Apply:
-    """Fails when a batch norm would run in training mode, or by statistics never updated.
+    """Raises if a batch norm would run in training mode, or by statistics never updated.
 
         allowed: train=False, and statistics other than mean = 0, var = 1, count = 0
 
     The mode is known while JAX traces, statistics are known outside of jit. So guard the compiled
-    function, which sees both: `serve = guard(jax.jit(model.apply, static_argnames="train"))`.
-    Under jit, `jax.jit(guard(model.apply))`, the values of traced statistics are not looked at.
+    function, for which both are known: `guard(jax.jit(model.apply, static_argnames="train"))`.
+    In `jax.jit(guard(model.apply))`, the values of traced statistics are not checked.
 
     Args:
-        apply: what runs the model; called as before. As the outermost wrapper it judges what the
-            inner ones do: `guard(freeze(model.apply))` lets train=True pass. Or a model of
-            flax.nnx, whose statistics are looked at here, and when it is called outside of jit.
+        apply: the function that runs the model. Make the guard the outermost wrapper, since it
+            checks the result of inner ones: `guard(freeze(model.apply))` allows train=True. Or a
+            model of flax.nnx, whose statistics are checked here and in calls outside of jit.
         at: as in `freeze`.
 
     Returns:
@@ -35,21 +35,21 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
         `model.eval()`.
 
     Guarantees:
-        before anything runs: statistics are looked at before the model is called.
-        output unchanged: what passes is the output of `apply` itself.
+        before anything runs: statistics are checked before the model is called.
+        output unchanged: the result is that of `apply` itself.
 
     Edge cases:
         ===================================  ==================================================
-        statistics traced by jit             the mode alone is looked at
-        statistics seen before               looked at once; in NNX at each call outside of jit
+        statistics traced by jit             only the mode is checked
+        statistics seen before               checked once; in NNX at each call outside of jit
         copy of batch norm                   recognized as in `freeze`
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module of linen, or nothing that can be called.
-        ValueError: when called: training mode, statistics never updated, no batch norm (as in a
-            model that is not of Flax), a module with a mean and a var that is not
-            recognized, or a pattern that matches none.
+        TypeError: `apply` is a module of linen, or cannot be called.
+        ValueError: when called: training mode, statistics that were never updated or are not
+            finite, no batch norm (as in a model that is not of Flax), a module with a mean and a
+            var that is not recognized, or a pattern that matches none.
 
     References:
         Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.
@@ -82,8 +82,8 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
             )
             if leaves and not same:
                 for path, node in nodes(stats).items():
-                    if chosen(written(path), given):
-                        expect_updated(written(path), node)
+                    if chosen(path_name(path), given):
+                        expect_updated(path_name(path), node)
                 seen[:] = leaves
         return run(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""One traced call as a flat list of equations: calls inlined, dead ends left out."""
+"""One traced call as a flat list of equations: calls inlined, unused equations removed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 
-# Calls that are no more than their body once nothing is differentiated or compiled apart.
+# Calls that equal their body if nothing is differentiated or compiled separately.
 CALLS = {
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
@@ -23,8 +23,8 @@ Slot = int | Literal
 class Equation(NamedTuple):
     """One primitive, from slots to slots.
 
-    `lasting` ones, which print, run though nobody reads them. `where` is the module that it came
-    from, for people.
+    `lasting` equations, which print, run even if nothing reads their results. `where` is the path
+    of the module, for reports.
     """
 
     primitive: Primitive
@@ -42,7 +42,7 @@ class Equation(NamedTuple):
 
     def bind(self, *values: Any) -> list[Any]:
         """Its results for these values."""
-        # JAX 0.7 returns the functions among the parameters apart from the others.
+        # JAX 0.7 returns the functions among the parameters separately.
         bound = self.primitive.get_bind_params(self.params)
         functions, params = bound if isinstance(bound, tuple) else ((), bound)
         with self.context.manager:
@@ -51,7 +51,7 @@ class Equation(NamedTuple):
 
 
 class FlatJaxpr(NamedTuple):
-    """Equations in order; every slot is written once."""
+    """Equations in order; every slot is assigned once."""
 
     equations: tuple[Equation, ...]
     constants: dict[int, Any]
@@ -77,23 +77,23 @@ class FlatJaxpr(NamedTuple):
         return jax.tree.unflatten(self.out_tree, map(read, self.outputs))
 
     def distinct(self) -> tuple[FlatJaxpr, tuple[int, ...]]:
-        """The same with every result once, and for each of its results the place of it.
+        """The program without repeated results, and for each old result its index among the new.
 
-        Equal operations on equal operands have one result.
+        Equal operations on equal operands are merged.
         """
         slots: dict[int, int] = {}
-        met: dict[Any, tuple[int, ...]] = {}
+        by_key: dict[Any, tuple[int, ...]] = {}
         equations = []
         for equation in self.equations:
             given = tuple(slots.get(s, s) if isinstance(s, int) else s for s in equation.inputs)
             equation = equation._replace(inputs=given)
             key = _key(equation)
-            if (first := met.get(key) if key is not None else None) is not None:
+            if (first := by_key.get(key) if key is not None else None) is not None:
                 slots.update(zip(equation.outputs, first, strict=True))
                 continue
             equations.append(equation)
             if key is not None:
-                met[key] = equation.outputs
+                by_key[key] = equation.outputs
         results = [slots.get(s, s) if isinstance(s, int) else s for s in self.outputs]
         places: dict[Any, int] = {}
         order = tuple(places.setdefault(_operand(slot), len(places)) for slot in results)
@@ -103,7 +103,7 @@ class FlatJaxpr(NamedTuple):
 
 
 def _key(equation: Equation) -> Any:
-    """Equal for equations of equal results; None where that cannot be told."""
+    """A key that is equal for equations with equal results; None if that is unknown."""
     if equation.lasting:
         return None
     operands = tuple(map(_operand, equation.inputs))
@@ -116,7 +116,7 @@ def _key(equation: Equation) -> Any:
 
 
 def _operand(slot: Slot) -> Any:
-    """A slot, or what a literal says, as a key."""
+    """A slot, or the value of a literal, as a key."""
     if isinstance(slot, int):
         return slot
     value = np.asarray(slot.val)
@@ -148,25 +148,25 @@ def trace(function: Callable, *args: Any, effects: bool = True) -> FlatJaxpr:
             body = _body(eqn)
             results: Sequence[Slot]
             if eqn.primitive.name == "name":
-                # Names are for checkpoints of a backward pass; a value by another name is it.
+                # Names are only for checkpoint policies; the result is the operand itself.
                 results = given
             elif body is None:
                 name = eqn.primitive.name
-                written = tuple(next(slots) for _ in eqn.outvars)
+                new = tuple(next(slots) for _ in eqn.outvars)
                 avals = tuple(var.aval for var in eqn.outvars)
                 lasting = effects and bool(eqn.effects)
                 entry = (
                     eqn.primitive,
                     eqn.params,
                     given,
-                    written,
+                    new,
                     avals,
                     lasting,
                     eqn.ctx,
                     place or name,
                 )
                 equations.append(Equation(*entry))
-                results = written
+                results = new
             else:
                 results = inline(body, given, place)
             known.update(zip(eqn.outvars, results, strict=True))
@@ -196,7 +196,7 @@ def _body(eqn: Any) -> ClosedJaxpr | None:
 
 
 def _alive(program: FlatJaxpr) -> FlatJaxpr:
-    """Without the equations whose results nobody reads."""
+    """Without the equations whose results are not used."""
     needed = {slot for slot in program.outputs if isinstance(slot, int)}
     kept = []
     for equation in reversed(program.equations):

@@ -1,4 +1,4 @@
-"""What belongs to an object of the user, and is forgotten with it."""
+"""A cache of values for objects of the user, which are dropped with their object."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class Kept:
     """Values made once for each object; none of them keeps its object alive.
 
-    An object is known by its identity, and an id is given to another object once the first is
-    gone. A weak reference tells both apart.
+    The key is the id of the object. An id may be reused when its object is gone, which a weak
+    reference detects.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class Kept:
         if held is not None and held[0]() is owner:
             return held[1]
         value = make()
-        # What takes no weak reference has its value made anew each time.
+        # Objects without weak references are not cached.
         with contextlib.suppress(TypeError):
             self._held[name] = weakref.ref(owner, lambda _: self._held.pop(name, None)), value
         return value
 
     def forget(self, owner: Any, key: Hashable) -> None:
-        """Makes the value anew the next time."""
+        """Drops the value, so that it is made again."""
         self._held.pop((id(owner), key), None)

@@ -1,4 +1,4 @@
-"""Keras and TensorFlow: weights by their paths, in and out."""
+"""Keras and TensorFlow: import and export of weights by path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _turned(w: np.ndarray) -> np.ndarray:
 
 
 CONV = Layout("*window in out", "*window in out")
-# Turned around as in PyTorch.
+# The window is flipped, as in PyTorch.
 CONV_TRANSPOSE = Layout("*window in out", "*window out in", lambda w, _: _turned(w), _turned)
 DEPTHWISE = Layout(
     "*window 1 features",
@@ -71,21 +71,21 @@ KERAS = NameMapping(
 
 @_errors.named("normjax.surgery.import_keras")
 def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Rule]) -> Tree:
-    """Fills the variables of a Flax model from the weights of its Keras twin.
+    """Fills the variables of a Flax model from the weights of the same model in Keras.
 
         rule: (module of Flax, layer of Keras, kind), as ("Conv_{i}", "net/conv{i+1}", "conv")
 
-    Rules are read as in `import_torch`, and each kind takes kernels of its own rank. Kinds: dense
-    (rank 2), einsum_dense (any), conv and conv_transpose (3 or more), depthwise_conv (likewise, of
+    Rules are those of `import_torch`. Kinds, with the rank of their kernels: dense (2),
+    einsum_dense (any), conv and conv_transpose (3 or more), depthwise_conv (likewise, of
     multiplier 1), attention (of `MultiHeadAttention`), embedding, batch_norm (gamma, beta,
-    moving_mean, moving_variance), layer_norm, group_norm, rms_norm, parameter (any array but a
-    kernel, named by itself), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
+    moving_mean, moving_variance), layer_norm, group_norm, rms_norm, parameter (an array that is not
+    a kernel, by its own name), and keep. Keras' momentum is Flax's, its epsilon is 1e-3.
 
     Args:
-        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them; or a model of
-            flax.nnx.
+        variables: of the Flax model, as returned by `init` or by `jax.eval_shape` of it; or a model
+            of flax.nnx.
         weights: arrays by path: `{w.path: np.asarray(w) for w in model.weights}`. Names of
-            TensorFlow end in ":0", which is no part of a path: strip it.
+            TensorFlow end in ":0", which is not a part of the path: remove it.
         rules: the table.
 
     Returns:
@@ -93,14 +93,14 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
         the model that holds them.
 
     Guarantees:
-        identity: `export_keras` of the result has the very bits of the weights.
-        all or nothing: every leaf has its array and every array its leaf, or it is an error.
+        identity: `export_keras` of the result is bitwise equal to the weights.
+        all or nothing: it is an error if a leaf has no array or an array has no leaf.
 
     Raises:
         ValueError: names missing or left over, shapes that differ, a variable of another rank
             than its kind takes, a rule that matches nothing, a variable without a rule.
-        TypeError: `weights` or `variables` is no mapping, or `rules` is no list of three strings
-            each.
+        TypeError: `weights` or `variables` is not a mapping, or `rules` is not a list of three
+            strings each.
 
     References:
         Keras (2024), keras.layers.BatchNormalization.
@@ -124,7 +124,7 @@ def import_keras(variables: Tree, weights: Mapping[str, Any], rules: Sequence[Ru
 
 @_errors.named("normjax.surgery.export_keras")
 def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """The weights of the Keras twin by path, from the variables of a Flax model.
+    """The weights of the same model in Keras by path, from the variables of a Flax model.
 
         for w in model.weights: w.assign(weights[w.path])
 
@@ -136,12 +136,12 @@ def export_keras(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         A dict of contiguous NumPy arrays by Keras' paths.
 
     Guarantees:
-        identity: `import_keras` of the result gives the very bits of the variables.
+        identity: `import_keras` of the result is bitwise equal to the variables.
 
     Raises:
         ValueError: a rule that matches nothing, a variable without a rule or of another rank than
             its kind takes, a name given twice.
-        TypeError: `variables` is no mapping, or `rules` is no list of three strings each.
+        TypeError: `variables` is not a mapping, or `rules` is not a list of three strings each.
 
     References:
         Keras (2024), keras.layers.BatchNormalization.

@@ -1,7 +1,7 @@
-"""Batch norms seen from outside: recognized while a model runs, changed, and run again.
+"""Intercepts batch norms while a model runs, without changes to its code.
 
-Every tool here that alters how a model acts is an `Edit`, which is shown each batch norm of a
-call and returns it as it is or changed. This works on models whose code cannot be changed.
+Every tool that changes how a model runs is an `Edit`: it gets each batch norm of a call, and
+returns it unchanged or changed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from normjax import BatchStats, _errors
 from normjax._errors.devices import bound_names
 from normjax.surgery._copies import copy_of, run_copy, statistics_of
 from normjax.surgery._kept import Kept
-from normjax.surgery._paths import Apply, chosen, expect_matches, expect_no_state, is_nnx, written
+from normjax.surgery._paths import Apply, chosen, expect_matches, expect_no_state, is_nnx, path_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _OURS: Any = normjax.linen.BatchNorm
 
-# The bodies of the methods: a subclass that calls its parent's is met there, in the parent.
+# The bodies of the methods. A subclass that calls its parent's method is recognized in that call.
 KINDS = {inspect.unwrap(kind.__call__) for kind in (nn.BatchNorm, _OURS)}
 
 
@@ -53,7 +53,7 @@ class Layer(NamedTuple):
 
     @property
     def axis(self) -> Any:
-        """The feature axes; what a copy has no field for is as Flax has it by default."""
+        """The feature axes; the default of Flax if a copy has no such field."""
         return getattr(self.module, "axis", _OURS.axis)
 
     @property
@@ -62,7 +62,7 @@ class Layer(NamedTuple):
         return float(getattr(self.module, "epsilon", getattr(self.module, "eps", _OURS.epsilon)))
 
     def unmapped(self) -> Layer:
-        """Without its device axis where no axis is bound: the batch at hand is the whole one."""
+        """Without its device axis if no axis is bound: then this batch is the whole batch."""
         alone = self.train and self.axis_name is not None and not bound_names()
         return self._replace(axis_name=None, axis_index_groups=None) if alone else self
 
@@ -78,9 +78,9 @@ class Layer(NamedTuple):
 
 
 class Edit:
-    """What a tool does to the batch norms of a call, at the paths that match.
+    """The change of a tool to the batch norms of a call, at the paths that match.
 
-    Its errors name it where they are raised, since they pass through wrappers of other tools.
+    Its errors get its name where they are raised, since they pass through wrappers of other tools.
     """
 
     called: ClassVar[str]
@@ -92,11 +92,11 @@ class Edit:
         self.number = next(Edit._numbers)
 
     def __call__(self, layer: Layer) -> Layer:
-        """The layer as it should run; itself if nothing is to be changed."""
+        """The layer as it should run; the same object if nothing changes."""
         return layer
 
     def unrecognized(self, path: str, module: Any, collection: str) -> None:
-        """Told of a module that ran and has statistics, though it is no batch norm known here."""
+        """Called for a module that ran and has statistics, but is not a known batch norm."""
         raise ValueError(
             f"normjax: the {type(module).__name__} at '{path}' {not_recognized(collection)} "
             "If it is no batch norm, name those that are: at=."
@@ -104,7 +104,7 @@ class Edit:
 
 
 def not_recognized(collection: str) -> str:
-    """Why a module with statistics cannot be treated as a batch norm, and what would help."""
+    """Why a module with statistics is not treated as a batch norm, and what is."""
     return (
         f"holds a mean and a var in '{collection}', as a batch norm does, and was not recognized "
         "as one. Recognized are flax.linen.BatchNorm, normjax.linen.BatchNorm and BatchRenorm, "
@@ -115,14 +115,14 @@ def not_recognized(collection: str) -> str:
 
 
 def expect_function(function: Any, expected: str) -> None:
-    """A function that runs a model; modules are what it is mistaken for."""
+    """Rejects models and other objects in place of a function that runs a model."""
     expect_no_state(function)
     if isinstance(function, nn.Module) or is_nnx(function) or not callable(function):
         raise TypeError(f"normjax: got {type(function).__name__}, expected {expected}")
 
 
-# Edits are part of the key of jit's cache. Wrapping one model's apply twice gives one edit, and
-# what was compiled for it is found again.
+# Edits are part of the key of jit's cache. Wrapping a model's apply twice gives the same edit, so
+# that compiled functions are found again.
 _made = Kept()
 
 
@@ -144,8 +144,8 @@ def wrap(apply: Apply, edit: Callable[..., Edit], *arguments: Any) -> Apply:
 
 
 @dataclass
-class _Met:
-    """What a call was seen to run. Nothing at all where jit remembers an earlier trace.
+class _Observed:
+    """The modules that ran in a call; none if jit uses an earlier trace.
 
     Attributes:
         ran: whether any module of linen did.
@@ -160,14 +160,14 @@ class _Met:
     jitted: set[str] = field(default_factory=set)
 
 
-_met: ContextVar[tuple[_Met, ...]] = ContextVar("met", default=())
+_observed: ContextVar[tuple[_Observed, ...]] = ContextVar("observed", default=())
 
 
 @contextmanager
 def editing(edit: Edit) -> Iterator[None]:
     """Puts an edit in force, after those of the wrappers inside."""
-    outer, mine = _edits.value, _Met()
-    token = _met.set((*_met.get(), mine))
+    outer, mine = _edits.value, _Observed()
+    token = _observed.set((*_observed.get(), mine))
     try:
         with ExitStack() as stack:
             if not outer:
@@ -175,7 +175,7 @@ def editing(edit: Edit) -> Iterator[None]:
             stack.enter_context(_edits((edit, *outer)))
             yield
     finally:
-        _met.reset(token)
+        _observed.reset(token)
     edit.known |= mine.norms
     if not edit.known and mine.ran and not mine.initialized:
         raise ValueError(
@@ -194,12 +194,12 @@ def editing(edit: Edit) -> Iterator[None]:
         _expect_own_traces(edit, mine)
 
 
-def _expect_own_traces(edit: Edit, met: _Met) -> None:
-    """Blocks under nn.jit that are alike share the trace of the first: a path means them all."""
+def _expect_own_traces(edit: Edit, observed: _Observed) -> None:
+    """Equal blocks under nn.jit share one trace, so a path cannot select one of them."""
     if edit.at is None:
         return
-    for path in sorted(met.norms):
-        inside = met.jitted.intersection(path.split("/"))
+    for path in sorted(observed.norms):
+        inside = observed.jitted.intersection(path.split("/"))
         if inside and chosen(path, edit.at):
             raise ValueError(
                 f"normjax: at={edit.at!r} names '{path}', which is inside of '{min(inside)}' "
@@ -218,48 +218,48 @@ def _is_jitted(kind: type) -> bool:
 
 def _intercept(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
     module: Any = context.module
-    for met in _met.get():
-        met.ran = True
-        met.initialized |= module.scope is not None and module.is_initializing()
+    for observed in _observed.get():
+        observed.ran = True
+        observed.initialized |= module.scope is not None and module.is_initializing()
         if module.name and _is_jitted(type(module)):
-            met.jitted.add(module.name)
+            observed.jitted.add(module.name)
     body: Any = getattr(context.orig_method, "func", None)
-    path = written(module.path) if module.scope is not None else ""
+    path = path_name(module.path) if module.scope is not None else ""
     layer = _recognize(path, next_fun, args, kwargs, context, body)
     if layer is None:
         out = next_fun(*args, **kwargs)
         if context.method_name != "setup" and module.scope is not None:
             _report_unrecognized(path, module)
         return out
-    for met in _met.get():
-        met.norms.add(path)
+    for observed in _observed.get():
+        observed.norms.add(path)
     if module.is_initializing():
         return next_fun(*args, **kwargs)
     changed = layer
     for edit in _edits.value:
         if chosen(path, edit.at):
-            changed = _door(edit)(edit.__call__)(changed)
+            changed = _named(edit)(edit.__call__)(changed)
     return next_fun(*args, **kwargs) if changed is layer else changed.run(changed)
 
 
-def _door(edit: Edit) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _named(edit: Edit) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return _errors.named(edit.called, runs_model=True, feature_axis="axis")
 
 
 def _report_unrecognized(path: str, module: Any) -> None:
-    """Tells the edits of a module that ran with statistics of its own, and was not met."""
-    if module.is_initializing() or any(path in met.norms for met in _met.get()):
+    """Reports a module that ran with its own statistics and was not recognized."""
+    if module.is_initializing() or any(path in observed.norms for observed in _observed.get()):
         return
     if collection := statistics_of(module):
         for edit in _edits.value:
             if chosen(path, edit.at):
-                _door(edit)(edit.unrecognized)(path, module, collection)
+                _named(edit)(edit.unrecognized)(path, module, collection)
 
 
 def _recognize(
     path: str, next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: Any, body: Any
 ) -> Layer | None:
-    """The batch norm that is called here, if it is one."""
+    """The batch norm of this call, if it is one."""
     module: Any = context.module
     if body in KINDS:
         return _recognize_kind(path, args, kwargs, module, body)
@@ -294,7 +294,7 @@ def _recognize_kind(
     try:
         given = inspect.signature(body).bind(module, *args, **kwargs).arguments
     except TypeError:
-        return None  # The layer itself says what is wrong with its arguments.
+        return None  # The layer itself raises for its arguments.
     average = given.get("use_running_average")
     if given.get("train") is None:
         average = nn.merge_param("use_running_average", module.use_running_average, average)
@@ -315,14 +315,14 @@ def _recognize_kind(
 
 
 def _run(layer: Layer) -> Any:
-    """Runs a changed layer: by the code of normjax, whichever library it comes from."""
+    """Runs a changed layer with the code of normjax, also if it is a layer of Flax."""
     body: Any = inspect.unwrap(_OURS.__call__)
     vectors = {name: _held(layer, getattr(layer, name)) for name in ("scale", "bias")}
     return body(_Edited(layer), layer.x, train=layer.train, mask=layer.mask, **vectors)
 
 
 class _Edited:
-    """A module as its code should see it: its variables, some of its fields in other values."""
+    """A module with its own variables, and other values of some fields."""
 
     use_running_average = None
 
@@ -331,16 +331,16 @@ class _Edited:
         self.axis_name, self.axis_index_groups = layer.axis_name, layer.axis_index_groups
 
     def __getattr__(self, name: str) -> Any:
-        # What a layer of Flax has no field for is as normjax has it by default.
+        # Fields that a layer of Flax does not have get the defaults of normjax.
         held = hasattr(self._layer.module, name)
         return getattr(self._layer.module if held else _OURS, name)
 
     def param(self, *arguments: Any) -> Any:
-        """A frozen layer has parameters, and no gradient for them."""
+        """A parameter, which gets no gradient if the layer is frozen."""
         return _held(self._layer, self._layer.module.param(*arguments))
 
 
-# The name that errors say.
+# The name in errors.
 _Edited.__name__ = _OURS.__name__
 
 
@@ -368,7 +368,7 @@ class _Context:
 
         token = self._var.set(edits)
         try:
-            # Metadata of the compiler, which it ignores, is all that old JAX lets into the key.
+            # Old JAX lets only compiler metadata into the key; the compiler ignores this one.
             key = "-".join(str(edit.number) for edit in edits)
             with set_xla_metadata(normjax_edits=key):
                 yield

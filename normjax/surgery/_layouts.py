@@ -1,4 +1,4 @@
-"""How other libraries lay out and name the arrays of their layers."""
+"""Layouts and names of the arrays of layers in other libraries."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """The axes of an array in Flax and in the other library, and the way from one to the other.
+    """The axes of an array in Flax and in the other library, and both conversions.
 
     Attributes:
         here: the axes in Flax, as "*window in out": a name for each axis, "*" before one that
             stands for one or more, "1" for an axis of size 1, and "..." for any axes or none.
         there: the axes in the other library, in words.
-        inward: the other library's array as Flax has it, given the leaf to fill.
-        outward: Flax's array as the other library has it.
+        inward: converts the other library's array to that of Flax, given the leaf to fill.
+        outward: converts Flax's array to that of the other library.
         part: which third of the other library's array it is; None for all of it.
     """
 
@@ -58,12 +58,12 @@ Kind = Mapping[tuple[str, str], tuple[str, Layout]]
 
 
 class NameMapping(NamedTuple):
-    """How another library names what its layers hold.
+    """The names of another library for the arrays of its layers.
 
     Attributes:
-        kinds: the layers that it has.
+        kinds: its layers.
         separator: between the module and the name of an array.
-        optional: names that may be there without a place in Flax.
+        optional: names that need no counterpart in Flax.
     """
 
     kinds: Mapping[str, Kind]

@@ -1,4 +1,4 @@
-"""How the batch norms of a model act: frozen, synchronized over devices."""
+"""Changes how the batch norms of a model run: frozen, or synchronized over devices."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from normjax.surgery._paths import Apply, At, at_path, is_nnx, norms, patterns
 
 @_errors.named("normjax.surgery.freeze")
 def freeze(apply: Apply, *, at: At = None) -> Apply:
-    """Batch norms act by their running statistics, and learn nothing, whatever the mode.
+    """Makes batch norms use their running statistics and learn nothing, in any mode.
 
         y = (x - running mean) / sqrt(running var + epsilon) * scale + bias,   d scale = d bias = 0
 
-    Unfreezing is calling the function that was wrapped.
+    To unfreeze them, call the original function.
 
     Args:
-        apply: what runs the model, such as `model.apply`; called as before. Or a model of
-            flax.nnx.
+        apply: the function that runs the model, such as `model.apply`. Or a model of flax.nnx.
         at: patterns over the paths of the layers ("block_*/bn", one or several), all if None. In
             NNX paths are those of attributes ("blocks/0/bn").
 
@@ -31,27 +30,27 @@ def freeze(apply: Apply, *, at: At = None) -> Apply:
         `frozen=True`, also after `model.train()`.
 
     Guarantees:
-        any model: layers of Flax and of normjax alike, linen and NNX, inside jit, remat, scan and
-            vmap of Flax.
-        copies too: a class of its own that keeps mean and var in `batch_stats`, has no submodules
-            and takes `use_running_average` (or `train`, `training`, `is_training`) is a batch norm.
-        statistics stay: `batch_stats` comes back as it went in, also where train=True.
+        any model: layers of Flax and of normjax, linen and NNX, inside jit, remat, scan and vmap of
+            Flax.
+        copies too: another class that keeps mean and var in `batch_stats`, has no submodules and
+            takes `use_running_average` (or `train`, `training`, `is_training`) is a batch norm.
+        statistics stay: `batch_stats` is returned unchanged, also with train=True.
         learns nothing: gradients of scale and bias are zero.
-        never a stale trace: a function that jit has compiled before is compiled anew.
+        never a stale trace: a function that jit has compiled before is compiled again.
 
     Edge cases:
         ===================================  ==================================================
         no batch_stats of a layer            an error
         unrecognized module with statistics  an error, unless `at` leaves it out
         at= inside of nn.jit                 an error: equal blocks there share one trace
-        frozen layer of nnx, train=True      an error; model.train() is none
+        frozen layer of nnx, train=True      an error; model.train() is not
         copy of batch norm in nnx            an error, and so is a subclass of flax.nnx.BatchNorm
                                              with a __call__ of its own
-        init                                 runs as it is, there is nothing to freeze yet
+        init                                 runs unchanged; there is nothing to freeze yet
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module of linen, or nothing that can be called.
+        TypeError: `apply` is a module of linen, or cannot be called.
         ValueError: when called (for NNX at once): no batch norm ran (as in a model that is not of
             Flax), a module with a mean and a var is not recognized, or a pattern matches none
             (they are listed).
@@ -84,28 +83,28 @@ class _Freeze(Edit):
 
 @_errors.named("normjax.surgery.frozen_mask")
 def frozen_mask(variables: Any, *, at: At = None) -> Any:
-    """Where the parameters are those of frozen batch norms, as an optax mask.
+    """An optax mask of the parameters of frozen batch norms.
 
         True for scale and bias of a chosen layer, False elsewhere
 
-    The gradients of a frozen layer are zero, and still an optimizer moves its parameters, by
-    weight decay and by old momentum. So:
+    The gradients of a frozen layer are zero, but weight decay and the momentum of an optimizer
+    still change its parameters. To keep them, use
     `optax.chain(optimizer, optax.masked(optax.set_to_zero(), frozen_mask(variables)))`.
 
     Args:
-        variables: all of the model, since `batch_stats` tells which layers are batch norms. Or a
-            model of flax.nnx.
+        variables: all variables of the model, since `batch_stats` shows which layers are batch
+            norms. Or a model of flax.nnx.
         at: as in `freeze`.
 
     Returns:
         A tree of booleans of the structure of `variables["params"]`; for NNX of the parameters as
-        `nnx.Optimizer` hands them to optax.
+        `nnx.Optimizer` passes them to optax.
 
     Guarantees:
         by role: a layer is a batch norm by its statistics, not by its name.
 
     Raises:
-        TypeError: `variables` is no dictionary.
+        TypeError: `variables` is not a dictionary.
         ValueError: there are no statistics or no params, or a pattern matches none (they are
             listed).
 
@@ -141,13 +140,13 @@ def frozen_mask(variables: Any, *, at: At = None) -> Any:
 
 @_errors.named("normjax.surgery.synchronize")
 def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) -> Apply:
-    """Batch norms share their batch statistics over `axis_name`, in a model written without it.
+    """Makes batch norms share their batch statistics over `axis_name`.
 
         moments = merge of the moments of all devices along axis_name
 
     Args:
-        apply: what runs the model, such as `model.apply`; called as before, where the axis is
-            bound by pmap, shard_map or vmap. Or a model of flax.nnx.
+        apply: the function that runs the model, such as `model.apply`. Call the result where the
+            axis is bound by pmap, shard_map or vmap. Or a model of flax.nnx.
         axis_name: one name or several.
         at: as in `freeze`.
 
@@ -157,15 +156,15 @@ def synchronize(apply: Apply, axis_name: str | Sequence[str], *, at: At = None) 
     Guarantees:
         shared exactly: equal to one call on the whole batch, in value, gradient and statistics,
             for layers of Flax too.
-        evaluation unchanged: layers that run by their running statistics share nothing.
+        evaluation unchanged: layers that use their running statistics share nothing.
 
     Edge cases:
         ===================================  ==================================================
-        the layer has an axis_name           this one is taken in its place
+        the layer has an axis_name           it is replaced by this one
         ===================================  ==================================================
 
     Raises:
-        TypeError: `apply` is a module of linen, or nothing that can be called.
+        TypeError: `apply` is a module of linen, or cannot be called.
         ValueError: when called (for NNX at once): no batch norm ran (as in a model that is not of
             Flax), a module with a mean and a var is not recognized, or a pattern matches none
             (they are listed).

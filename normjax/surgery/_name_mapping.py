@@ -22,7 +22,7 @@ Rule = tuple[str, str, str]
 
 
 class Place(NamedTuple):
-    """Where a leaf of the variables is found in the other library; without a name it stays."""
+    """The counterpart of a leaf in the other library; a leaf without a name is not changed."""
 
     leaf: Any
     path: str
@@ -42,7 +42,7 @@ def import_arrays(
     state: Mapping[str, Any],
     rules: Sequence[Rule],
 ) -> Any:
-    """The variables with the arrays of `state` in their places; of a model of NNX another one."""
+    """The variables with the arrays of `state` in their places; a copy of a model of NNX."""
     if is_nnx(variables):
         from normjax.surgery._nnx.layers import filled, variables_of
 
@@ -70,8 +70,8 @@ def import_arrays(
                 and given[str(place.name)].shape != place.layout.shape_there(place.shape)
             ],
         },
-        f"{_cause(name_mapping, list(missing), state)}Mend the rules or the fields of the model; a "
-        "rule of kind 'keep' leaves a module as it is. Nothing was changed.",
+        f"{_cause(name_mapping, list(missing), state)}Fix the rules or the fields of the model; a "
+        "rule of kind 'keep' leaves a module unchanged. Nothing was changed.",
     )
     arrays = [place.leaf if place.name is None else _laid_out(place, given) for place in places]
     return jax.tree.unflatten(jax.tree.structure(variables), arrays)
@@ -98,12 +98,12 @@ def export_arrays(
         found.setdefault(place.name, []).append(
             (place.layout.part or 0, place.layout.outward(array))
         )
-    # In order: files are written from memory without regard to strides.
+    # In C order, since files are written from memory without regard to strides.
     return {name: np.asarray(_joined(name, parts), order="C") for name, parts in found.items()}
 
 
 def _joined(name: str, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
-    """The array of a name; query, key and value one below the other where it holds all three."""
+    """The array of a name; query, key and value are concatenated if it holds all three."""
     arrays = [array for _, array in sorted(parts, key=lambda part: part[0])]
     if len({array.shape for array in arrays}) > 1:
         raise ValueError(
@@ -115,14 +115,14 @@ def _joined(name: str, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
 
 
 def _laid_out(place: Place, given: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The array of a place as Flax has it."""
+    """The array of a place in the layout of Flax."""
     array, part = given[str(place.name)], place.layout.part
     array = array if part is None else np.split(array, PARTS)[part]
     return place.layout.inward(array, place.leaf)
 
 
 def _differs(place: Place, array: np.ndarray) -> str:
-    """How the array of a place differs from what its kind takes."""
+    """How the shape of an array differs from that of its kind."""
     kind = place.rule[2] if place.rule else KEEP
     return (
         f"{place.name} gives {array.shape} for {place.path} of {place.shape}, expected "
@@ -132,7 +132,7 @@ def _differs(place: Place, array: np.ndarray) -> str:
 
 
 def _numbers(array: Any) -> np.ndarray | None:
-    """A copy of an array; None for what holds no numbers, of which NumPy may make an array too."""
+    """A copy of an array; None if it holds no numbers."""
     try:
         copy = as_numpy(array)
     except (ValueError, TypeError, RuntimeError):
@@ -172,18 +172,18 @@ def _cause(name_mapping: NameMapping, missing: Sequence[str], state: Mapping[str
 def as_numpy(array: Any) -> np.ndarray:
     """A copy of an array of NumPy, JAX or PyTorch in its own dtype.
 
-    A tensor's memory is not ours: PyTorch goes on training in it.
+    PyTorch may change the memory of a tensor later.
     """
     if not hasattr(array, "detach"):
         return np.array(array)
     tensor = array.detach().cpu()
-    # NumPy knows no bfloat16 by itself, and PyTorch refuses to give it one.
+    # NumPy itself has no bfloat16, so PyTorch does not convert to it.
     is_brain = str(tensor.dtype) == "torch.bfloat16"
     return np.array(jnp.from_dlpack(tensor.contiguous()) if is_brain else tensor.numpy())
 
 
 def _places(name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]) -> list[Place]:
-    """The place of every leaf; an error if there is a leaf or a rule without the other."""
+    """The place of every leaf; an error if a leaf has no rule or a rule has no leaf."""
     if not isinstance(variables, Mapping):
         raise TypeError(
             f"normjax: variables is {type(variables).__name__}, expected the collections of a "
@@ -192,7 +192,7 @@ def _places(name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]) ->
     rules = _checked(name_mapping, rules)
     patterns = [(rule, re.compile(_regex(rule[0]))) for rule in rules]
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    paths = [_written(path) for path, _ in leaves]
+    paths = [_path_name(path) for path, _ in leaves]
     places = [
         _place(name_mapping, patterns, path, leaf)
         for path, (_, leaf) in zip(paths, leaves, strict=True)
@@ -222,7 +222,7 @@ def _places(name_mapping: NameMapping, variables: Any, rules: Sequence[Rule]) ->
     return places
 
 
-def _written(path: Sequence[Any]) -> str:
+def _path_name(path: Sequence[Any]) -> str:
     """The path of a leaf without the box that `flax.linen.with_partitioning` puts it in."""
     keys = tuple(key for key in path if not isinstance(key, jax.tree_util.GetAttrKey))
     return jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -258,7 +258,7 @@ def _place(
     path: str,
     leaf: Any,
 ) -> Place:
-    """By the first rule that fits."""
+    """The place of a leaf by the first rule that fits."""
     collection, *parts = path.split("/")
     last = path.rpartition("/")[2]
     # A leaf is named by itself, by its module, or, as in attention, by the module of its module.
@@ -268,7 +268,7 @@ def _place(
             match = pattern.fullmatch(parents)
             if match is None:
                 continue
-            # What layers hold is named by its layer: "a/{b}" is no rule for the kernel of a.
+            # A rule names the layer of an array: "a/{b}" is not a rule for the kernel of a.
             held_by_a_layer = depth == 0 and name_mapping.owns(last)
             if rule[2] == KEEP:
                 if depth < 2 and not held_by_a_layer:
@@ -284,7 +284,7 @@ def _place(
 
 
 def _misfit(name_mapping: NameMapping, place: Place) -> str:
-    """Why a leaf is not of the kind that its rule says, and of which it may be."""
+    """Why a leaf does not fit the kind of its rule, and which kinds it fits."""
     kind = place.rule[2] if place.rule else KEEP
     leaf_name = place.path.rpartition("/")[2]
     others = {
@@ -306,7 +306,7 @@ def _free(name_mapping: NameMapping, places: Sequence[Place]) -> Callable[[str],
     inside = tuple(f"{module}{name_mapping.separator}" for module in kept if module)
 
     def free(name: str) -> bool:
-        # What the model holds beside its modules has no separator in its name.
+        # Arrays of the model outside of its modules have no separator in their names.
         at_root = "" in kept and name_mapping.separator not in name
         return at_root or name in optional or name in kept or name.startswith(inside)
 
@@ -314,7 +314,7 @@ def _free(name_mapping: NameMapping, places: Sequence[Place]) -> Callable[[str],
 
 
 def _regex(pattern: str) -> str:
-    """conv{i} as an expression; a name that comes back stands for the same text."""
+    """conv{i} as a regular expression; a repeated name matches the same text."""
     seen: set[str] = set()
 
     def part(index: int, text: str) -> str:
@@ -322,14 +322,14 @@ def _regex(pattern: str) -> str:
             return re.escape(text)
         again = text in seen
         seen.add(text)
-        # Behind an underscore a number is a name as well.
+        # With an underscore, a number is a valid group name, too.
         return f"(?P=_{text})" if again else f"(?P<_{text}>[^/]+?)"
 
     return "".join(part(i, text) for i, text in enumerate(re.split(r"\{(\w+)\}", pattern)))
 
 
 def _name(rule: Rule, values: Mapping[str, str]) -> str:
-    """The other library's module; {i+1} counts on from what {i} matched."""
+    """The other library's module; {i+1} is one more than the number that {i} matched."""
 
     def fill(match: re.Match[str]) -> str:
         name, shift = match[1], match[2]
@@ -338,7 +338,7 @@ def _name(rule: Rule, values: Mapping[str, str]) -> str:
             got = f"which {rule[0]!r} does not have" if value is None else f"and {name}={value!r}"
             raise ValueError(
                 f"normjax: the rule {rule} asks for {match[0]}, {got}, expected a name of the "
-                "pattern of Flax, and a number where it is counted on."
+                "pattern of Flax, and a number if a number is added."
             )
         return str(int(value) + int(shift)) if shift else value
 
@@ -346,7 +346,7 @@ def _name(rule: Rule, values: Mapping[str, str]) -> str:
 
 
 def _complain(sentence: str, problems: Mapping[str, Sequence[str]], remedy: str) -> None:
-    """Raises with all that is wrong at once, the first of each."""
+    """Raises one error with all problems, the first few of each kind."""
     if not any(problems.values()):
         return
     lines = [f"  {what}: {_few(items)}" for what, items in problems.items() if items]

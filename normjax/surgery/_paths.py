@@ -11,13 +11,13 @@ from flax.core import FrozenDict, freeze
 
 At: TypeAlias = str | Sequence[str] | None
 Path: TypeAlias = tuple[str, ...]
-# What goes in comes out, of the same kind of dictionary, or with the same arguments.
+# Results have the type of the argument.
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Tree = TypeVar("Tree")
 
 
 def is_nnx(value: Any) -> bool:
-    """Whether this is a model of flax.nnx, which is not imported to find out."""
+    """Whether this is a model of flax.nnx, without importing it."""
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(value, type) and issubclass(value, nnx.Module):
         raise TypeError(
@@ -28,7 +28,7 @@ def is_nnx(value: Any) -> bool:
 
 
 def expect_no_state(value: Any) -> None:
-    """The state of a model of NNX does not say which layers are batch norms."""
+    """Rejects the state of a model of NNX, which does not say which layers are batch norms."""
     nnx: Any = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(value, nnx.State):
         raise TypeError(
@@ -38,21 +38,21 @@ def expect_no_state(value: Any) -> None:
 
 
 def params_of(tree: Any) -> Any:
-    """The parameters of a model of NNX, or of its state, as `nnx.Optimizer` hands them to optax."""
+    """The parameters of an NNX model, or of its state, as `nnx.Optimizer` passes them to optax."""
     nnx: Any = sys.modules.get("flax.nnx")
-    # Old versions of Flax hand boxed parameters to optax, and have no such function.
+    # Old versions of Flax pass boxed parameters to optax, and lack this function.
     if not hasattr(nnx, "as_pure") or not isinstance(tree, (nnx.Module, nnx.State)):
         return tree
     return nnx.as_pure(nnx.state(tree, nnx.Param) if isinstance(tree, nnx.Module) else tree)
 
 
-def written(path: Iterable[str]) -> str:
-    """A path as a person writes it; that of the model itself is ''."""
+def path_name(path: Iterable[str]) -> str:
+    """A path as text; '' is the model itself."""
     return "/".join(path)
 
 
 def patterns(at: At) -> tuple[str, ...] | None:
-    """What `at` says, as a tuple; None stands for all layers."""
+    """The patterns of `at` as a tuple; None stands for all layers."""
     if at is None:
         return None
     given = (at,) if isinstance(at, str) else tuple(at) if isinstance(at, Iterable) else ()
@@ -65,12 +65,12 @@ def patterns(at: At) -> tuple[str, ...] | None:
 
 
 def chosen(path: str, at: tuple[str, ...] | None) -> bool:
-    """Whether a layer is meant. `*` stands for any text, slashes included."""
+    """Whether a layer is selected. `*` stands for any text, slashes included."""
     return at is None or any(fnmatchcase(path, pattern) for pattern in at)
 
 
 def expect_matches(at: tuple[str, ...] | None, paths: Collection[str]) -> None:
-    """A pattern without a layer is a typing error, and a typing error must not pass silently."""
+    """A pattern that matches no layer is an error, since it is most likely misspelled."""
     for pattern in at or ():
         if not any(fnmatchcase(path, pattern) for path in paths):
             there = ", ".join(repr(path) for path in sorted(paths)) or "none"
@@ -94,8 +94,8 @@ def norms(variables: Any, at: At = None) -> dict[Path, dict[str, Any]]:
             f"{sorted(variables)}. Pass all that model.init returns, 'batch_stats' included."
         )
     given = patterns(at)
-    expect_matches(given, [written(path) for path in found])
-    return {path: node for path, node in found.items() if chosen(written(path), given)}
+    expect_matches(given, [path_name(path) for path in found])
+    return {path: node for path, node in found.items() if chosen(path_name(path), given)}
 
 
 def nodes(tree: Any, path: Path = ()) -> dict[Path, dict[str, Any]]:
@@ -126,7 +126,7 @@ def with_stats(variables: Any, changed: Mapping[Path, Mapping[str, Any]]) -> Any
 
 
 def like(given: Any, tree: Any) -> Any:
-    """Of the kind of dictionary that was given: Flax has a frozen one, too."""
+    """A tree in the type of the given dictionary, which may be a FrozenDict of Flax."""
     return freeze(tree) if isinstance(given, FrozenDict) else tree
 
 

@@ -1,4 +1,4 @@
-"""Exact statistics of the population in place of the running averages."""
+"""Replaces running averages by exact statistics of many batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from normjax import _errors
 from normjax.surgery._accumulator import DID_NOT_RUN, Measure
 from normjax.surgery._batches import over_batches
 from normjax.surgery._compiled import Accumulators, Seen
-from normjax.surgery._paths import At, Tree, at_path, patterns, with_stats, written
+from normjax.surgery._paths import At, Tree, at_path, path_name, patterns, with_stats
 from normjax.surgery._source import source
 
 
@@ -49,55 +49,55 @@ def recompute(
     limit: int | None = None,
     progress: bool = True,
 ) -> Any:
-    """Statistics of all that the batch norms see in `batches` ("precise batch norm").
+    """Recomputes the statistics of batch norms exactly over `batches` ("precise batch norm").
 
         mean = sum of x / count,   var = sum of |x - mean|^2 / (count - ddof)
 
-    over all entries of all batches that count. A running average weighs the last batches most,
-    and an average of variances leaves out how the means of the batches differ; this does neither.
+    over all entries of all batches that count. A running average weights the last batches most, and
+    an average of variances ignores the differences between the means of batches. This function has
+    neither problem.
 
     Args:
         call: `call(variables, batch, *, train, mutable)` runs the model and returns what
             `model.apply` does. It is compiled once, as by `jax.jit`, so it must be pure: dropout
             keys come in batches.
-        variables: all of the model. In place of both a model of flax.nnx, `recompute(model,
-            batches)`, which runs after `model.train()`; or, where it cannot be called with a batch,
-            `recompute(call, model, batches)`, with `call(model, batch)`.
-        batches: an iterable of whatever `call` takes, cut as in training, since each layer is
-            measured behind layers that normalize by the batch. The sizes may differ. One batch is
-            `[batch]`.
+        variables: all variables of the model. For a model of flax.nnx, call `recompute(model,
+            batches)`, which runs it after `model.train()`; or `recompute(call, model, batches)`
+            with `call(model, batch)`.
+        batches: an iterable of batches for `call`, of the size in training, since layers before a
+            measured layer normalize by the batch. Sizes may differ. For one batch pass `[batch]`.
         at: patterns over the paths of the layers, all if None.
-        limit: how many batches at most.
-        progress: a bar, where there is a terminal.
+        limit: the maximal number of batches.
+        progress: whether to show a progress bar in a terminal.
 
     Returns:
         New variables, or a copy of the model; only the statistics of the chosen layers differ.
 
     Guarantees:
-        exact: population moments to float32 rounding, whatever the offsets, drift and sizes.
-        cut as you like: the result does not depend on the cuts where the layer's input does not.
+        exact: population moments to float32 rounding, for any offsets, drift and sizes.
+        cut as you like: the result depends on batch sizes only if the layer's input does.
         any devices: also over an `axis_name` that is bound within `call`, and sharded arrays.
-        unbound axis: where a layer has an `axis_name` and nothing is bound, the batch is whole.
+        unbound axis: if a layer has an `axis_name` and no axis is bound, each batch is whole.
         any model: layers of Flax and of normjax, also inside jit, remat, scan and vmap of Flax;
             copies of them as in `freeze`.
         nothing left out: a chosen layer that was not measured is an error that names it.
         compiled once: a second call with the same function and shapes compiles nothing. A model of
-            NNX is compiled in each call, since what its methods read cannot be known.
-        pure: the variables that were given stay as they are, also when something fails.
+            NNX is compiled in each call, since changes of what its methods read are not known.
+        pure: the given variables are not changed, also when something fails.
 
     Edge cases:
         ===================================  ==================================================
         feature with every entry masked      its statistics stay
         layer that is frozen inside call     its statistics stay
         model of NNX that is frozen whole    an error, since nothing would be measured
-        layer that runs twice                both its inputs are taken in
+        layer that runs twice                both its inputs are measured
         count beside mean and var            the number of batches
         ===================================  ==================================================
 
     Raises:
-        TypeError: `call` is no function, or does not take train and mutable; `variables` is no
-            dictionary; `batches` is one batch, an array, a dictionary or a tuple, or holds what is
-            no array; `call` does not take a batch, or returns no updates.
+        TypeError: `call` is not a function, or does not take train and mutable; `variables` is not
+            a dictionary; `batches` is one batch, an array, a dictionary or a tuple, or does not
+            consist of arrays; `call` does not take a batch, or returns no updates.
         ValueError: no batches, no batch norm, a chosen one that ran in evaluation mode, not at
             all, or is not recognized, a pattern that matches none, data that are not finite,
             batches that the model does not take.
@@ -120,7 +120,7 @@ def recompute(
     run, given = held.run, patterns(at)
 
     def each(seen: Seen, batch: Any) -> None:
-        # What did not run yet may be run by a later batch.
+        # A layer that did not run yet may run in a later batch.
         _expect_measured(run, seen.records, given, ran_only=True)
 
     records = over_batches(run, held.variables, held.batches, at, limit, progress, each)
@@ -133,9 +133,9 @@ def recompute(
 def _expect_measured(
     run: Any, records: Accumulators, at: tuple[str, ...] | None, ran_only: bool = False
 ) -> None:
-    """Statistics that stay as they are, though they were chosen, are an error."""
+    """Raises if the statistics of a chosen layer would not change."""
     measure = run.measure
-    faults = {written(path): measure.fault(written(path), r) for path, r in records.items()}
+    faults = {path_name(path): measure.fault(path_name(path), r) for path, r in records.items()}
     wrong = {path: fault for path, fault in faults.items() if fault}
     wrong |= measure.elsewhere(at, records)
     if ran_only:
@@ -149,6 +149,6 @@ def _expect_measured(
         listed = "; ".join(f"'{path}' {fault}" for path, fault in sorted(wrong.items()))
         raise ValueError(
             f"normjax: {len(wrong)} chosen batch norms were not measured, so their "
-            f"statistics would stay as they are: {listed}. Look whether the model hands train to "
-            "all of its layers. To leave some as they are, name the others: at=."
+            f"statistics would not change: {listed}. Check that the model passes train to all of "
+            "its layers. To keep some of them unchanged, name the others: at=."
         )

@@ -1,4 +1,4 @@
-"""What a guard refuses: training, and statistics that were never updated."""
+"""The errors of `guard`: training, and statistics that were never updated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def never_updated(node: Mapping[str, Any]) -> bool:
-    """Whether statistics are those that a layer starts from; False for what jit traces."""
+    """Whether statistics are those of a new layer; False if jit traces them."""
     leaves = [node[name] for name in ("mean", "var", "count") if node.get(name) is not None]
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return False
@@ -20,7 +20,7 @@ def never_updated(node: Mapping[str, Any]) -> bool:
 
 
 def refuse_training(path: str, remedy: str) -> None:
-    """A layer that trains does not serve."""
+    """Raises for a layer in training mode."""
     raise ValueError(
         f"normjax: the batch norm at '{path}' would run in training mode, normalizing each example "
         f"by the others in its batch. {remedy}"
@@ -28,7 +28,15 @@ def refuse_training(path: str, remedy: str) -> None:
 
 
 def expect_updated(path: str, node: Mapping[str, Any]) -> None:
-    """Statistics that are no longer those of a new layer."""
+    """Raises for statistics of a new layer, or that are not finite."""
+    for name in ("mean", "var"):
+        leaf = node[name]
+        if not isinstance(leaf, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(leaf))):
+            raise ValueError(
+                f"normjax: the batch norm at '{path}' has a running {name} that is NaN or "
+                "infinite. Use normjax.surgery.reset and normjax.surgery.recompute, or load other "
+                "statistics."
+            )
     if never_updated(node):
         raise ValueError(
             f"normjax: the batch norm at '{path}' has statistics that were never updated "

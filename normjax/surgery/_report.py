@@ -1,4 +1,4 @@
-"""What a diagnosis found: as data, as a table, as a picture, as an assertion."""
+"""The report of `diagnose`: data, a table, a figure and an assertion."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ FEW_SAMPLES = 16
 STALE = 0.1
 STALE_SHIFT, STALE_RATIO = 0.45, (0.49, 1.8)
 
-# Which findings a panel of the picture shows, and the colors of Okabe and Ito (2008), which people
-# who cannot tell red from green can tell apart.
+# Which findings a panel of the figure shows, and the colorblind-safe colors of Okabe and Ito
+# (2008).
 OF_STATISTICS = {"stale", "never updated", "devices differ", "not finite"}
 OF_SAMPLES = {"few samples"}
 OK, NOTED, SERIOUS = "#0072B2", "#E69F00", "#D55E00"
 
 
 class Finding(NamedTuple):
-    """Something to be mended.
+    """A problem of a batch norm.
 
     Attributes:
         path: of the layer.
         kind: a word or two.
-        serious: whether what is served is wrong, or may be.
+        serious: whether outputs in evaluation are wrong, or may be.
         what: the finding in words, with its number.
         remedy: what to do.
     """
@@ -48,16 +48,16 @@ class NormReport:
     Attributes:
         path: of the layer.
         epsilon: what the layer adds to a variance.
-        running_mean, running_var: what it is served with.
-        actual_mean, actual_var: what it saw in the batches.
+        running_mean, running_var: its running statistics.
+        actual_mean, actual_var: the moments of its inputs in the batches.
         scale, bias: its parameters, ones and zeros where it has none.
         shift: |actual - running mean| in running deviations.
         divergence: of normal distributions with these moments, KL(actual || running), in nats.
         modes_apart: root mean square of how far the normalized outputs of both modes differ.
         samples: effective samples of a statistic in training: how many independent values would
-            give as good a mean. Neighboring positions of one image are not independent.
+            give an equally exact mean. Neighboring positions of one image are not independent.
         devices_apart: largest difference between statistics of the devices, in deviations.
-        redundant_bias: path of a layer before whose bias this one subtracts.
+        redundant_bias: path of the layer before, if it has a bias, which this layer subtracts.
         never_updated: whether the running statistics are those of a new layer.
     """
 
@@ -89,19 +89,19 @@ class NormReport:
     @property
     @np.errstate(all="ignore")
     def output_mean(self) -> np.ndarray:
-        """Of what the layer puts out when it is served."""
+        """The mean of the layer's output in evaluation."""
         apart = (self.actual_mean - self.running_mean) / np.sqrt(self.running_var + self.epsilon)
         return self.scale * apart + self.bias
 
     @property
     @np.errstate(all="ignore")
     def output_std(self) -> np.ndarray:
-        """Likewise its deviation."""
+        """The standard deviation of the layer's output in evaluation."""
         return np.abs(self.scale) * np.sqrt(self.actual_var / (self.running_var + self.epsilon))
 
 
 class SeriousFindingError(RuntimeError):
-    """A diagnosis has findings that make what is served wrong."""
+    """A diagnosis has serious findings: outputs in evaluation are wrong, or may be."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Report:
         findings: the serious ones first.
         batches: how many were seen.
         outputs_apart: how far the outputs of the model differ between training and evaluation,
-            relative to their deviation; dropout has a part in it. None if they cannot be compared.
+            relative to their deviation, dropout included. None if they cannot be compared.
     """
 
     norms: tuple[NormReport, ...]
@@ -203,9 +203,9 @@ class Report:
     def plot(self) -> Any:
         """Draws shift, ratio of the variances, and effective samples; returns the figure.
 
-        Shaded is what is not stale: a channel in it is less than 0.1 nats from its running
-        statistics, if the other number is right. A color belongs to the finding that the panel
-        shows, not to the layer: vermilion is serious, orange is to be noted.
+        The shaded range is not stale: a channel in it is less than 0.1 nats from its running
+        statistics if its other moment is right. Colors show the findings of the panel, not of the
+        layer: vermilion is serious, orange is a note.
         """
         try:
             from matplotlib.figure import Figure
@@ -245,13 +245,13 @@ class Report:
         left.set_yticks(rows, [norm.path or "(the model)" for norm in self.norms])
         left.invert_yaxis()
         figure.suptitle(
-            f"{self._summary()}\nshaded: as it should be; vermilion: serious, orange: to note",
+            f"{self._summary()}\nshaded: healthy; vermilion: serious, orange: note",
             fontsize=10,
         )
         return figure
 
     def _color(self, norm: NormReport, kinds: set[str]) -> str:
-        """Of the worst of these findings in a layer."""
+        """The color of the worst of these findings in a layer."""
         found = [f.serious for f in self.findings if f.path == norm.path and f.kind in kinds]
         return SERIOUS if any(found) else NOTED if found else OK
 

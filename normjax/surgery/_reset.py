@@ -1,4 +1,4 @@
-"""Running statistics to their start."""
+"""Resets running statistics."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ START = {"mean": 0, "var": 1, "count": 0}
 
 @_errors.named("normjax.surgery.reset")
 def reset(variables: Tree, *, at: At = None) -> Tree:
-    """Running statistics as a new layer has them.
+    """Resets running statistics to those of a new layer.
 
         mean = 0,   var = 1,   count = 0
 
     Args:
-        variables: all of the model; or a model of flax.nnx.
+        variables: all variables of the model; or a model of flax.nnx.
         at: patterns over the paths of the layers, all if None.
 
     Returns:
-        New variables, of the kind of dictionary that was given; or a copy of the model.
+        New variables, in a dictionary of the same type; or a copy of the model.
 
     Guarantees:
-        nothing else: parameters and other layers are the very arrays that came in.
+        nothing else: parameters and other layers are the same array objects.
 
     Raises:
-        TypeError: `variables` is no dictionary and no model of NNX.
+        TypeError: `variables` is neither a dictionary nor a model of NNX.
         ValueError: there are no statistics, or a pattern matches none (they are listed).
 
     References:

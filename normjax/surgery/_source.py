@@ -1,4 +1,4 @@
-"""What runs a model over batches, and its variables, in either framework."""
+"""The arguments of tools that run a model over batches, for linen and NNX."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from normjax.surgery._paths import At, is_nnx, patterns
 
 
 class Source(NamedTuple):
-    """What a tool that runs the model was given.
+    """The arguments of a tool that runs a model.
 
     Attributes:
-        run: `Compiled`, or what does its job for NNX.
-        call: what was given to run the model, or None where the model is called itself.
+        run: `Compiled`, or its counterpart for NNX.
+        call: the function that runs the model, or None if the model itself is called.
         model: of NNX, or None.
-        variables: by collection and path, as linen has them.
-        batches: what the model runs over.
+        variables: by collection and path, as in linen.
+        batches: the batches to run.
     """
 
     run: Any
@@ -28,7 +28,7 @@ class Source(NamedTuple):
     batches: Iterable[Any]
 
     def result(self, variables: Mapping[str, Any], at: At) -> Any:
-        """Variables with other statistics, in the form in which the old ones were given."""
+        """New variables, or a copy of the NNX model that has them."""
         if self.model is None:
             return variables
         from normjax.surgery._nnx.layers import with_statistics

@@ -1,4 +1,4 @@
-"""PyTorch: state dicts in and out, and the fields of a module that acts alike."""
+"""PyTorch: import and export of state dicts, and the fields of an equivalent module."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ CONV = Layout(
     lambda w, _: np.moveaxis(w, (1, 0), (-2, -1)),
     lambda w: np.moveaxis(w, (-1, -2), (0, 1)),
 )
-# Flax does not turn the window around, and PyTorch does.
+# PyTorch flips the window, Flax does not.
 CONV_TRANSPOSE = Layout(
     "*window in out",
     "in out *window",
     lambda w, _: np.flip(np.moveaxis(w, (0, 1), (-2, -1)), _axes(w)),
     lambda w: np.moveaxis(np.flip(w, _axes(w)), (-2, -1), (0, 1)),
 )
-# One number for a module there, one for each feature here.
+# One number for each module in PyTorch, one for each feature in normjax.
 COUNT = Layout(
     "*features",
     "",
@@ -124,13 +124,14 @@ TORCH = NameMapping(
 def import_torch(
     variables: Tree, state: Mapping[str, Any] | str | PathLike[str], rules: Sequence[Rule]
 ) -> Tree:
-    """Fills the variables of a Flax model from the state dict of its PyTorch twin.
+    """Fills the variables of a Flax model from the state dict of the same model in PyTorch.
 
         rule: (module of Flax, module of PyTorch, kind), as ("block{i}/Conv_{j}", "{i}.conv{j+1}",
         "conv")
 
-    A name in braces matches any part of a module's name; `{j+1}` counts on from it. The first rule
-    that fits a leaf decides. `torchvision_rules` has the tables of torchvision's models.
+    A name in braces matches any part of a module's name; `{j+1}` is one more than the number that
+    `{j}` matched. The first rule that fits a leaf applies. `torchvision_rules` has the tables of
+    torchvision's models.
 
     ===============  ==========================================  ===============================
     kind             axes in PyTorch                             axes in Flax
@@ -147,22 +148,22 @@ def import_torch(
     layer_norm       weight (features...)                        scale (features...), in one order
     rms_norm         weight (features...)                        scale (features...), in one order
     parameter        an array outside of layers                  the same axes; not a kernel
-    keep             left out                                    stays as it is
+    keep             ignored                                     not changed
     ===============  ==========================================  ===============================
 
     A rule for attention names `MultiHeadDotProductAttention` and `MultiheadAttention`, a rule for a
     parameter the parameter itself: `("encoder/pos", "encoder.pos_embedding", "parameter")`. Arrays
-    of another rank are errors; where two layouts have one shape the kind alone decides: a
-    `ConvTranspose` is conv_transpose, and conv with `transpose_kernel=True`.
+    of another rank are errors. If two layouts have the same shape, the kind decides: a
+    `ConvTranspose` is conv_transpose, or conv with `transpose_kernel=True`.
 
-    Arrays alone make no twin: PyTorch's momentum is the weight of the NEW value, its running
-    variance is unbiased (ddof=1) and its epsilon 1e-5, all of which `torch_fields` reads from a
-    module; its padding=1 is ((1, 1), (1, 1)) in Flax and not "SAME" where there is a stride; a
-    Linear behind a flattened image sees (channels, height, width): transpose before flattening.
+    The fields of the Flax model must match, too. PyTorch's momentum is the weight of the NEW value,
+    its running variance is unbiased (ddof=1) and its epsilon is 1e-5; `torch_fields` reads these
+    from a module. With a stride, PyTorch's padding=1 is ((1, 1), (1, 1)) in Flax, not "SAME". A
+    Linear after a flattened image reads (channels, height, width): transpose before flattening.
 
     Args:
-        variables: of the Flax model, as `init` or `jax.eval_shape` of it gives them; or a model of
-            flax.nnx, whose paths are those of its attributes.
+        variables: of the Flax model, as returned by `init` or by `jax.eval_shape` of it; or a model
+            of flax.nnx, whose paths are those of its attributes.
         state: mapping of names to arrays or tensors, or the path of a safetensors file (needs the
             package safetensors). Never a pickle: pass `torch.load(path, weights_only=True)`.
         rules: the table, a list of rules.
@@ -172,26 +173,26 @@ def import_torch(
         model that holds them.
 
     Guarantees:
-        identity: `export_torch` of the result has the very bits of the state.
-        all or nothing: every leaf has its array and every array its leaf, or it is an error.
+        identity: `export_torch` of the result is bitwise equal to the state.
+        all or nothing: it is an error if a leaf has no array or an array has no leaf.
 
     Edge cases:
         ===================================  ==================================================
-        num_batches_tracked                  `batch_stats/count` where the twin keeps one, else
-                                             left out
+        num_batches_tracked                  `batch_stats/count` if the Flax model has it, else
+                                             ignored
         bfloat16                             stays bfloat16
-        a rule of kind keep                  leaves the module and its names out
+        a rule of kind keep                  ignores the module and its names
         ===================================  ==================================================
 
     Raises:
-        ValueError: names missing or left over (the first five of each are listed, and the prefix
-            or the level that hides them, if there is one), shapes that differ, a variable of
+        ValueError: names missing or left over (the first five of each are listed, and a prefix or
+            a level that they lack, if there is one), shapes that differ, a variable of
             another rank than its kind takes, a rule that matches nothing, a variable without a
             rule, a file that is not safetensors.
-        TypeError: `state` is neither a mapping nor a path, `variables` is no mapping, or `rules`
-            is no list of three strings each.
-        FileNotFoundError: a path without a file.
-        ImportError: a path, and safetensors is not installed.
+        TypeError: `state` is neither a mapping nor a path, `variables` is not a mapping, or `rules`
+            is not a list of three strings each.
+        FileNotFoundError: there is no file at the path.
+        ImportError: a path, if safetensors is not installed.
 
     References:
         PyTorch (2024), torch.nn.BatchNorm2d; Hugging Face (2022), safetensors, file format.
@@ -218,7 +219,7 @@ def import_torch(
 
 @_errors.named("normjax.surgery.export_torch")
 def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """The state dict of the PyTorch twin, from the variables of a Flax model.
+    """The state dict of the same model in PyTorch, from the variables of a Flax model.
 
         model.load_state_dict({name: torch.from_numpy(a) for name, a in state.items()})
 
@@ -227,21 +228,21 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
         rules: the table of `import_torch`.
 
     Returns:
-        A dict of contiguous NumPy arrays by PyTorch's names, fit for `torch.from_numpy` and
+        A dict of contiguous NumPy arrays by PyTorch's names, for `torch.from_numpy` and
         `safetensors.numpy.save_file`.
 
     Guarantees:
-        identity: `import_torch` of the result gives the very bits of the variables.
+        identity: `import_torch` of the result is bitwise equal to the variables.
 
     Edge cases:
         ===================================  ==================================================
-        no batch_stats/count                 no num_batches_tracked, which PyTorch then makes
+        no batch_stats/count                 no num_batches_tracked, which PyTorch then creates
         ===================================  ==================================================
 
     Raises:
         ValueError: a rule that matches nothing, a variable without a rule or of another rank than
             its kind takes, a name given twice, query, key and value of several shapes.
-        TypeError: `variables` is no mapping, or `rules` is no list of three strings each.
+        TypeError: `variables` is not a mapping, or `rules` is not a list of three strings each.
 
     References:
         PyTorch (2024), torch.nn.Module.load_state_dict.
@@ -258,7 +259,7 @@ def export_torch(variables: Any, rules: Sequence[Rule]) -> dict[str, np.ndarray]
 
 @_errors.named("normjax.surgery.torch_fields")
 def torch_fields(module: Any) -> dict[str, Any]:
-    """The fields of the linen module that acts as a norm of PyTorch.
+    """The fields of the linen module that is equivalent to a norm of PyTorch.
 
         momentum = 1 - PyTorch's momentum,  ddof = 1,  epsilon = eps
 
@@ -267,25 +268,25 @@ def torch_fields(module: Any) -> dict[str, Any]:
             torch.nn, or a module that extends one.
 
     Returns:
-        Keyword arguments of the module of that name in `normjax.linen`, and in `normjax.nnx`
-        beside its number of features.
+        Keyword arguments of the module of that name in `normjax.linen`, and in `normjax.nnx`,
+        which also needs the number of features.
 
     Guarantees:
-        acts alike: in training, in evaluation and in the running statistics.
+        acts alike: equal results in training and evaluation, and equal running statistics.
 
     Edge cases:
         ===================================  ==================================================
-        momentum=None                        momentum=None, the plain average, which counts
+        momentum=None                        momentum=None, the plain average, with a count
         affine=False                         neither scale nor bias
-        a subclass                           the fields of the norm; what it adds, such as the
-                                             activation of timm's BatchNormAct2d, is yours to add
+        a subclass                           the fields of the norm, without additions such as the
+                                             activation of timm's BatchNormAct2d
         RMSNorm with eps=None                the eps of float32
         ===================================  ==================================================
 
     Raises:
-        TypeError: a module that is none of these.
-        ValueError: a batch norm without running statistics or an instance norm with them, for
-            which no fields act alike in evaluation.
+        TypeError: a module of another type.
+        ValueError: a batch norm without running statistics or an instance norm with them, which
+            no fields reproduce in evaluation.
 
     References:
         PyTorch (2024), torch.nn, normalization layers.
@@ -311,7 +312,7 @@ def torch_fields(module: Any) -> dict[str, Any]:
     if kind in BATCH_NORMS and not tracks:
         raise ValueError(
             f"{got} with track_running_stats=False, expected True: without running statistics "
-            "it takes those of the batch in evaluation too, for which there is no field. Call "
+            "it uses those of the batch in evaluation too, for which there is no field. Call "
             "normjax.linen.BatchNorm with train=True in evaluation too."
         )
     if kind == "InstanceNorm" and tracks:

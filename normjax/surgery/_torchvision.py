@@ -31,7 +31,7 @@ DENSENET: list[Rule] = [
     ("transition{i}/norm", "features.transition{i}.norm", "batch_norm"),
     ("classifier", "classifier", "linear"),
 ]
-# The first and the last layer of what follows.
+# The first and the last layer of the families below.
 STEM: list[Rule] = [
     ("features_{i}_0", "features.{i}.0", "conv"),
     ("features_{i}_1", "features.{i}.1", "batch_norm"),
@@ -103,9 +103,9 @@ def torchvision_rules(family: str) -> list[Rule]:
         Flax:         layer1_0/conv2/kernel,  features_3_1/block_0_0/kernel
 
     The Flax model has the names of torchvision: a dot before a number is "_", as Flax names the
-    lists of `setup`; every other level is a module, but for those that hold nothing beside one
-    sequence (`features` of DenseNet, `encoder.layers` and `heads` of ViT), which are left out.
-    Where a model has other names, the left column of the table is what to change.
+    lists of `setup`. Every other level is a module, except levels that contain only one sequence
+    (`features` of DenseNet, `encoder.layers` and `heads` of ViT), which are omitted. If a model has
+    other names, change the left column of the table.
 
     Args:
         family: resnet (ResNeXt and Wide ResNet too), vgg, vgg_bn, densenet, mobilenet_v2,
@@ -115,10 +115,10 @@ def torchvision_rules(family: str) -> list[Rule]:
         A new list of rules, each (module of Flax, module of torchvision, kind).
 
     Guarantees:
-        the same numbers: a Flax twin filled by the table gives the output of the PyTorch model.
+        the same numbers: a Flax model filled by the table gives the output of the PyTorch model.
 
     Raises:
-        ValueError: a family that is none of these.
+        ValueError: an unknown family.
 
     References:
         torchvision maintainers and contributors (2016), torchvision.models.

@@ -1,4 +1,4 @@
-"""How each platform takes a mean and a sum of squared deviations, with the figures behind it."""
+"""How each platform computes a mean and a sum of squared deviations, with measurements."""
 
 from normjax._core.platforms import cpu, gpu, kernels, tpu
 

@@ -1,7 +1,7 @@
-"""A CPU where no kernel may be called, as where XLA partitions: the formulas as they are written.
+"""A CPU where no kernel may be called, for example where XLA partitions: plain formulas.
 
-XLA's CPU compiler writes to memory what two sums share; barriers that kept it from that ended at
-twice the memory traffic of the floor. Speed comes from kernels (`kernels`).
+XLA's CPU compiler writes the common operand of two sums to memory. With barriers against that, the
+memory traffic was still twice the minimum. Speed comes from kernels (`kernels`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def measure(
 ) -> tuple[Array, Array]:
     """mean and m2 by the corrected two-pass algorithm.
 
-    Chan, Golub, LeVeque (1983), (1.7). What the first sum has lost by rounding, the sum of the
-    deviations brings back: constants are exact. Along columns it is taken beside the squares, so
-    that devices which share exchange both at once.
+    Chan, Golub, LeVeque (1983), (1.7). The sum of the deviations corrects the rounding error of the
+    first sum, so constants are exact. Along columns it is computed together with the squares, so
+    that devices reduce both at once.
     """
     if not centered:
         return algorithms.squares(x, mask, axes)
@@ -36,10 +36,10 @@ def measure(
     first, squares = totals([d, abs_square(d)], axes)
     rest = first / divisor.astype(x.dtype)
     m2 = jnp.maximum(squares - abs_square(rest) * divisor, 0)
-    # Beyond the range of the dtype it is infinite, and not the difference of two infinities.
+    # On overflow it is infinite, and not the difference of two infinities.
     return rough + rest, jnp.where(jnp.isfinite(squares), m2, squares)
 
 
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
-    """Of each its sum over `axes`, which stay with size 1."""
+    """The sum of each array over `axes`, kept with size 1."""
     return [jnp.sum(x, axes, keepdims=True) for x in arrays]

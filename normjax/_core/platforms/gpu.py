@@ -1,11 +1,11 @@
-"""A GPU: rows in one kernel, columns in one pass around a sample of x.
+"""A GPU: rows in one kernel, columns in one pass around the mean of a sample of x.
 
-A norm is limited by the memory that its kernels read and write. In units of x (H100, float32):
-layer norm reads and writes 2 in evaluation, in one kernel; by E[x^2] - E[x]^2 it is 3. The kernel
-has one result, so the moments that a derivative reads are taken in the backward pass, beside its
-sums, by merges, which need no mean beforehand: a training step takes 7, and 8 with Flax's. Along
-columns, as in group norm, a merge would write its operands (5 to 13), and two passes take 4; around
-a pivot that is a mean of some of the entries it is 3.02.
+The memory that its kernels read and write limits a norm. In units of x (H100, float32), layer norm
+in evaluation takes 2, in one kernel; E[x^2] - E[x]^2 takes 3. This kernel has one result, so the
+moments that a derivative reads are computed in the backward pass, together with its sums, by
+merges, which do not need the mean first. A training step takes 7; that of Flax takes 8. Along
+columns, as in group norm, a merge would write its operands (5 to 13), and two passes take 4; one
+pass around the mean of a sample takes 3.02.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ def measure(
 
 
 def are_rows(x: Array, axes: tuple[int, ...]) -> bool:
-    """Whether real entries that lie side by side in memory are reduced."""
+    """Whether the reduced entries are real and contiguous in memory."""
     return algorithms.are_last(axes, x.ndim) and not jnp.iscomplexobj(x)
 
 
 def sums_of_rows(t: Array, u: Array, x: Array, center: Array, axes: tuple[int, ...]) -> list[Array]:
     """sum(t) and sum(u (x - center)), by sums that need no center.
 
-    They and the moments that a derivative reads are then taken in one pass over x.
+    So these sums and the moments that a derivative reads take one pass over x.
     """
     mean, total, products = merged_products(u, x.astype(u.dtype), axes)
     return [jnp.sum(t, axes, keepdims=True), products + total * (mean - center)]
 
 
 def totals(arrays: Sequence[Array], axes: tuple[int, ...]) -> list[Array]:
-    """Of each its sum over `axes`, which stay with size 1; of two real ones in one complex sum.
+    """The sum of each array over `axes`, kept with size 1; one complex sum for two real ones.
 
-    XLA's compiler fuses one sum into the operation that makes what is summed. Two it fuses with
-    each other instead, and writes to memory what they share: x - pivot in float32, which costs 5
-    and not 1 (bfloat16, (8, 32, 32, 320)), or the cotangent behind an activation.
+    XLA fuses one sum into the operation that makes its operand. It fuses two sums with each other
+    instead, and writes their common operand to memory: x - pivot in float32, which costs 5 instead
+    of 1 (bfloat16, (8, 32, 32, 320)), or the cotangent that an activation passes back.
     """
     total = partial(jnp.sum, axis=axes, keepdims=True)
     if len(arrays) != 2 or any(map(jnp.iscomplexobj, arrays)):

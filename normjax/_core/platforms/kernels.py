@@ -1,8 +1,8 @@
-"""A CPU with normjax-cpu: kernels that XLA calls, each in the place of a norm or of its derivative.
+"""A CPU with normjax-cpu: XLA calls one kernel for a norm, and one for its derivative.
 
-A kernel reads a row once, measures it while it lies in cache, and writes y: 2 tensors forward and 3
-backward, where what XLA's CPU compiler makes of the formula moves 11 to 14. Along columns it reads
-x twice. Measured in benchmarks/results/speed.md.
+A kernel reads a row once, measures it in cache, and writes y. It reads and writes 2 tensors forward
+and 3 backward; XLA's CPU compiler needs 11 to 14 for the formula. Along columns a kernel reads x
+twice. Measured in docs/results/speed.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from normjax._core.dtypes import accumulation_dtype
 from normjax._core.mask import Count
 from normjax._core.platforms.cpu import totals
 
-# The arguments of the kernels that are called below, as normjax-cpu numbers them.
+# The version of the kernels' arguments that is used below, as normjax-cpu numbers it.
 INTERFACE = 1
 REBUILD = (
     "Build it again, in a clone of normjax: pip install scikit-build-core cmake ninja && "
@@ -35,7 +35,7 @@ REBUILD = (
 )
 
 DTYPES = tuple(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
-# A row that goes through the second cache of a core more than once is no gain.
+# Rows that do not fit in the second-level cache of a core are not faster with kernels.
 LONGEST_ROW = 65536
 
 
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
     Attributes:
         rows, features: the shape of x.
         centered: around the mean of the row, or around zero.
-        divisor: of m2, for the square that y is divided by the root of.
+        divisor: of m2; y is divided by sqrt(m2 / divisor + epsilon).
     """
 
     rows: int
@@ -55,25 +55,25 @@ class Rows(NamedTuple):
 
     @property
     def normalizes(self) -> bool:
-        """Whether y is written while x lies in cache."""
+        """Whether y is written while x is in cache."""
         return True
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of x for the kernels."""
+        """The shape of x for the kernels."""
         return self.rows, self.features
 
     @property
     def statistics(self) -> tuple[int, ...]:
-        """That of mean and m2 for the kernels."""
+        """The shape of mean and m2 for the kernels."""
         return (self.rows,)
 
     def spread(self, v: Array) -> Array:
-        """What a kernel gives, as the norms keep it: one for each row."""
+        """A statistic of a kernel in the form of the norms: one for each row."""
         return v
 
     def collect(self, v: Array) -> Array:
-        """What the norms keep, as a kernel takes it."""
+        """A statistic of the norms in the form of a kernel."""
         return v.reshape(self.statistics)
 
     def forward(self, *given: Array) -> list[Array]:
@@ -88,7 +88,7 @@ class Rows(NamedTuple):
         """dx, and dscale and dbias if `affine`."""
         x, mean = given[1:3]
         features = self.features if affine else 0
-        # 64 rows or more, and some pieces for several threads.
+        # Pieces of 64 rows or more, and several pieces for threads.
         blocks = max(1, min(8, self.rows // 8), self.rows // 64)
         vector, parts = _like(mean, features), _like(mean, blocks, 2, features)
         results = [_like(x, *self.shape), vector, vector, parts]
@@ -110,29 +110,29 @@ class Columns(NamedTuple):
 
     @property
     def normalizes(self) -> bool:
-        """Whether y is written while x lies in cache.
+        """Whether y is written while x is in cache.
 
-        In batch norm it does not, and XLA fuses y with the activation behind it.
+        Not in batch norm, where XLA fuses y with the activation that follows.
         """
         return self.examples > 1
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of x for the kernels."""
+        """The shape of x for the kernels."""
         return self.examples, self.rows, self.features
 
     @property
     def statistics(self) -> tuple[int, ...]:
-        """That of mean and m2 for the kernels."""
+        """The shape of mean and m2 for the kernels."""
         return self.examples, self.groups
 
     def spread(self, v: Array) -> Array:
-        """What a kernel gives for each group, for each of its features."""
+        """Repeats the statistic of a group for each of its features."""
         wide = (*self.statistics, self.features // self.groups)
         return jnp.broadcast_to(v[..., None], wide)
 
     def collect(self, v: Array) -> Array:
-        """What the features of a group have in common, as a kernel takes it."""
+        """The statistic of a group, from those of its features."""
         return v.reshape(*self.statistics, -1)[..., 0]
 
     def moments(self, x: Array, dtype: np.dtype) -> list[Array]:
@@ -172,7 +172,7 @@ def view(
     shape: tuple[int, ...], axes: tuple[int, ...], groups: Any = None, centered: bool = True,
     summed: bool = False,
 ) -> View | None:  # fmt: skip
-    """How the kernels see an x that is reduced over `axes`; None where they cannot."""
+    """How the kernels view an x that is reduced over `axes`; None if they do not support it."""
     known = axes and all(isinstance(n, int) for n in shape) and 0 not in shape
     if not known or axes != tuple(range(axes[0], axes[-1] + 1)):
         return None
@@ -190,7 +190,7 @@ def view(
 def forward(
     how: View, x: Array, scale: Array | None, bias: Array | None, epsilon: Array
 ) -> list[Array]:
-    """y, and mean and m2 of all that shares statistics."""
+    """y, mean and m2."""
     vectors = (_vector(v, how, epsilon.dtype) for v in (scale, bias))
     y, *moments = how.forward(x.reshape(how.shape), *vectors, epsilon)
     return [y.reshape(x.shape), *map(how.spread, moments)]
@@ -199,7 +199,7 @@ def forward(
 def backward(
     how: View, dy: Array, x: Array, mean: Array, inverse: Array, scale: Array | None, affine: bool
 ) -> list[Array]:
-    """dx, and dscale and dbias of all features if `affine`; `inverse` is that of the deviation."""
+    """dx, and dscale and dbias if `affine`; `inverse` is the reciprocal of the deviation."""
     pair, each = (v.reshape(how.shape) for v in (dy, x)), map(how.collect, (mean, inverse))
     dx, *sums = how.backward(*pair, *each, _vector(scale, how, mean.dtype), affine=affine)
     return [dx.reshape(x.shape), *sums]
@@ -208,7 +208,7 @@ def backward(
 def measure(
     x: Array, mask: Array | None, count: Count, *, axes: tuple[int, ...], centered: bool, kept: bool
 ) -> tuple[Array, Array]:
-    """mean and m2 along columns by a kernel; by plain sums what it does not know."""
+    """mean and m2 along columns by a kernel; by plain sums if no kernel supports x."""
     how = view(x.shape, axes)
     knows = plugin() is not None and mask is None and centered and x.dtype in DTYPES
     if not knows or not isinstance(how, Columns):
@@ -219,7 +219,7 @@ def measure(
 
 
 def _vector(v: Array | None, how: View, dtype: np.dtype) -> Array:
-    """No entry says that there is no vector."""
+    """A vector for a kernel; an empty array stands for None."""
     return jnp.zeros((0,), dtype) if v is None else v.reshape(how.features).astype(dtype)
 
 
@@ -229,7 +229,7 @@ def _like(v: Any, *shape: int) -> jax.ShapeDtypeStruct:
 
 @functools.cache
 def plugin() -> ModuleType | None:
-    """normjax-cpu, its kernels known to XLA; None where it is not installed or does not fit."""
+    """normjax-cpu, with its kernels registered; None if it is not installed or not compatible."""
     try:
         import normjax_cpu
     except ImportError:
@@ -248,7 +248,7 @@ def plugin() -> ModuleType | None:
 
 
 def _fault(interface: int, version: tuple[int, int]) -> str | None:
-    """Why a library does not fit to this normjax and this jaxlib."""
+    """Why a library is not compatible with this normjax and this jaxlib; None if it is."""
     if interface != INTERFACE:
         return f"has interface {interface}, expected {INTERFACE}"
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
@@ -256,7 +256,7 @@ def _fault(interface: int, version: tuple[int, int]) -> str | None:
         int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
         for part in ("MAJOR", "MINOR")
     )
-    # XLA calls what was built for an older minor version.
+    # XLA supports kernels that were built for an older minor version.
     if version[0] != own[0] or version[1] > own[1]:
         built, running = (".".join(map(str, v)) for v in (version, own))
         return f"was built for version {built} of XLA's FFI, and this jaxlib has {running}"
@@ -264,10 +264,10 @@ def _fault(interface: int, version: tuple[int, int]) -> str | None:
 
 
 def _call(name: str, results: list[Any], *operands: Array, **attributes: Any) -> list[Array]:
-    """Calls a kernel, in what is being lowered.
+    """Calls a kernel, during lowering.
 
-    `jax.ffi.ffi_call` asks that all operands vary along the same mapped axes, which matters to
-    derivatives and no more to what is lowered.
+    `jax.ffi.ffi_call` requires all operands to vary along the same mapped axes, which matters for
+    derivatives only, not during lowering.
     """
     return _call_p.bind(
         *operands, name=name, results=tuple(results), attributes=tuple(attributes.items())

@@ -1,4 +1,4 @@
-"""The tools for models of flax.nnx, which is imported here and not before one is given.
+"""The tools for models of flax.nnx, which is imported only if such a model is given.
 
-A tool takes a model and gives back another: `flax.nnx.clone`, in which the batch norms are changed.
+A tool takes a model and returns a copy (`flax.nnx.clone`) with changed batch norms.
 """

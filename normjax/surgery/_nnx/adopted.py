@@ -1,4 +1,4 @@
-"""Layers that stand in the place of a model's own ones, and are called as those are."""
+"""Layers that replace a model's own layers, and accept the same calls."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from normjax.nnx._batch import _BatchNorm
 
 
 class BatchNorm(normjax.nnx.BatchNorm, nnx.BatchNorm):  # type: ignore[misc]
-    """A layer of Flax that runs by the code of normjax; filters by either class find it."""
+    """A layer of Flax that runs the code of normjax; filters by either class match it."""
 
 
 class Derived(nnx.Module):
-    """A base of classes that are made of a user's class, whose own base is not told of them."""
+    """A base of classes derived from a user's class; skips the user's `__init_subclass__`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         own: Any = nnx.Module.__init_subclass__
@@ -29,7 +29,7 @@ class Derived(nnx.Module):
 
 
 def adopt(layer: Any) -> None:
-    """Makes a layer of Flax run by the code of normjax; the fields that it lacks have defaults."""
+    """Makes a layer of Flax run the code of normjax; missing fields get defaults."""
     if isinstance(layer, _BatchNorm):
         return
     for field in dataclasses.fields(BatchNorm):
@@ -41,7 +41,7 @@ def adopt(layer: Any) -> None:
 
 @functools.cache
 def _extending(kind: type) -> type:
-    """For a class that extends that of Flax, and keeps its call."""
+    """The class for a subclass of Flax's layer that does not override `__call__`."""
 
     def reduce(layer: Any) -> Any:
         return _restored, (kind, dict(vars(layer)))
@@ -58,7 +58,7 @@ def _restored(kind: type, values: dict[str, Any]) -> Any:
 
 @dataclass(eq=False, repr=False)
 class GroupNorm(normjax.nnx.GroupNorm):
-    """A group norm in the place of a batch norm: the mode that it is called with says nothing."""
+    """A group norm in place of a batch norm; it ignores the mode of a call."""
 
     _: KW_ONLY
     activation: Callable[[Array], Array] | None = None

@@ -1,4 +1,4 @@
-"""Batch norms of an NNX model to group norms."""
+"""Converts batch norms of an NNX model to group norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 from normjax.nnx._batch import _BatchNorm
 from normjax.surgery._nnx.adopted import GroupNorm
 from normjax.surgery._nnx.layers import batch_norms, become, expect_arrays
-from normjax.surgery._paths import Path, written
+from normjax.surgery._paths import Path, path_name
 
 
 def convert(
@@ -31,7 +31,7 @@ def convert(
     }
     groups = groups_of(stats)
     for path, layer in layers.items():
-        _expect_convertible(written(path), layer)
+        _expect_convertible(path_name(path), layer)
         floor = layer.epsilon if epsilon is None else epsilon
         vectors = {n: getattr(layer, n) for n in ("scale", "bias")}
         affine = {n: v.get_value() for n, v in vectors.items() if v is not None}
@@ -54,7 +54,7 @@ def convert(
 
 
 def _expect_convertible(path: str, layer: Any) -> None:
-    """What is known of a layer is all that it does, and its features lie along one axis."""
+    """Rejects layers with their own `__call__`, or with several feature axes."""
     kind = type(layer)
     if kind.__call__ not in (nnx.BatchNorm.__call__, _BatchNorm.__call__):
         raise ValueError(

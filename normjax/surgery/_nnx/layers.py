@@ -1,4 +1,4 @@
-"""An NNX model as the tools see it: its variables by path, and its batch norms."""
+"""The variables of an NNX model by path, and its batch norms."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from flax.traverse_util import unflatten_dict
 from normjax import Moments, _errors
 from normjax.nnx._batch import _BatchNorm
 from normjax.surgery._nnx.adopted import Derived, adopt
-from normjax.surgery._paths import Path, at_path, chosen, expect_matches, nodes, written
+from normjax.surgery._paths import Path, at_path, chosen, expect_matches, nodes, path_name
 
 # The names of the collections of linen, which the tools read.
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
 def names(path: tuple[Any, ...]) -> Path:
-    """A path of attributes and indices, as that of a variable of linen."""
+    """A path of attributes and indices, in the form of a path of linen."""
     return tuple(map(str, path))
 
 
@@ -33,7 +33,7 @@ def _arrays(model: nnx.Module, kind: Any) -> dict[Path, Any]:
 
 
 def variables_of(model: nnx.Module) -> dict[str, Any]:
-    """Parameters and statistics as nested dictionaries of arrays, as linen has them."""
+    """Parameters and statistics as nested dictionaries of arrays, as in linen."""
     return {
         name: unflatten_dict({p: v.get_value() for p, v in _arrays(model, kind).items()})
         for name, kind in COLLECTIONS.items()
@@ -41,7 +41,7 @@ def variables_of(model: nnx.Module) -> dict[str, Any]:
 
 
 def with_variables(model: Any, variables: Mapping[str, Any]) -> Any:
-    """A copy of the model that holds these variables, each where the old one lay."""
+    """A copy of the model with these variables, each with the sharding of the old one."""
     copy = nnx.clone(model)
     for name, kind in COLLECTIONS.items():
         for path, variable in _arrays(copy, kind).items():
@@ -55,15 +55,15 @@ def filled(model: Any, variables: Mapping[str, Any]) -> Any:
     """`with_variables` for a model that `nnx.eval_shape` made; nothing of it may stay abstract."""
     copy = with_variables(model, variables)
     abstract = [
-        written(names(path))
+        path_name(names(path))
         for path, variable in nnx.to_flat_state(nnx.state(copy))
         if any(isinstance(v, jax.ShapeDtypeStruct) for v in jax.tree.leaves(variable.get_value()))
     ]
     if abstract:
         raise ValueError(
             f"normjax: {abstract} would stay abstract, as nnx.eval_shape made them, expected "
-            "arrays: they are no parameters or statistics. Pass the model itself, made without "
-            "nnx.eval_shape."
+            "arrays: they are neither parameters nor statistics. Pass the model itself, made "
+            "without nnx.eval_shape."
         )
     return copy
 
@@ -77,20 +77,20 @@ def _placed(new: Any, old: Any) -> Any:
 def with_statistics(
     model: Any, tool: Callable[[dict[str, Any]], Mapping[str, Any]], at: tuple[str, ...] | None
 ) -> Any:
-    """A copy of the model whose variables went through a tool that makes other statistics."""
+    """A copy of the model with the new statistics that a tool returns for its variables."""
     for layer in batch_norms(model, at).values():
         expect_arrays(layer)
     copy = with_variables(model, tool(variables_of(model)))
     for layer in batch_norms(copy, at).values():
         if getattr(layer, "moments", None) is not None:
-            # What was kept of micro-batches belongs to the old statistics.
+            # Kept moments of micro-batches belong to the old statistics.
             kept = layer.moments.get_value()
             layer.moments.set_value(Moments.make(kept.mean.shape, kept.mean.dtype))
     return copy
 
 
 def expect_arrays(layer: Any) -> None:
-    """Statistics that are there, which those of a model of `nnx.eval_shape` are not."""
+    """Rejects abstract statistics, such as those of `nnx.eval_shape`."""
     for name in ("mean", "var"):
         _errors.restored(name, getattr(layer, name).get_value())
 
@@ -104,7 +104,7 @@ def batch_norms(model: nnx.Module, at: tuple[str, ...] | None = None) -> dict[Pa
     """The chosen batch norms of a model by path; at least one, and none that is not recognized."""
     known = known_batch_norms(model)
     kinds = {names(path): type(module).__name__ for path, module in nnx.iter_modules(model)}
-    # Statistics in a dictionary, and those of a module of linen within, are of no module of NNX.
+    # Statistics in a dictionary, or of a linen module inside, belong to no NNX module.
     statistics = nodes(variables_of(model)["batch_stats"])
     others = {path: kinds.get(path, "dictionary") for path in statistics if path not in known}
     if not known and not others:
@@ -112,17 +112,17 @@ def batch_norms(model: nnx.Module, at: tuple[str, ...] | None = None) -> dict[Pa
             "normjax: the model has no batch norm, expected at least one. Recognized are "
             "flax.nnx.BatchNorm and the batch norms of normjax.nnx. Pass the whole model."
         )
-    expect_matches(at, [written(path) for path in (*known, *others)])
+    expect_matches(at, [path_name(path) for path in (*known, *others)])
     for path, kind in others.items():
-        if chosen(written(path), at):
+        if chosen(path_name(path), at):
             raise ValueError(
-                f"normjax: the {kind} at '{written(path)}' holds a mean and a var in "
+                f"normjax: the {kind} at '{path_name(path)}' holds a mean and a var in "
                 "nnx.BatchStat, as a batch norm does, and was not recognized as one. Recognized "
                 "are flax.nnx.BatchNorm, unless a subclass has a __call__ of its own, and the "
                 "batch norms of normjax.nnx with what extends them; not those of linen. If it is "
                 "no batch norm, name those that are: at=."
             )
-    return {path: module for path, module in known.items() if chosen(written(path), at)}
+    return {path: module for path, module in known.items() if chosen(path_name(path), at)}
 
 
 def known_batch_norms(model: nnx.Module) -> dict[Path, Any]:
@@ -132,7 +132,7 @@ def known_batch_norms(model: nnx.Module) -> dict[Path, Any]:
 
 
 def is_batch_norm(module: Any) -> bool:
-    """Whether the code of a module is known: Flax's, or one that calls ours."""
+    """Whether a module runs the batch norm code of Flax or of normjax."""
     of_flax = isinstance(module, nnx.BatchNorm)
     return isinstance(module, _BatchNorm) or (
         of_flax and type(module).__call__ is nnx.BatchNorm.__call__
@@ -147,11 +147,11 @@ def serving(call: Callable, model: nnx.Module) -> tuple[Callable, Any]:
 
     def serve(state: Any, *inputs: Any) -> Any:
         model = nnx.merge(graphdef, state)
-        # Layers alone: what a user's module computes itself has no name.
+        # Only layers: operations in a user's own module have no name.
         scoped: dict[Path, Any] = {names(p): m for p, m in nnx.iter_modules(model) if _is_layer(m)}
         for path, module in scoped.items():
             outer = max((n for n in range(len(path)) if path[:n] in scoped), default=0)
-            module.normjax_scope = written(path[outer:])
+            module.normjax_scope = path_name(path[outer:])
             pass_through(module, _Scoped)
         return call(model, *inputs)
 
@@ -163,7 +163,7 @@ def _is_layer(module: Any) -> bool:
 
 
 def copied(model: Any, at: tuple[str, ...] | None) -> tuple[Any, dict[Path, Any]]:
-    """A copy of the model, and its chosen batch norms, all of which run by the code of normjax."""
+    """A copy of the model, and its chosen batch norms, all of which run the code of normjax."""
     copy = nnx.clone(model)
     layers = batch_norms(copy, at)
     for layer in layers.values():
@@ -172,14 +172,14 @@ def copied(model: Any, at: tuple[str, ...] | None) -> tuple[Any, dict[Path, Any]
 
 
 def become(layer: nnx.Module, other: nnx.Module) -> None:
-    """Another module at all places of a layer, wherever a model holds it."""
+    """Turns a layer into another module, wherever the model holds it."""
     layer.__class__ = type(other)
     vars(layer).clear()
     vars(layer).update(vars(other))
 
 
 def pass_through(layer: Any, mixin: Any) -> None:
-    """Sends the calls of a layer through the method of a mixin, a `Derived`, first."""
+    """Makes the calls of a layer run the method of a mixin, a `Derived`, first."""
     kind: Any = type(layer)
     if not issubclass(kind, mixin):
         layer.__class__ = _derived(mixin, kind)

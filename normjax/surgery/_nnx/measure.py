@@ -26,24 +26,24 @@ from normjax.surgery._nnx.layers import (
     pure,
     variables_of,
 )
-from normjax.surgery._paths import Path, written
+from normjax.surgery._paths import Path, path_name
 
-# The whole state of the model, beside its parameters and statistics by path.
+# The key of the whole state of the model, in addition to parameters and statistics by path.
 STATE = "state"
 
-# What runs the model where it cannot be called with a batch itself.
+# Runs a model that cannot be called with a batch itself.
 Call = Callable[[Any, Any], Any]
 
 
 class _Accumulator(nnx.BatchStat):
-    """What a layer saw. Wherever a transformation takes the statistics, it takes this too."""
+    """The record of a layer; a BatchStat, so that transformations treat it like statistics."""
 
 
 class Measured:
-    """A model with measuring layers, and as it serves: what `Compiled` is for linen.
+    """A model with measuring layers, and in evaluation: the counterpart of `Compiled`.
 
     Attributes:
-        measure: what measures.
+        measure: the edit that measures.
         step: `step(variables, number, centers, batch)` returns what was `Seen`.
         serve: `serve(variables, batch)` returns the outputs in evaluation mode.
     """
@@ -64,12 +64,12 @@ class Measured:
     ) -> Seen:
         model = nnx.merge(self.graphdef, variables[STATE])
         for _, count in nnx.to_flat_state(nnx.state(model, nnx.RngCount)):
-            # Each batch has keys of its own for dropout.
+            # Each batch has its own keys for dropout.
             count.set_value(count.get_value() + number * 2**16)
         layers = known_batch_norms(model)
         for path, layer in layers.items():
             adopt(layer)
-            layer.normjax_observer = Measuring(self.measure, written(path))
+            layer.normjax_observer = Measuring(self.measure, path_name(path))
             if path in centers:
                 setattr(layer, SLOT, _Accumulator(Accumulator.start(centers[path])))
         model.train()
@@ -85,10 +85,10 @@ class Measured:
 
 
 class Run:
-    """What was compiled, for one walk over batches, which it counts."""
+    """A compiled model, for one pass over batches, which it counts."""
 
     trains = "the model, after model.train(),"
-    remedy = "Look whether it is frozen, or sets the mode of its layers itself."
+    remedy = "Check whether it is frozen, or sets the mode of its layers itself."
     takes_part = "pass a function first, lambda model, batch: model(batch[0])"
 
     def __init__(self, measured: Measured):
@@ -96,7 +96,7 @@ class Run:
         self._numbers = itertools.count()
 
     def step(self, variables: Any, centers: Any, batch: Any) -> Seen:
-        """What the layers see in a batch."""
+        """The records, outputs and finiteness of one batch."""
         number = jnp.asarray(next(self._numbers), jnp.uint32)
         return self._measured.step(variables, number, centers, batch)
 
@@ -104,10 +104,10 @@ class Run:
 def measured(
     measure: type[Measure], model: nnx.Module, call: Call | None, at: tuple[str, ...] | None
 ) -> tuple[Run, Any]:
-    """What runs the model, and its variables.
+    """The `Run` of a model, and its variables.
 
-    Compiled for each call of a tool: what the methods of a model read beside their arguments, or
-    whether an object that it holds has changed, cannot be known.
+    Compiled for each call of a tool: changes of the objects that a model holds, or that its methods
+    read, cannot be detected.
     """
     for layer in batch_norms(model, at).values():
         expect_arrays(layer)
@@ -117,13 +117,13 @@ def measured(
 
 
 class Measuring:
-    """Shows the calls of a layer to what measures."""
+    """Passes the calls of a layer to a `Measure`."""
 
     def __init__(self, measure: Measure, path: str):
         self.measure, self.path = measure, path
 
     def __call__(self, layer: Any, call: Any, mode: Any) -> bool:
-        """Whether the layer names devices, and the batch at hand is the whole one."""
+        """Whether the layer names devices although this batch is the whole batch."""
         seen = Layer(
             path=self.path,
             module=_Slots(layer),
@@ -141,7 +141,7 @@ class Measuring:
 
 
 class _Slots:
-    """A layer with the variables that a module of linen has, of which one is asked for here."""
+    """A layer with the variable methods of a linen module."""
 
     def __init__(self, layer: Any):
         self._layer = layer
@@ -166,7 +166,7 @@ LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose
 
 
 def biased(model: nnx.Module, call: Call | None, batch: Any) -> dict[str, str]:
-    """The batch norms that are given the output of a layer with a bias, and that layer."""
+    """The batch norms that follow a layer with a bias, and that layer."""
     graphdef, state = nnx.split(model)
     watch = Watching()
 
@@ -176,10 +176,10 @@ def biased(model: nnx.Module, call: Call | None, batch: Any) -> dict[str, str]:
         for path, layer in modules.items():
             if _has_bias(layer):
                 pass_through(layer, _Makes)
-                layer.normjax_made = functools.partial(watch.made, written(path))
+                layer.normjax_made = functools.partial(watch.made, path_name(path))
             if is_batch_norm(layer):
                 adopt(layer)
-                layer.normjax_observer = functools.partial(watch.taken, written(path))
+                layer.normjax_observer = functools.partial(watch.taken, path_name(path))
         copy.train()
         return (call or (lambda model, batch: model(batch)))(copy, batch)
 
@@ -192,18 +192,18 @@ def _has_bias(module: Any) -> bool:
 
 
 class Watching:
-    """Follows the outputs of layers with a bias; they are kept, so that no id is given anew."""
+    """Tracks the outputs of layers with a bias; they are kept, so that no id is reused."""
 
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[Any, str]] = {}
         self.biased: dict[str, str] = {}
 
     def made(self, path: str, y: Any) -> None:
-        """A layer has put out y."""
+        """Called for each output y of a layer."""
         self.outputs[id(y)] = y, path
 
     def taken(self, path: str, layer: Any, call: Any, mode: Any) -> bool:
-        """A batch norm is given x."""
+        """Called for each call of a batch norm."""
         maker = self.outputs.get(id(call.x))
         if maker and mode.train and layer.axis in (-1, jnp.ndim(call.x) - 1):
             self.biased[path] = maker[1]
@@ -211,7 +211,7 @@ class Watching:
 
 
 class _Makes(Derived):
-    """Tells of its output."""
+    """Reports its output."""
 
     normjax_made: Any
 

@@ -1,4 +1,4 @@
-"""How the batch norms of an NNX model act: frozen, synchronized over devices, guarded."""
+"""Changes how the batch norms of an NNX model run: frozen, synchronized over devices, guarded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 from normjax import _errors
 from normjax.surgery._nnx.layers import batch_norms, copied, names
-from normjax.surgery._paths import params_of, written
+from normjax.surgery._paths import params_of, path_name
 from normjax.surgery._refused import expect_updated, refuse_training
 
 
@@ -49,20 +49,20 @@ def guard(model: Any, at: tuple[str, ...] | None) -> Any:
     """`normjax.surgery.guard`."""
     copy, layers = copied(model, at)
     for path, layer in layers.items():
-        expect_updated(written(path), _statistics(layer))
-        layer.normjax_observer = Guarding(written(path))
+        expect_updated(path_name(path), _statistics(layer))
+        layer.normjax_observer = Guarding(path_name(path))
     return copy
 
 
 @dataclass(frozen=True)
 class Guarding:
-    """Fails where the layer would train, or normalize by statistics that were never updated."""
+    """Raises if the layer would train, or normalize by statistics that were never updated."""
 
     path: str
 
     @_errors.named("normjax.surgery.guard")
     def __call__(self, layer: Any, call: Any, mode: Any) -> bool:
-        """Looks at one call of the layer."""
+        """Checks one call of the layer."""
         if mode.train:
             remedy = "Call model.eval() first, or freeze it: guard(freeze(model))."
             refuse_training(self.path, remedy)

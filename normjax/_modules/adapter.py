@@ -1,4 +1,4 @@
-"""A module of either framework, as the functions see it: fields, parameters, devices."""
+"""Adapts a module of linen or NNX for the functions: its fields, parameters and devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from normjax import _errors
 
 
 class Call(NamedTuple):
-    """What a module is called with; scale and bias stand in for its parameters."""
+    """The arguments of a module's call; scale and bias replace its parameters."""
 
     x: Any
     mask: Any = None
@@ -22,19 +22,19 @@ class Call(NamedTuple):
     bias: Any = None
 
 
-class Shell(NamedTuple):
+class Adapter(NamedTuple):
     """A module of either framework.
 
     Attributes:
         fields: the module; its fields are attributes that have the names of Flax.
         param: `param(name, features)` is the parameter of that name and of the shape of the
             features; without features it is a number.
-        initializing: whether the call is there for its shapes alone; no devices take part in it.
-        alone: whether the batch at hand is the whole one, whatever devices the fields name.
+        initializing: whether the call only creates parameters; it shares nothing over devices.
+        alone: whether this batch is the whole batch, even if the fields name a device axis.
         frozen: whether no gradient reaches the parameters.
         promote: `promote(arrays, dtype=...)`, a rule of the user for the dtypes of x, the running
-            statistics, scale and bias. None: y alone has the dtype to which they promote.
-        promotes_stats: whether the running statistics take part in the dtype of y.
+            statistics, scale and bias. None: only y has the dtype to which they promote.
+        promotes_stats: whether the dtype of y depends on that of the running statistics.
     """
 
     fields: Any
@@ -62,30 +62,30 @@ class Shell(NamedTuple):
         return lax.stop_gradient(value) if self.frozen else value
 
     def devices(self) -> dict[str, Any]:
-        """Which devices share statistics; none while shapes are made, as in Flax."""
+        """Which devices share statistics; none in init, as in Flax."""
         none = self.initializing or self.alone
         names = () if none else ("axis_name", "axis_index_groups")
         return {name: getattr(self.fields, name) for name in names if hasattr(self.fields, name)}
 
     def promoted(self, *arrays: Any) -> tuple[Any, ...]:
-        """The arrays by the user's rule, if there is one."""
+        """The arrays in the dtypes of the user's rule, if there is one."""
         if self.promote is None:
             return arrays
         return tuple(self.promote(arrays, dtype=self.fields.dtype))
 
 
 def operands(
-    shell: Shell, call: Call, feature_axes: int | Iterable[int]
+    adapter: Adapter, call: Call, feature_axes: int | Iterable[int]
 ) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
     """x, scale and bias, and the options that all norms within an example have."""
     x = _errors.inexact("x", call.x)
-    scale, bias = shell.affine(_errors.features(x.shape, feature_axes), call)
-    x, scale, bias = shell.promoted(x, scale, bias)
+    scale, bias = adapter.affine(_errors.features(x.shape, feature_axes), call)
+    x, scale, bias = adapter.promoted(x, scale, bias)
     options = dict(
-        epsilon=shell.fields.epsilon,
+        epsilon=adapter.fields.epsilon,
         mask=_errors.nonzero(call.mask),
-        dtype=output_dtype(shell.fields.dtype, x, scale, bias),
-        **shell.devices(),
+        dtype=output_dtype(adapter.fields.dtype, x, scale, bias),
+        **adapter.devices(),
     )
     return (x, scale, bias), options
 
@@ -97,7 +97,7 @@ def make_param(init: Any, name: str, key: Any, shape: tuple[int, ...], dtype: An
 
 
 def expect_initializer(name: str, init: Any, dtype: Any) -> None:
-    """What makes the parameter `name`, and its dtype."""
+    """Checks the initializer of the parameter `name`, and its dtype."""
     _errors.initializer(f"{name}_init", init)
     _errors.floating_dtype("param_dtype", dtype)
 
@@ -112,7 +112,7 @@ def feature_shape(
 
 
 def output_dtype(dtype: DTypeLike | None, *arrays: Any) -> DTypeLike:
-    """The rule of Flax: what the input and the parameters promote to, unless one is asked for."""
+    """`dtype` if given, else what the input and the parameters promote to, as in Flax."""
     if dtype is not None:
         _errors.floating_dtype("dtype", dtype)
         return dtype

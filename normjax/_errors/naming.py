@@ -1,7 +1,7 @@
-"""Errors in the words of the caller: what was called, and options as they are named there.
+"""Decorators that rename errors: they start with the called function and use its option names.
 
-Every message of the library starts with `normjax`. The door of a public function puts the name of
-what was called in its place, so that no function within needs to know it.
+Every message of the library starts with `normjax`. The decorator of a public function replaces it
+by the name of that function, so that inner functions need not know the name.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ _INFERRED = "no features needed: their shape is inferred from the input. Leave i
 def named(
     called: str, *, runs_model: bool = False, **names: str
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The door of a function: errors of the library that leave it name it `called`.
+    """Decorates a public function: errors of the library that it raises start with `called`.
 
-    The outermost door has the last word, unless it `runs_model`: what a model of the user raises
-    is named already. `names` maps options of the functions within to those of the caller, where
-    they differ. An error of another library, or of a function that the user passed, is left as it
-    is.
+    The outermost decorator decides, unless it `runs_model`: errors of a user's model have a name
+    already. `names` maps options of inner functions to those of the caller, where they differ.
+    Errors of other libraries, or of functions that the user passed, are not changed.
     """
     inner = re.compile(r"normjax\b(?!\.)" if runs_model else r"normjax[\w.]*")
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
-        def door(*args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return function(*args, **kwargs)
             except Exception as error:
@@ -46,27 +45,27 @@ def named(
                 _rename(error, inner, called, names)
                 raise
 
-        return door
+        return wrapper
 
     return decorate
 
 
 def keywords(cls: Class) -> Class:
-    """The door of a class of Flax: its constructor refuses arguments of PyTorch in a sentence.
+    """Decorates a Flax module: its constructor rejects arguments of PyTorch with a clear error.
 
-    Fields, signature and type are what they were. In linen, Flax takes the 64 of LayerNorm(64) for
-    epsilon; the first field of most classes is no whole number.
+    Fields, signature and type do not change. In linen, LayerNorm(64) would set epsilon=64, so an
+    integer is rejected unless the first field is one.
     """
     construct: Any = cls.__init__  # type: ignore[misc]
     known = [field.name for field in fields(cls)]
     first = known[0]
-    room = cls.__module__.split(".")[1]
+    package = cls.__module__.split(".")[1]
     names: dict[str, Any] = {"feature_axis": "feature_axes"} if "feature_axes" in known else {}
 
-    @named(f"normjax.{room}.{cls.__name__}", **names)
+    @named(f"normjax.{package}.{cls.__name__}", **names)
     @wraps(construct)
     def checked(*args: Any, **kwargs: Any) -> None:
-        if room == "linen" and first not in WHOLE and len(args) > 1 and type(args[1]) is int:
+        if package == "linen" and first not in WHOLE and len(args) > 1 and type(args[1]) is int:
             got = f"{args[1]} as the first argument, which is {first}"
             raise TypeError(f"normjax: got {got}; {_INFERRED}")
         construct(*args, **kwargs)
@@ -76,7 +75,7 @@ def keywords(cls: Class) -> Class:
 
 
 def _of_pytorch(function: Callable[..., Any], given: dict[str, Any]) -> str | None:
-    """The first argument of PyTorch, which the function does not have, and what to do."""
+    """The first PyTorch argument that the function does not have, and what to do."""
     known = signature(function).parameters
     features = _INFERRED
     if "num_features" in known:
@@ -101,11 +100,11 @@ def _rename(error: Exception, inner: re.Pattern[str], outer: str, names: dict[st
         return
     text = message[found.end() :]
     if names:
-        # An option is written as name=value, a part of it as name.part; or "name has".
+        # An option appears as name=value, as name.part, or as "name has".
         options = "|".join(map(re.escape, names))
         pattern = rf"(?<![\w./'])({options})(?==|\.\w| has | is | with | lie )"
         text = re.sub(pattern, lambda match: names[match[1]], text)
     error.args = (outer + text, *error.args[1:])
     if isinstance(error, ImportError):
-        # The one class that does not show its arguments.
+        # str() of an ImportError shows msg, not args.
         error.msg = outer + text

@@ -1,4 +1,4 @@
-"""What every module of NNX does alike: its parameters, and how the functions see it."""
+"""Code that all NNX modules share: their parameters, and their adapter for the functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 from normjax import _errors
-from normjax._modules.shell import Shell, make_param
+from normjax._modules.adapter import Adapter, make_param
 
 if not hasattr(nnx.Variable, "set_value"):
     raise ImportError(
@@ -25,13 +25,13 @@ Metadata = Mapping[str, Any] | None
 LISTED = ("axis", "reduction_axes", "feature_axes", "axis_name", "axis_index_groups")
 
 
-def shell(module: Any, **options: Any) -> Shell:
-    """A module of NNX, as the functions see it."""
+def adapter(module: Any, **options: Any) -> Adapter:
+    """The adapter of an NNX module."""
     rule = getattr(module, "promote_dtype", promote_dtype)
-    # The rule of Flax rounds x and the running statistics before they are used. Without it y has
-    # the dtype that it asks for, and is rounded once.
+    # The rule of Flax rounds x and the running statistics before they are used. Without it only y
+    # is rounded, once, to the same dtype.
     rule = None if rule is promote_dtype else rule
-    return Shell(module, partial(held, module), promote=rule, **options)
+    return Adapter(module, partial(held, module), promote=rule, **options)
 
 
 def held(module: Any, name: str, features: _errors.Features | None = None) -> Any:
@@ -47,14 +47,14 @@ def make(
     module: Any, name: str, init: Any, shape: tuple[int, ...], rngs: nnx.Rngs,
     metadata: Metadata = None,
 ) -> nnx.Param:  # fmt: skip
-    """A new parameter of this shape, which `init` makes in the module's `param_dtype`."""
+    """A new parameter of this shape, which `init` creates in the module's `param_dtype`."""
     _errors.random_streams(rngs)
     value = make_param(init, name, rngs.params(), shape, module.param_dtype)
     return nnx.Param(value, **(metadata or {}))
 
 
 def make_static(module: Any) -> None:
-    """Makes lists of axes tuples, which hash: `nnx.graphdef` is a static argument of `jax.jit`."""
+    """Turns lists of axes into tuples: `nnx.graphdef` is a static argument and must be hashable."""
     for name in LISTED:
         if hasattr(module, name):
             setattr(module, name, _static(getattr(module, name)))
@@ -66,7 +66,7 @@ def _static(value: Any) -> Any:
 
 
 def make_affine(module: Any, rngs: nnx.Rngs, **given: tuple[Any, Metadata]) -> None:
-    """Gives the module the scale and the bias that it uses, of an initializer and metadata each."""
+    """Creates the parameters that the module uses, each from an initializer and metadata."""
     make_static(module)
     shape = (_errors.feature_count(module.num_features),)
     for name, (init, metadata) in given.items():
