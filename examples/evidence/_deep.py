@@ -49,7 +49,7 @@ def network(key: Array, depth: int, gain: float | Array = 1.0) -> Network:
         return dense_layers(key, [fan_in, features], gain)[0]
 
     # All hidden layers in one call, which compiles faster than one call for each.
-    hidden = jax.vmap(lambda key: layer(key, WIDTH, WIDTH))
+    hidden = jax.vmap(partial(layer, fan_in=WIDTH, features=WIDTH))
     return Network(
         layer(of_stem, digits().images[0].size, WIDTH),
         hidden(jax.random.split(of_hidden, depth - 1)),
@@ -79,4 +79,4 @@ def batch_norm(
 
 def last(losses: Array) -> Array:
     """Mean of the last 20 losses; infinite where training diverged."""
-    return jnp.nan_to_num(losses[..., -20:].mean(-1), nan=jnp.inf)
+    return jnp.nan_to_num(losses[..., -20:].mean(-1), nan=jnp.inf, posinf=jnp.inf)
