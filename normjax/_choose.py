@@ -167,13 +167,15 @@ def _by_batch(architecture: str, batch_size: int, num_devices: int) -> NormChoic
             "sharded jit shares them by itself.",
             "evidence/devices",
         )  # fmt: skip
-    few = f"{total} examples in a step are too few for the statistics of a batch, and "
+    few = f"{total} examples in a step are few for the statistics of a batch, and "
     if architecture == "mlp":
         return NormChoice(
             "layer_norm", {}, few + "layer norm does not depend on them.", "evidence/batch_size"
         )
     return NormChoice(
         "group_norm", {"num_groups": 32},
-        few + "group norm does not depend on them.",
+        few + "group norm does not depend on them. Take fewer groups in layers of fewer than 64 "
+        "channels. In layers with many positions batch norm may still work: compare the samples "
+        "that normjax.surgery.diagnose reports with 16.",
         "evidence/batch_size",
     )  # fmt: skip

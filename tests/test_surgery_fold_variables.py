@@ -267,6 +267,19 @@ def test_what_is_no_call_and_what_is_not_folded_are_errors():
             serve(given, X)
 
 
+@pytest.mark.parametrize("given", [(), (False,)])
+def test_fold_asks_for_the_mode_to_be_bound(given):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(x))
+
+    x = jnp.ones((2, 3))
+    variables = Net().init(jax.random.key(0), x, False)
+    with pytest.raises(TypeError, match=r"surgery.fold: .*functools.partial\(model.apply, train=F"):
+        surgery.fold(Net().apply, variables, x, *given)
+
+
 @pytest.mark.usefixtures("lenient")
 def test_places_without_modules_are_named_by_their_operation():
     variables = {"kernel": np.ones((2, 3, 4), np.float32), "var": np.ones((2, 4), np.float32)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGES = HERE.parents[1] / "docs" / "evidence"
+QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # In the order of the questions: how it trains, how it is served, what it is used for.
 SCRIPTS = (
     "learning_rate", "initialization", "depth", "landscape", "regularization", "placement",
@@ -27,7 +29,11 @@ SCRIPTS = (
 def run(name: str, smoke: bool) -> tuple[str, int, str]:
     """Runs one script; its name, exit code, and what it printed."""
     command = [sys.executable, str(HERE / f"{name}.py"), *(["--smoke"] if smoke else [])]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    # Most of the time of a short run is compiling.
+    flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + QUICK} if smoke else {}
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, **flags}
+    )
     return name, done.returncode, (done.stdout + done.stderr).strip()
 
 

@@ -121,8 +121,9 @@ def main(
         figure = Figure(figsize=(9, 4.5))
         draw(figure, found)
         figure.savefig(out / f"{script.stem}.png", metadata={"Software": None})
+    plural = "s" if options.seeds > 1 else ""
     circumstances = (
-        f"{options.seeds} seeds, {seconds:.0f} s on {processor()}. {date.today()}, "
+        f"{options.seeds} seed{plural}, {seconds:.0f} s on {processor()}. {date.today()}, "
         f"normjax {normjax.__version__}, jax {jax.__version__}, flax {flax.__version__}, "
         f"Python {platform.python_version()}."
     )

@@ -1,7 +1,7 @@
 """Networks of 5 to 50 layers, with and without batch norm and residual connections.
 
-python examples/evidence/depth.py            # a minute on two cores
-python examples/evidence/depth.py --smoke    # a few seconds, to see that it runs
+python examples/evidence/depth.py            # two minutes on two cores
+python examples/evidence/depth.py --smoke    # 15 seconds, to see that it runs
 """
 
 from __future__ import annotations

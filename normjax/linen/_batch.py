@@ -120,8 +120,7 @@ class BatchNorm(_BatchNorm):
         use_fast_variance: no effect, for compatibility with Flax: the variance is always exact.
         force_float32_reductions: no effect, likewise: statistics are always float32 or wider.
         ddof: correction of the running variance, 0 as in Flax, 1 as in PyTorch.
-        debias: correct the running average for its initial value, so that evaluation is right
-            after the first step; this adds `batch_stats/count`.
+        debias: correct the running average for its initial value; this adds `batch_stats/count`.
         virtual_batch_size: normalize each block of this many examples along axis 0 separately.
 
     Example:

@@ -39,8 +39,8 @@ def findings_of(norm: NormReport) -> Iterator[Finding]:
         yield finding(
             "stale",
             f"the running statistics are {divergence:.2g} nats from the actual ones; at worst, in "
-            f"channel {worst}, the mean is {norm.shift[worst]:.2g} deviations away and the "
-            f"variance {ratio:.2g} times as large.",
+            f"channel {worst}, the actual mean is {norm.shift[worst]:.2g} deviations away and the "
+            f"actual variance is {ratio:.2g} times the running one.",
             "Call surgery.recompute on data as in evaluation.",
             serious=True,
         )

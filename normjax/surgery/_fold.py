@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ ONE_SIZE = (
     "examples or more."
 )
 
+BIND = (
+    "Bind all other arguments, such as the mode: functools.partial(model.apply, train=False), or "
+    "lambda variables, x: model.apply(variables, x, train=False)."
+)
 # How an equation of constants was evaluated, by its path, its name and its number there.
 Evaluations = dict[tuple[str, str, int], str]
 
@@ -117,7 +122,8 @@ def fold(
         ===================================  ==================================================
 
     Raises:
-        TypeError: `call` is a module of linen, not a function.
+        TypeError: `call` is a module of linen, not a function, or needs other arguments than
+            arrays, such as the mode.
         ValueError: there is nothing to fold, as in training mode, where statistics come from the
             input; or `serve` gets an input for which the call uses other shapes of variables.
 
@@ -150,7 +156,16 @@ def fold(
             "and the inputs. Pass model.apply, or lambda variables, x: model.apply(variables, x, "
             "train=False)."
         )
-    program = trace(call, variables, *inputs)
+    modes = [given for given in jax.tree.leaves(inputs) if isinstance(given, bool)]
+    if modes:
+        raise TypeError(f"normjax: the inputs contain {modes[0]}, expected arrays alone. {BIND}")
+    try:
+        program = trace(call, variables, *inputs)
+    except TypeError as error:
+        if not re.search(r"missing \d+ required", str(error)):
+            raise
+        expected = "expected a function of the variables and the inputs alone"
+        raise TypeError(f"normjax: {error}, {expected}. {BIND}") from error
     leaves = jax.tree.leaves(variables)
     report, evaluations = FoldReport(), Evaluations()
 

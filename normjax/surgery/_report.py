@@ -192,7 +192,10 @@ class Report:
 
     def _summary(self) -> str:
         serious = sum(finding.serious for finding in self.findings)
-        found = f"{len(self.findings)} findings, {serious} serious" if self.findings else "healthy"
+        plural = "" if len(self.findings) == 1 else "s"
+        found = f"{len(self.findings)} finding{plural}, {serious} serious"
+        if not self.findings:
+            found = "healthy"
         if not self.norms and not self.findings:
             found = "nothing to compare, since all batch norms that ran are frozen"
         apart = ""
