@@ -92,7 +92,7 @@ def outcome(
         y, stats = logits(net, stats, images, residual, normed, train=True)
         return cross_entropy(y, labels), stats
 
-    options = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate))
+    options: dict[str, Any] = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate))
     trained = train(loss, net, running(depth), key, **options)
     images = jnp.asarray(digits().test_images)
     y, _ = logits(trained.params, trained.state, images, residual, normed, train=False)
@@ -124,7 +124,7 @@ def saturation(seed: Array, gain: Array, kind: str, steps: int) -> Array:
 
     init, batches = jax.random.split(jax.random.key(seed))
     net = network(init, TANH_DEPTH, gain)
-    options = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(RATES[1]))
+    options: dict[str, Any] = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(RATES[1]))
     trained = train(loss, net, None, batches, **options)
     images = jnp.asarray(digits().test_images)
     return jnp.stack([tanh_network(n, images, kind)[1] for n in (net, trained.params)])

@@ -7,7 +7,7 @@ python examples/evidence/half_precision.py --smoke    # to see that it runs
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _evidence as evidence
 import flax.linen
@@ -53,7 +53,9 @@ def by_flax(x: Array) -> tuple[Array, Array]:
     module = flax.linen.BatchNorm(
         use_running_average=False, momentum=0.0, epsilon=EPSILON, dtype=x.dtype
     )
-    y, updates = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    # Flax's type says that there may be no updates, whatever is mutable.
+    result: Any = module.apply(module.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    y, updates = result
     return updates["batch_stats"]["var"], y
 
 

@@ -81,7 +81,7 @@ def outcome(seed: Array, rate: Array, gain: Array, norm: str, steps: int) -> tup
 
     init, batches = jax.random.split(jax.random.key(seed))
     net, stats = network(init, DEPTH, gain), running(DEPTH)
-    options = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate))
+    options: dict[str, Any] = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(rate))
     trained = train(loss, net, stats, batches, **options)
     images = jnp.asarray(digits().test_images)
     y, _ = logits(trained.params, trained.state, images, norm, train=False)

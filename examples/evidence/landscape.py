@@ -131,7 +131,7 @@ def observe(seed: Array, shift: Array, norm: bool, steps: int) -> Any:
         there = jnp.append(there, here)
         landscape = there.max() - there.min(), change.max(), (change / (sizes * length)).max()
         output = apply(net, stats, images, of_noise, shift, norm, train=True)
-        options = dict(steps=EVERY, batch_size=BATCH, optimizer=optax.sgd(RATE))
+        options: dict[str, Any] = dict(steps=EVERY, batch_size=BATCH, optimizer=optax.sgd(RATE))
         trained = train(loss, net, stats, of_training, **options)
         observed = jnp.stack(landscape), output.mean, output.deviation, trained.losses
         return (trained.params, trained.state), observed
@@ -154,7 +154,8 @@ def measure(options: Options) -> Found:
         run = compiled(jax.vmap(run, in_axes=(0, None)))
         values = [np.asarray(v) for v in run(jnp.arange(options.seeds), jnp.array(shifts))]
         results += [[value[:, i] for value in values] for i in range(len(shifts))]
-    return Found(*(dict(zip(KINDS, values, strict=True)) for values in zip(*results, strict=True)))
+    named: Any = [dict(zip(KINDS, values, strict=True)) for values in zip(*results, strict=True)]
+    return Found(*named)
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:

@@ -154,7 +154,7 @@ def outcome(
         moved = trained.params._replace(stem=stem, hidden=hidden)
         return logits(moved, stats, test, order, case, train=True)[0]
 
-    options = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(RATE))
+    options: dict[str, Any] = dict(steps=steps, batch_size=BATCH, optimizer=optax.sgd(RATE))
     trained = train(loss, net, stats, key, **options)
     y, _ = logits(trained.params, trained.state, test, order, case, train=False)
     begin_and_end = jax.tree.map(lambda *nets: jnp.stack(nets), net, trained.params)

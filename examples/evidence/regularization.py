@@ -61,9 +61,9 @@ def logits(
     norm, dropout = network
     x, moved = x.reshape(len(x), -1), []
     kept = jnp.ones((DEPTH, len(x), WIDTH), bool)
+    dropout_scale = jnp.where(dropout, 1 / (1 - DROPPED), 1)
     if key is not None:
         kept = jax.random.bernoulli(key, 1 - DROPPED, kept.shape) | ~dropout
-        dropout_scale = jnp.where(dropout, 1 / (1 - DROPPED), 1)
     for layer, stats, keep in zip(layers[:-1], state, kept, strict=True):
         x = x @ layer["weight"] + layer["bias"]
         normed, stats = normjax.batch_norm(

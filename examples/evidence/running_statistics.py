@@ -238,12 +238,13 @@ def conclude(found: Found) -> Conclusion:
         cost = 100 * (values[:, RIGHT] - values[:, CONFUSED]).mean()
         confused.append(f"{cost:.1f} points with batches of {size}")
     running, debiased, exact = found.stale.values()
-    for steps in STALE_STEPS:
-        at = min(steps // EVERY, running.shape[1]) - 1
+    places = {steps: min(steps // EVERY, running.shape[1]) - 1 for steps in STALE_STEPS}
+    for steps, at in places.items():
         for name, values in (("", running), (", debias=True", debiased)):
             cells = [spread(100 * v[:, at], 1) for v in (values, exact)]
             rows.append([f"{steps} steps of batches of {LARGE}, momentum 0.99{name}", *cells])
-    few = [100 * values[:, at].mean() for values in (running, debiased, exact)]
+    steps = STALE_STEPS[-1]
+    few = [100 * values[:, places[steps]].mean() for values in (running, debiased, exact)]
     drifted = []
     for name, before, after in zip(DRIFTS, *(v.T for v in found.drift), strict=True):
         rows.append([f"drift: {name}", spread(100 * before, 1), spread(100 * after, 1)])
