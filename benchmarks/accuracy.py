@@ -370,6 +370,8 @@ def in_units(forms):
 
 def report():
     forms = {form: in_form(form) for form in PLATFORMS}
+    yield "# Errors"
+    yield ""
     yield from compared(forms)
     yield ""
     yield (

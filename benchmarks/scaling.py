@@ -253,6 +253,7 @@ def draw(path):
 
 
 def report(repeats):
+    yield "# Several devices\n"
     yield f"One batch norm of {FEATURES} features in float32, read out of the compiled program:\n"
     yield from traffic_table()
     yield "\nFour convolutions with batch norm, 8 images of 16 x 16 on each device, training:\n"
