@@ -41,7 +41,7 @@ def draw(axis, title, entries):
     """The array as a block: features to the right, positions into the depth, examples down."""
     # From (example, position, feature) to (feature, position, example) with example 0 on top.
     block = entries.transpose(2, 1, 0)[:, :, ::-1]
-    colors = np.where(block, "#d1495b", "#e8eef2")
+    colors = np.where(block, "#D55E00", "#e8eef2")
     axis.voxels(np.ones_like(block), facecolors=colors, edgecolor="#7a8b99", linewidth=0.4)
     axis.set(title=title, xticks=[], yticks=[], zticks=[])
     axis.set_xlabel("features C", labelpad=-12)
@@ -52,6 +52,7 @@ def draw(axis, title, entries):
 
 
 def main():
+    plt.style.use(Path(__file__).with_name("normjax.mplstyle"))
     figure = plt.figure(figsize=(13, 7.5), layout="constrained")
     for place, (title, norm) in enumerate(NORMS.items(), start=1):
         draw(figure.add_subplot(2, 3, place, projection="3d"), title, shared(norm))

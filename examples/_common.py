@@ -4,6 +4,7 @@ Options, data, batches, the optimizer, and how a trained network is judged.
 """
 
 import argparse
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from normjax import surgery
+
+# Of all pictures, for matplotlib.
+STYLE = Path(__file__).parents[1] / "docs" / "normjax.mplstyle"
 
 
 def make_parser(doc, epochs):

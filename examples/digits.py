@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _common import (
+    STYLE,
     accuracy,
     batches,
     check_writable,
@@ -181,6 +182,7 @@ def draw(path, history, running, population):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.style.use(STYLE)
     fig, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     epochs = np.arange(1, len(history["test"]) + 1)
     axes[0].plot(

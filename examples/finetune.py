@@ -23,7 +23,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from _common import check_writable
+from _common import STYLE, check_writable
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -197,6 +197,7 @@ def draw(path, examples, table):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.style.use(STYLE)
     fig = plt.figure(figsize=(11, 4), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(1, 3.4))
     for axes, (name, images) in zip(
