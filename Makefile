@@ -13,7 +13,7 @@ help: ## Show this list.
 demo: $(KERNELS) ## Train a network on handwritten digits over four devices.
 	$(BIN)/python examples/digits.py
 
-test: $(KERNELS) ## Prove the promises; `pytest -n 2 -m "not slow"` leaves examples and processes out.
+test: $(KERNELS) ## Run all tests; `pytest -n 2 -m "not slow"` skips the slow ones.
 	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED) ## Check format, style and types.
@@ -42,7 +42,7 @@ bench: $(KERNELS) ## Measure errors, speed and memory against other libraries.
 compiled: $(COMPILERS)/.installed ## Compile for an H100 and a TPU, and read what norms cost there.
 	$(COMPILERS)/bin/python -m benchmarks.compiled --out docs/results
 
-# Made once, and anew when the dependencies change.
+# Created once, and updated when the dependencies change.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 ..."; exit 1; }
@@ -51,20 +51,20 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-# Kernels for the CPU, where they can be built: norms are slower without them, and no less exact.
-# Without isolation, since the headers must be those of the jaxlib that is installed.
+# CPU kernels, if they can be built. Without them norms are slower, but as exact. The build is not
+# isolated, since it needs the headers of the installed jaxlib.
 $(KERNELS): $(INSTALLED) $(wildcard native/*.toml native/CMakeLists.txt native/*/*.py native/src/*)
 	@if command -v $${CXX:-c++} > /dev/null; then \
 		$(BIN)/python -m pip install --quiet scikit-build-core cmake ninja && \
 		$(BIN)/python -m pip install --quiet --force-reinstall --no-deps --no-build-isolation ./native || \
-		echo "normjax-cpu cannot be built here, so norms run without its kernels."; \
+		echo "normjax-cpu cannot be built on this machine, so norms run without its kernels."; \
 	else \
 		echo "There is no C++ compiler, so norms run without the kernels of normjax-cpu."; \
 	fi
 	@touch $@
 
-# The compilers without CUDA's libraries, since nothing runs. They live apart: JAX would look for
-# their devices in every process.
+# The compilers, without the CUDA libraries, since no program runs. Their environment is separate,
+# since JAX would search for their devices in every process.
 $(COMPILERS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(COMPILERS)
 	$(COMPILERS)/bin/python -m pip install --quiet --upgrade pip

@@ -1,12 +1,12 @@
-"""How wrong is each library's batch norm? Measured against NumPy float64, printed as Markdown.
+"""Measures the errors of each library's batch norm against NumPy float64, as Markdown.
 
     python -m benchmarks.accuracy                     # print the tables
     python -m benchmarks.accuracy --out results.md    # and write them
 
 Libraries that are not installed get an empty column: pip install "normjax[benchmarks,torch]".
 
-normjax takes mean and variance in a way of its own on each platform. All three are run here on the
-CPU, each in a process of its own, since a program is lowered in one way.
+normjax computes mean and variance in a different form on each platform. All three forms run here on
+the CPU, each in its own process, since a process lowers for one platform only.
 """
 
 import argparse
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Normjax:
-    """Adapters share three methods; a missing one means that the library has no such feature."""
+    """Adapters share three methods; one is missing if the library has no such feature."""
 
     name, package = "normjax", "normjax"
 
@@ -302,7 +302,7 @@ def cells(library):
 
 
 def worst(case, n):
-    """The largest error of a norm in units on all inputs, and where that is."""
+    """The largest error of a norm over all inputs, in units, and the input that has it."""
     found = [(max(units), name, units) for name, units in hard.errors_of_case(case, n)]
     most, name, units = max(found, key=lambda entry: entry[0])
     quantity = ("y", "var", "dx")[units.index(most)]
@@ -310,13 +310,13 @@ def worst(case, n):
 
 
 def own():
-    """What this process finds of normjax, in the form that it lowers for."""
+    """The results of normjax in this process, in the form of the platform it lowers for."""
     units = {f"{case}|{n}": worst(case, n) for case in hard.CASES for n in LENGTHS}
     return {"cells": cells(Normjax()), "units": units}
 
 
 def in_form(form):
-    """`own` of a process that lowers in the form of a platform."""
+    """`own`, run in a process that lowers in the form of a platform."""
     ran = subprocess.run(
         [sys.executable, "-m", "benchmarks.accuracy", "--own"],
         cwd=ROOT,
@@ -333,7 +333,7 @@ def line(*found):
 
 
 def compared(forms):
-    """Libraries side by side."""
+    """The table of all libraries."""
     columns = {
         f"normjax {normjax.__version__}, {form.upper()}": found["cells"]
         for form, found in forms.items()
@@ -359,7 +359,7 @@ TITLES = {
 
 
 def in_units(forms):
-    """The forms of normjax side by side."""
+    """The table of the forms of normjax."""
     yield line("norm", "entries", *(form.upper() for form in forms))
     yield "|---|---|" + "---|" * len(forms)
     for case in hard.CASES:
@@ -378,15 +378,15 @@ def report():
         f"{date.today()}, CPU ({platform.machine()}), Python {platform.python_version()}, "
         f"jax {jax.__version__}. Errors are the largest absolute ones against NumPy float64; "
         "defaults of each library but momentum 0.99, epsilon 1e-5 and Equinox's mode='batch'. "
-        "In the last two rows normjax has debias=True; others have no such option. "
-        "CPU, GPU and TPU are the ways in which normjax takes mean and variance on these "
-        "platforms, all run on this CPU."
+        "In the last two rows normjax uses debias=True; other libraries have no such option. "
+        "CPU, GPU and TPU are the forms in which normjax computes mean and variance on these "
+        "platforms; all were run on this CPU."
     )
     yield ""
     yield (
-        f"The same three ways on {len(hard.inputs(256))} inputs that break formulas "
+        f"The same three forms on {len(hard.inputs(256))} inputs that are numerically difficult "
         "(tests/hard.py), in float32: the largest error of y, of the variance and of the gradient "
-        "of x in units of eps (1 + |mean| / s) with s = sqrt(var + epsilon), and where it is."
+        "of x, in units of eps (1 + |mean| / s) with s = sqrt(var + epsilon), and its input."
     )
     yield ""
     yield from in_units(forms)

@@ -1,4 +1,4 @@
-"""Residual blocks, whose norms XLA can fuse with what is around them."""
+"""Residual blocks, where XLA can fuse norms with the operations around them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEPTH = 2
 
 
 class PreActivationBlock(nn.Module):
-    """As in the second ResNet: norm and activation before each of two convolutions."""
+    """As in ResNet v2: norm and activation before each of two convolutions."""
 
     norm: Callable[..., nn.Module]
     dtype: Any
@@ -29,7 +29,7 @@ class PreActivationBlock(nn.Module):
 
 
 class UNetBlock(nn.Module):
-    """As in the U-Net of a diffusion model, without its embedding of time."""
+    """As in the U-Net of a diffusion model, without the time embedding."""
 
     norm: Callable[..., nn.Module]
     dtype: Any
@@ -42,7 +42,7 @@ class UNetBlock(nn.Module):
 
 
 class Repeated(nn.Module):
-    """Blocks one after the other: the second tells how the first one's end fuses."""
+    """Blocks in sequence: with two, the end of the first can fuse with the start of the second."""
 
     block: Callable[[], nn.Module]
 
@@ -54,7 +54,7 @@ class Repeated(nn.Module):
 
 
 class Blocks(NamedTuple):
-    """One row of the table: blocks of a kind on images or tokens of a shape, in bfloat16."""
+    """One row of the table: a kind of blocks on images or tokens of one shape, in bfloat16."""
 
     name: str
     make: Callable[[ModuleType], Callable[[], nn.Module]]
@@ -65,7 +65,7 @@ class Blocks(NamedTuple):
         return f"{self.name} {self.shape}"
 
     def module(self, library: ModuleType) -> nn.Module:
-        """With the norms of `library`: flax.linen or normjax.linen."""
+        """The blocks with the norms of `library`: flax.linen or normjax.linen."""
         return Repeated(self.make(library))
 
 

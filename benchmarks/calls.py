@@ -1,4 +1,4 @@
-"""From a library's layer to calls that can be timed, and the timing of many calls side by side."""
+"""Builds calls to time from the layers of a library, and times many calls interleaved."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jax.extend.core import Literal
 TRAINING, EVALUATION = "training step", "evaluation"
 MODES = (TRAINING, EVALUATION)
 
-# A pause before the calls of another library: the threads of the one before spin after their work,
-# PyTorch's for 9 ms on an AMD EPYC, and would take a core from the next.
+# A pause before the calls of another library: the threads of the previous one spin after their work
+# (9 ms for PyTorch on an AMD EPYC) and would use a core that the next one needs.
 SETTLE_SECONDS = 0.015
 COMPILATIONS = 2
 
 
 class Call(NamedTuple):
-    """What is timed, and what is known of it beforehand.
+    """A call to time, and its properties that need no timing.
 
     `run` returns when the work is done. `values` returns y, and dx in training, as float32 with
-    features last, so that contenders can be checked against each other.
+    features last, so that the results of libraries can be compared.
     """
 
     run: Callable[[], Any]
@@ -89,9 +89,9 @@ def jax_calls(module: Module, x: jax.Array, dy: jax.Array) -> dict[str, Call]:
 
 
 def compile_(function: Callable, *args: Any) -> tuple[Callable, float]:
-    """The compiled function and the seconds that tracing, lowering and compiling took.
+    """The compiled function, and the seconds for tracing, lowering and compiling it.
 
-    The best of several: the first of a library also pays for what it sets up once.
+    The least of several times, since the first compilation includes a library's one-time setup.
     """
 
     def timed():
@@ -104,9 +104,9 @@ def compile_(function: Callable, *args: Any) -> tuple[Callable, float]:
 
 
 def kept_bytes(pullback: Callable, *args: Any) -> int:
-    """What the forward pass leaves in memory for the backward pass, the parameters included.
+    """The bytes that the forward pass keeps for the backward pass, including the parameters.
 
-    A pullback is a tree whose leaves are what it keeps; one that is kept twice counts once.
+    The leaves of a pullback are its residuals. An array that occurs twice counts once.
     """
     jaxpr = jax.make_jaxpr(lambda *args: jax.tree.leaves(pullback(*args)))(*args).jaxpr
     kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -114,7 +114,7 @@ def kept_bytes(pullback: Callable, *args: Any) -> int:
 
 
 def copy_call(nbytes: int) -> Call:
-    """Reads and writes that many bytes: what the memory gives to a call that computes nothing."""
+    """A call that reads and writes that many bytes and computes nothing: the memory bandwidth."""
     x = jnp.zeros(nbytes // 4, jnp.float32)
     compiled, seconds = compile_(lambda x: x + 1, x)
     return Call(lambda: jax.block_until_ready(compiled(x)), compile_seconds=seconds)
@@ -123,11 +123,11 @@ def copy_call(nbytes: int) -> Call:
 def interleave(
     calls: dict[Hashable, Call], repeats: int, seconds: float
 ) -> dict[Hashable, list[float]]:
-    """Seconds of each call, all of them once a round in a new random order.
+    """Seconds of each call. A round runs every call once, in a new random order.
 
-    A machine that slows down slows down all alike. Each call follows one of its own that is not
-    timed, as the layers of a network follow each other: its threads are awake. Rounds go on until
-    there are `repeats` of them and `seconds` have passed.
+    So a machine that slows down affects all calls equally. Before each timed call the same call
+    runs untimed, so its threads are awake, as between the layers of a network. Rounds continue
+    until there are at least `repeats` of them and `seconds` have passed.
     """
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     order, rounds = list(calls), 0

@@ -1,12 +1,12 @@
-"""What do norms cost on an H100 and on a TPU? Read from programs compiled for them, without either.
+"""The costs of norms on an H100 and a TPU, read from compiled programs; no device is needed.
 
 python -m benchmarks.compiled                           # all rows, print
 python -m benchmarks.compiled --out docs/results  # and write
 python -m benchmarks.compiled --platform tpu --only layer_norm,U-Net --peers flax.linen
 python -m benchmarks.compiled --platform tpu --topology v6e:2x2
 
-`make compiled` runs it in an environment of its own, which has the two compilers. The same program
-gives the same figures every time, so a difference of one percent is one.
+`make compiled` runs it in a separate environment with the two compilers. The figures are
+deterministic, so a difference of one percent is a real difference.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ LAYERS = (
     Layer("style transfer", "instance_norm", (16, 128, 128, 64)),
 )
 LIBRARIES = (BASELINE, "flax.linen", "flax.nnx", "haiku", "equinox")
-# Those that have modules for `benchmarks.blocks`.
+# The libraries whose norms fit into `benchmarks.blocks`.
 LINEN = {BASELINE: "normjax.linen", "flax.linen": "flax.linen"}
 
 
 class Case(NamedTuple):
-    """One row of the tables: a layer in a dtype and mode, or the training step of blocks."""
+    """One row of the tables: a layer in a dtype and mode, or a training step of blocks."""
 
     what: Layer | Blocks
     dtype: str
@@ -90,7 +90,7 @@ def layer_program(layer: Layer, dtype: str, mode: str, library: str) -> Program:
         (params, state), (x, dy) = whole, batched
         forward = partial(jax.vjp, lambda p, x: module.apply(p, state, x, True), has_aux=True)
         y, pullback, state = forward(params, x)
-        # In a network dy depends on y, and no part of backward can run together with forward.
+        # In a network dy depends on y, so no part of backward can run before forward ends.
         y, dy = lax.optimization_barrier((y, dy))
         return y, state, pullback(dy)
 
@@ -101,7 +101,7 @@ def layer_program(layer: Layer, dtype: str, mode: str, library: str) -> Program:
 
 
 def block_program(row: Blocks, library: str) -> Program:
-    """The training step of blocks, without an optimizer, with the gradient of their input."""
+    """A training step of blocks without an optimizer, with the gradient of their input."""
     if library not in LINEN:
         raise Missing("the blocks are modules of flax.linen")
     module = row.module(import_module(LINEN[library]))
@@ -120,7 +120,7 @@ def block_program(row: Blocks, library: str) -> Program:
 
 
 def cost(case: Case, library: str, platform: str, devices: Sequence[jax.Device]) -> Cost:
-    """What the program costs on the first device; collectives are those on all of them."""
+    """The cost of the program on the first device; collectives are counted on all devices."""
     program = case.program(library)
     alone = described.compile_for(devices[:1], *program)
     shared = hlo.parse(described.compile_for(devices, *program).as_text())
@@ -151,7 +151,7 @@ def cases() -> Iterator[Case]:
 
 
 def run(args: argparse.Namespace) -> list[Cost]:
-    """Costs in the order of the rows, printed as they come."""
+    """The costs in the order of the rows, printed when they are known."""
     found = []
     for platform in args.platform:
         devices = described.devices(platform, args.topology)
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> list[Cost]:
                     continue
                 print(compiled_tables.brief(one), flush=True)
                 found.append(one)
-            # Each program is compiled once, and a compiled one takes memory.
+            # Free the memory of compiled programs; each is compiled only once.
             jax.clear_caches()
     return found
 
@@ -185,7 +185,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if unknown := set(getattr(args, option)) - set(known):
             names = ", ".join(sorted(unknown))
             parser.error(f"no such {option}: {names}; there are {', '.join(known)}")
-    # The ratios are to ours, so it is measured whichever others are.
+    # The ratios are relative to normjax, so it is always measured.
     args.peers = [name for name in LIBRARIES if name == BASELINE or name in args.peers]
     args.cases = [case for case in cases() if any(word in case.title for word in args.only)]
     if not args.cases:

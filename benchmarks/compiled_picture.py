@@ -1,4 +1,4 @@
-"""Where normjax costs less than flax.linen and where more: a dot for each row and platform."""
+"""A plot of the cost of flax.linen relative to normjax: a dot for each row and platform."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from benchmarks.peers import BASELINE
 from benchmarks.picture import EVEN, FASTER, SLOWER
 
 GAP = 1.0  # between modes, in rows
-# Nobody would notice less than that, and it is drawn as a draw.
+# A smaller difference is not noticeable, and is drawn as equal.
 NOTICED = 0.005
 
 
 def draw(costs: Sequence[Cost], names: Mapping[str, str], path: Path) -> None:
-    """One panel a platform; one line a layer and mode, with a dot for each dtype."""
+    """One panel for each platform; one line for each layer and mode, with a dot for each dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,7 +74,7 @@ def draw(costs: Sequence[Cost], names: Mapping[str, str], path: Path) -> None:
 
 
 def lines_of(found: Sequence[Ratio]) -> dict[tuple[str, str], float]:
-    """The height of each layer and mode, with a gap before each mode."""
+    """The y position of each layer and mode, with a gap before each mode."""
     places: dict[tuple[str, str], float] = {}
     height = 0.0
     for mode in MODES:
@@ -92,7 +92,7 @@ def dots(axis, panel: Sequence[Ratio], places: Mapping[tuple[str, str], float]) 
         color = EVEN if abs(ratio.value - 1) < NOTICED else color
         both = ratio.mode != BLOCK
         height = places[ratio.row, ratio.mode]
-        # The two dtypes are often equal: one dot must not hide the other.
+        # The two dtypes often have equal costs, and one dot must not hide the other.
         height += (-0.16 if ratio.dtype == "float32" else 0.16) * both
         filled = color if ratio.dtype == "float32" else "white"
         axis.plot([1, ratio.value], [height, height], color=color, linewidth=1.3, alpha=0.5)

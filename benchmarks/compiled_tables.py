@@ -1,4 +1,4 @@
-"""Costs of compiled programs as Markdown: their ratios in short, and all that was read."""
+"""Costs of compiled programs as Markdown: a summary of their ratios, and all figures."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ UNITS = {GPU: "in units of x", TPU: "in thousands"}
 COMPILERS = {GPU: ("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"), TPU: ("libtpu",)}
 
 EXPLANATION = f"""\
-No such device was there: XLA compiled for devices that were described to it, and these figures
-are read from the compiled programs. They are evidence, and not times.
+No such device was used. XLA compiled for descriptions of the devices, and these figures are read
+from the compiled programs. They are evidence, not times.
 
 - **GPU**: bytes that kernels read and write, in units of the bytes of x. Norms are limited by
-  memory. What a kernel finds in a cache counts all the same.
-- **TPU**: cycles by the cost model of XLA's own compiler. Copies into the memory on the chip run
-  beside the kernels, and have no cycles in it.
-- **kernels**: launched one after the other. **temporary**: memory beside inputs and outputs, in
-  units of x. **conditionals**: of their branches the cheapest counts.
-- **collectives**: of the same program, jitted over {DEVICES} devices that share the batch; x2 is
-  two all-reduces. Those for the gradients of parameters are among them, seldom taken branches
-  are not.
+  memory bandwidth. Reads from a cache count too.
+- **TPU**: cycles estimated by the cost model of XLA. Copies into the memory on the chip overlap
+  with the kernels and have no cycles in it.
+- **kernels**: the number of kernels, launched in sequence. **temporary**: memory except inputs and
+  outputs, in units of x. **conditionals**: only the cheapest branch of each counts.
+- **collectives**: those of the same program, jitted over {DEVICES} devices that share the batch; x2
+  is two all-reduces. They include those for the gradients of parameters, but not those in branches
+  that are seldom taken.
 - A training step is forward, then backward. Blocks are two residual blocks with their loss, in
   bfloat16 with parameters in float32; they are modules of flax.linen.
 - A dash: the library has no such layer.""".splitlines()
 
 
 class Cost(NamedTuple):
-    """What one library's program costs on one described platform.
+    """The cost of a library's program on a described platform.
 
     `value` is the traffic in units of x for a GPU, and thousands of cycles for a TPU. `temporary`
-    is memory in units of x. `collectives` are those of four devices, as kinds and numbers.
+    is memory in units of x. `collectives` maps kinds to numbers, on four devices.
     """
 
     platform: str
@@ -64,7 +64,7 @@ class Cost(NamedTuple):
 
     @property
     def exchanges(self) -> str:
-        """The collectives in short; those without a name are all-reduce."""
+        """A short form of the collectives; those without a name are all-reduces."""
         cells = [
             f"x{number}" if kind == "all-reduce" else f"{kind} x{number}"
             for kind, number in self.collectives
@@ -73,7 +73,7 @@ class Cost(NamedTuple):
 
 
 class Ratio(NamedTuple):
-    """The cost of another library over that of normjax: above 1, normjax costs less."""
+    """The cost of another library divided by that of normjax. Above 1, normjax costs less."""
 
     row: str
     dtype: str
@@ -82,7 +82,7 @@ class Ratio(NamedTuple):
 
 
 def ratios(costs: Sequence[Cost], platform: str, peer: str = PEER) -> list[Ratio]:
-    """Of the rows that both libraries have."""
+    """The ratios for the rows that both libraries have."""
     values = {(c.case, c.library): c.value for c in costs if c.platform == platform}
     return [
         Ratio(*case, values[case, peer] / value)
@@ -92,7 +92,7 @@ def ratios(costs: Sequence[Cost], platform: str, peer: str = PEER) -> list[Ratio
 
 
 def summary(costs: Sequence[Cost], names: Mapping[str, str]) -> Iterator[str]:
-    """Geometric mean and least of the ratios to flax.linen, for each mode and platform."""
+    """Geometric mean and minimum of the ratios to flax.linen, for each mode and platform."""
     platforms = list(dict.fromkeys(cost.platform for cost in costs))
     columns = [f"{names[p]}: {what}" for p in platforms for what in ("mean", "least")]
     yield from header([f"{PEER} over {BASELINE}", *columns])
@@ -116,7 +116,7 @@ def brief(cost: Cost) -> str:
 
 
 def values_table(costs: Sequence[Cost], platform: str, libraries: Sequence[str]) -> Iterator[str]:
-    """One line a row: the cost of each library, and the ratio that the summary is made of."""
+    """One line for each row: the cost of each library, and the ratio that the summary uses."""
     own = [cost for cost in costs if cost.platform == platform]
     values = {(cost.case, cost.library): cost.value for cost in own}
     found = {ratio[:3]: ratio.value for ratio in ratios(costs, platform)}
@@ -141,7 +141,7 @@ def mean_of(found: Sequence[Ratio], mode: str) -> str:
 
 
 def details_table(costs: Sequence[Cost], platform: str) -> Iterator[str]:
-    """One line a library: everything that was read."""
+    """One line for each library: all figures."""
     names = ["layer", "dtype", "mode", "library", METRICS[platform], "kernels", "temporary, x"]
     yield from header([*names, "conditionals", "collectives"])
     for cost in costs:
@@ -183,6 +183,6 @@ def report(
         yield from values_table(costs, platform, libraries)
     for platform in platforms:
         yield ""
-        yield f"## {names[platform]}: everything that was read"
+        yield f"## {names[platform]}: all figures"
         yield ""
         yield from details_table(costs, platform)

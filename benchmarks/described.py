@@ -1,7 +1,7 @@
-"""Accelerators that are described and not there: XLA compiles for them as for present ones.
+"""Descriptions of accelerators that are not present: XLA compiles for them all the same.
 
-For a TPU the wheel libtpu is enough. For a GPU JAX's CUDA plugin is needed, and ptxas, which the
-wheel nvidia-cuda-nvcc-cu12 has. Nothing runs on either, and no driver is needed.
+A TPU needs the wheel libtpu. A GPU needs the CUDA plugin of JAX, and ptxas from the wheel
+nvidia-cuda-nvcc-cu12. Programs are compiled but not run, and no driver is needed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 GPU, TPU = PLATFORMS = ("gpu", "tpu")
-TOPOLOGY = "v5e:2x2"  # generation and arrangement of the TPUs
+TOPOLOGY = "v5e:2x2"  # TPU generation and topology
 DEVICES = 4
 
-# An H100 SXM as CUDA describes it.
+# The description of an H100 SXM by CUDA.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -51,10 +51,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def prepare() -> None:
-    """Keeps this process away from the devices that are here, but for the CPU."""
+    """Makes this process use no present device but the CPU."""
     jax.config.update("jax_platforms", "cpu")
-    # libtpu asks neither the hardware nor a cloud which TPU this is. It would let one process at a
-    # time use it, since that may hold a TPU; none of ours does.
+    # Without these, libtpu asks the hardware or a cloud for the kind of TPU, and only one process
+    # at a time may load it, since it may hold a TPU. Here no process does.
     for name, value in {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -79,9 +79,9 @@ def devices(platform: str, topology: str = TOPOLOGY) -> Sequence[jax.Device]:
 def compile_for(
     devices: Sequence[jax.Device], function: Callable, whole: Any, batched: Any
 ) -> jax.stages.Compiled:
-    """`function(whole, batched)` compiled for these devices, from arrays or shapes of arrays.
+    """Compiles `function(whole, batched)` for these devices, from arrays or their shapes.
 
-    With several devices the first axes of `batched` are split over them, and `whole` is on each.
+    With several devices the first axes of `batched` are sharded, and `whole` is replicated.
     """
     if len(devices) == 1:
         there = split = SingleDeviceSharding(devices[0])

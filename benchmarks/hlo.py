@@ -1,9 +1,9 @@
 """Reads the text of a compiled XLA program: memory traffic, cycles, kernels and collectives.
 
-`parse(compiled.as_text())` gives a `Program`. Its totals follow the program as it usually runs:
-of the branches of a conditional the cheapest counts, and a loop counts as often as XLA says that
-it runs. Known limits: an update in place counts as if all of its buffer were written, and a loop
-whose number of rounds XLA does not know counts once.
+`parse(compiled.as_text())` returns a `Program`. Its totals are those of a usual run: the cheapest
+branch of a conditional counts, and a loop counts as often as XLA says that it runs. Known limits:
+an update in place counts as a write of the whole buffer, and a loop whose trip count is unknown to
+XLA counts once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
-# These name, group or reinterpret what is already in memory. What async-start calls is counted
-# there.
+# These name, group or reinterpret arrays that are already in memory. The computation that
+# async-start calls is counted by itself.
 FREE = frozenset(
     {
         "after-all",
@@ -32,11 +32,11 @@ FREE = frozenset(
         "tuple",
     }
 )
-# Custom calls of XLA for TPUs that are no more than that.
+# Custom calls of XLA for TPUs that move no data either.
 FREE_CALL = 'custom_call_target="ConcatBitcast"'
-# These read no more of their first operand than they return.
+# These read only as much of their first operand as they return.
 SLICES = frozenset({"slice", "dynamic-slice", "gather"})
-# Copies between memories run beside the kernels.
+# Copies between memories, which overlap with the kernels.
 COPIES = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 COLLECTIVES = frozenset(
     {
@@ -75,7 +75,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        # Tokens have no width, and no memory. Names of 8-bit floats go on: f8e4m3fn.
+        # Tokens have no width and use no memory. The names of 8-bit floats are longer: f8e4m3fn.
         width = re.match(r"[a-z]+(\d+)", self.dtype)
         bits = 8 if self.dtype == "pred" else int(width[1]) if width else 0
         return -(-self.size * bits // 8)
@@ -83,7 +83,7 @@ class Shape(NamedTuple):
 
 @dataclass(eq=False)
 class Instruction:
-    """One line of a computation; `operands` are the instructions whose results it takes."""
+    """One line of a computation; `operands` are the instructions whose results it reads."""
 
     name: str
     type: str
@@ -94,7 +94,7 @@ class Instruction:
 
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """Of the result, or of all the results."""
+        """The bytes of the result, or of all results of a tuple."""
         return tuple(
             Shape(dtype, tuple(int(n.removeprefix("<=")) for n in dimensions.split(",") if n))
             for dtype, dimensions in SHAPE.findall(self.type)
@@ -112,54 +112,57 @@ class Instruction:
 
     @property
     def rounds(self) -> int:
-        """How often a loop runs; 1 where XLA does not know."""
+        """The trip count of a loop; 1 if XLA does not know it."""
         known = ROUNDS.search(self.attributes)
         return int(known[1]) if known else 1
 
     @property
     def dimensions(self) -> tuple[int, ...]:
-        """The axes that a reduction sums over, or onto which a broadcast puts its operand."""
+        """The axes that a reduction sums over, or to which a broadcast maps its operand's axes."""
         found = DIMENSIONS.search(self.attributes)
         return tuple(int(n) for n in found[1].split(",") if n) if found else ()
 
     @property
     def op_name(self) -> str:
-        """What it was in JAX, with the functions around it."""
+        """The name of the JAX operation, with its enclosing functions."""
         found = OP_NAME.search(self.attributes)
         return found[1] if found else ""
 
     @property
     def is_done(self) -> bool:
-        """The second half of an operation that runs beside others; its first ends in -start."""
+        """Whether it is the second half of an asynchronous operation; the first ends in -start."""
         return self.opcode.endswith("-done")
 
     @property
     def collective(self) -> str:
-        """Its kind if it is one; of one in two halves only the second has the result's type."""
+        """The kind of a collective, or "". An asynchronous one counts as its second half.
+
+        Only the second half has the type of the result.
+        """
         kind = self.opcode.removesuffix("-done")
         return kind if kind in COLLECTIVES else ""
 
     @property
     def is_kernel(self) -> bool:
-        """Whether a device has to launch something for it."""
+        """Whether a device launches a kernel for it."""
         free = self.opcode in FREE or FREE_CALL in self.attributes
         return not (free or self.is_done or self.opcode in COPIES)
 
 
 @dataclass(eq=False)
 class Program:
-    """The computations of a compiled program by name, and the name of the one that runs first."""
+    """The computations of a compiled program by name, and the name of the entry computation."""
 
     computations: dict[str, list[Instruction]]
     entry: str
 
     def __iter__(self) -> Iterator[Instruction]:
-        """All instructions, those within fusions too."""
+        """All instructions, including those in fusions."""
         for computation in self.computations.values():
             yield from computation
 
     def total(self, measure: Callable[[Instruction], int], name: str | None = None) -> int:
-        """The sum of `measure` over what a run of the program executes."""
+        """The sum of `measure` over the instructions that a usual run executes."""
         found = 0
         for instruction in self.computations[name or self.entry]:
             if instruction.opcode == "conditional":
@@ -174,27 +177,27 @@ class Program:
     def traffic(self) -> int:
         """Bytes that kernels read from memory and write to it.
 
-        A kernel reads each of its operands once, and of one that it only slices the slices.
+        A kernel reads each operand once. If it only slices an operand, it reads the slices.
         """
         return self.total(self._traffic)
 
     def cycles(self) -> int:
-        """Cycles by the cost model of XLA for TPUs; 0 for other devices."""
+        """Cycles estimated by the cost model of XLA for TPUs; 0 for other devices."""
         return self.total(lambda i: sum(map(int, CYCLES.findall(i.attributes))))
 
     def kernels(self) -> int:
         return self.total(lambda i: i.is_kernel)
 
     def conditionals(self) -> int:
-        """For all of which a device may have to wait for its host."""
+        """The number of conditionals; a device may have to wait for its host at each."""
         return sum(i.opcode == "conditional" for i in self)
 
     def collectives(self) -> list[Instruction]:
-        """Wherever they are, in branches that are seldom taken too."""
+        """All collectives, including those in branches that are seldom taken."""
         return [i for i in self if i.collective]
 
     def usual_collectives(self, name: str | None = None) -> list[Instruction]:
-        """Those of a run in which each conditional takes the branch that has the fewest."""
+        """The collectives of a run where each conditional takes the branch with the fewest."""
         found: list[Instruction] = []
         for instruction in self.computations[name or self.entry]:
             parts = [self.usual_collectives(called) for called in instruction.called]
@@ -211,7 +214,7 @@ class Program:
             return 0
         if instruction.is_done:
             return instruction.bytes
-        # The type of a first half repeats its operands, so its second half counts as the write.
+        # The type of the first half includes its operands, so the second half counts as the write.
         written = 0 if instruction.opcode.endswith("-start") else instruction.bytes
         reads: dict[Instruction, int] = {}
         for place, operand in enumerate(instruction.operands):
@@ -220,7 +223,7 @@ class Program:
         return written + sum(reads.values())
 
     def _read(self, instruction: Instruction, place: int) -> int:
-        """Bytes of one operand that an instruction reads."""
+        """The bytes that an instruction reads of one operand."""
         whole = instruction.operands[place].bytes
         if instruction.opcode in SLICES and place == 0:
             return instruction.bytes
@@ -240,7 +243,7 @@ class Program:
 
 
 def parse(text: str | None) -> Program:
-    """The program whose text XLA prints; None where a backend prints none, which is an error."""
+    """Parses the text of a compiled program. None, if a backend has no text, raises an error."""
     computations: dict[str, list[Instruction]] = {}
     entry = ""
     known: dict[str, Instruction] = {}
@@ -262,7 +265,7 @@ def parse(text: str | None) -> Program:
 
 
 def _instruction(name: str, text: str, known: dict[str, Instruction]) -> Instruction:
-    """From what stands behind the equals sign: type, opcode(arguments), attributes."""
+    """Parses the right side of an instruction: type, opcode(arguments), attributes."""
     end = _closing(text) if text.startswith("(") else text.index(" ")
     kind, rest = text[:end], text[end:].strip()
     opcode, _, _ = rest.partition("(")
@@ -275,7 +278,7 @@ def _instruction(name: str, text: str, known: dict[str, Instruction]) -> Instruc
 
 
 def _closing(text: str) -> int:
-    """The place behind the parenthesis that closes the first one; the end if none does."""
+    """The index after the parenthesis that closes the first one; the end if there is none."""
     depth = 0
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""The layers that are measured, named after the networks they come from, and their floors."""
+"""The layers to measure, named after their networks, and their floors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 EPSILON, MOMENTUM = 1e-5, 0.99
 
-# The least traffic of a layer, in tensors of the size of x, when such a tensor does not fit into
-# cache. The statistics of batch norm need all of x before the first y can be written:
+# The floor is the least memory traffic of a layer, in tensors of the size of x, if such a tensor
+# does not fit into the cache. Batch norm needs all of x before it can write the first y:
 #   forward   read x for the statistics, read x, write y
 #   backward  read x and dy for the two sums, read x and dy, write dx
-# The others reduce within a row (or a group), which stays in cache while it is used again:
+# The others reduce over a row or a group, which stays in the cache until it is read again:
 #   forward   read x, write y
 #   backward  read x and dy, write dx
 # In evaluation all of them read x and write y.
@@ -23,7 +23,7 @@ EVALUATION_FLOOR = 2
 
 
 class Layer(NamedTuple):
-    """One row of the table; x has its features last. `num_groups` is for group norm alone."""
+    """One row of the table; features are the last axis of x. `num_groups` is for group norm."""
 
     name: str
     kind: str
@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
     @property
     def example(self) -> tuple[int, ...]:
-        """The least shape that has the layer's parameters."""
+        """The smallest shape whose layer has the same parameters."""
         return (1,) * (len(self.shape) - 1) + (self.features,)
 
     def bytes(self, dtype) -> int:

@@ -1,4 +1,4 @@
-"""Where and with what is measured, and what the command lines have in common."""
+"""The machine and versions of a measurement, and options that the command lines share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def words(text: str) -> list[str]:
-    """An option that takes several values, with commas between them."""
+    """An option that takes several values, separated by commas."""
     return text.split(",")
 
 
@@ -26,20 +26,20 @@ def cores() -> int:
 
 
 def prepare() -> None:
-    """Says so where nothing that is measured here could be believed."""
+    """Prints a warning if the machine is too busy for reliable times."""
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"The machine is busy (load {load:.1f}): times will be off, PyTorch's most of all.")
+        print(f"The machine is busy (load {load:.1f}): times are unreliable, mostly PyTorch's.")
 
 
 def keep_freed_memory() -> None:
-    """Arrays of one layer get memory that was used before, as those of a layer in a network do.
+    """Makes arrays reuse memory that is already allocated, as in a network.
 
-    By default glibc returns freed memory to the system or not, by what was freed before, and page
-    faults come and go: between three runs the time of a training step differed by up to 2.9 times,
-    and by up to 1.6 times so.
+    By default glibc sometimes returns freed memory to the system, so page faults vary: the time of
+    a training step differed by up to 2.9 times between three runs, and by up to 1.6 times with
+    these settings.
     """
-    # From malloc.h: never map an array on its own, never trim the heap, and have one heap.
+    # Options of malloc.h: no array is mapped separately, the heap is never trimmed, one heap.
     mmap_max, trim_threshold, arena_max = -4, -1, -8
     with contextlib.suppress(AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -56,7 +56,7 @@ def circumstances(peers: Sequence[str], repeats: int) -> str:
 
 
 def processor() -> str:
-    """The name of the device that JAX runs on; for a CPU JAX itself knows no more than that."""
+    """The name of the device that JAX runs on; for a CPU, JAX itself reports only "cpu"."""
     kind = jax.devices()[0].device_kind
     if kind != "cpu":
         return kind

@@ -1,4 +1,4 @@
-"""What do norms cost in a whole model? A training step with Flax's norms and with ours.
+"""The cost of norms in whole models: training steps with the norms of Flax and of normjax.
 
 python -m benchmarks.models                          # print the table
 python -m benchmarks.models --out docs/results # and write it
@@ -80,7 +80,7 @@ class ConvNeXt(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """As in GPT-2: normalized before attention and before the two dense layers."""
+    """As in GPT-2: a norm before attention and before the two dense layers."""
 
     norm: Callable[..., nn.Module]
     dtype: Any
@@ -95,7 +95,7 @@ class TransformerBlock(nn.Module):
 
 
 def with_norms(model: Callable[..., nn.Module], kind: str) -> dict[str, Callable]:
-    """The model with each library's module of that name, by library."""
+    """The model with the norm of that name from each library, by library."""
 
     def variant(norm):
         return lambda dtype: model(norm, jnp.dtype(dtype))

@@ -1,4 +1,4 @@
-"""What do norms cost in a whole model of NNX? A training step with Flax's norms and with ours.
+"""The cost of norms in NNX models: training steps with the norms of Flax and of normjax.
 
 python -m benchmarks.nnx_models                          # print the table
 python -m benchmarks.nnx_models --out docs/results # and write it
@@ -61,7 +61,7 @@ class ResNet50(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """As in GPT-2: normalized before attention and before the two dense layers."""
+    """As in GPT-2: a norm before attention and before the two dense layers."""
 
     def __init__(self, norm, dtype, rngs, heads=12, width=768):
         options = dict(dtype=dtype, rngs=rngs)
@@ -79,7 +79,7 @@ COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
 
 
 class OfLinen:
-    """A model of NNX by the methods of linen that a step is made of."""
+    """Gives an NNX model the methods of linen that `benchmarks.steps` calls."""
 
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
         self.make = make
@@ -103,7 +103,7 @@ def variables_of(model: nnx.Module) -> dict[str, Any]:
 
 
 def with_norms(model: Callable[..., nnx.Module], kind: str) -> dict[str, Callable]:
-    """The model with each library's module of that name, by library."""
+    """The model with the norm of that name from each library, by library."""
 
     def variant(norm):
         return lambda dtype: OfLinen(lambda rngs: model(norm, jnp.dtype(dtype), rngs))

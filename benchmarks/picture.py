@@ -1,4 +1,4 @@
-"""Who wins where: a panel for each kind of norm, dtype and mode, a bar for each library."""
+"""A plot of relative times: a panel for each norm, dtype and mode, and a bar for each library."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from benchmarks.calls import MODES
 from benchmarks.tables import Row, names_of
 
 FASTER, SLOWER, EVEN = "#2a7f62", "#c8553d", "#9a9a9a"
-# Between these two a ratio is noise, and is drawn as a draw.
+# Ratios between these two are noise, and are drawn as equal.
 NOISE = (0.95, 1.05)
-# A longer bar would squeeze all others; its number still says how long it is.
+# Longer bars are cut off, since they would make the others too short; the label has the value.
 LIMITS = (1 / 8, 8)
 ALL = "all"
 
 
 def draw(rows: Sequence[Row], baseline: str, circumstances: str, path: Path) -> None:
-    """Bars of the geometric mean of the ratios over the layers of a kind."""
+    """Draws bars: the geometric mean of the ratios over the layers of a kind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,7 +88,7 @@ def ratios_of(
 
 
 def length(ratio: float) -> float:
-    """Of a bar: twice as fast and half as fast are equally long."""
+    """The length of a bar: half the time and twice the time have equal lengths."""
     return math.log2(min(max(ratio, LIMITS[0]), LIMITS[1]))
 
 
@@ -121,7 +121,7 @@ def panel(axis, names: Sequence[str], ratios: dict[str, float]) -> None:
 
 
 def widths(axes, ratios: Sequence[float]) -> None:
-    """The same for all panels: as wide as the longest bar and its number need."""
+    """The limits of all panels, with space for the longest bar and its label."""
     lengths = [0.0, *map(length, ratios)]
     span = max(1.0, max(lengths) - min(lengths))
     room = 0.28 * span

@@ -1,12 +1,12 @@
-"""What shared statistics cost on many devices: counted, measured on simulated ones, and projected.
+"""The cost of shared statistics on many devices: counted, measured on simulated ones, projected.
 
     python -m benchmarks.scaling                                        # print the tables
-    python -m benchmarks.scaling --out docs/results/scaling.md    # and write them, a picture
-                                                            # beside, and the table of the page
+    python -m benchmarks.scaling --out docs/results/scaling.md    # and write them, with a plot, and
+                                                            # the table in docs/scaling.md
 
-Collectives and their bytes are read out of the compiled program. Times are those of devices that
-are simulated on a few cores and share memory, so they show that the share of a step does not
-grow, and nothing of a network. For thousands of devices there is a model: docs/scaling.md.
+Collectives and their bytes are read from the compiled program. Times are measured on devices that
+are simulated on a few cores and share memory. They show that the share of a step does not grow, but
+nothing about a network. docs/scaling.md has a model for thousands of devices.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from benchmarks import hlo
 DEVICES = (1, 2, 4, 8)
 FEATURES = 256
 
-# The 53 batch norms of ResNet-50: a stem, then stages of blocks of three, the first of each stage
-# with one more on its shortcut.
+# The 53 batch norms of ResNet-50: the stem, then blocks of three in each stage. The first block of
+# a stage has one more in its shortcut.
 RESNET50 = [64] + [
     features
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3))
@@ -44,13 +44,13 @@ RESNET50 = [64] + [
 ]
 STEP_MS = 25  # one step of ResNet-50 with 64 images on each device, at 2,500 images a second
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-HOST = 8  # devices that are joined by fast links
+HOST = 8  # devices that fast links connect
 
 
 class Traffic(NamedTuple):
-    """Collectives of a usual run of a program, and the bytes that they reduce.
+    """The collectives of a usual run of a program, and the bytes that they reduce.
 
-    Batch norm measures again, with two more, where the running mean is far from that of the batch.
+    If the running mean is far from the batch mean, batch norm needs a second pass with two more.
     """
 
     number: int
@@ -68,7 +68,7 @@ def traffic(program, *args):
 def loss(x, scale, bias, axis_name):
     stats = normjax.BatchStats.make(x.shape[-1])
     y, stats = normjax.batch_norm(x, stats, scale, bias, train=True, axis_name=axis_name)
-    # Not linear in y, so that nothing of the backward pass can be done in the forward pass.
+    # The loss is not linear in y, so no part of backward can run in the forward pass.
     return jnp.sum(jnp.sin(y)), (y, stats)
 
 
@@ -77,7 +77,7 @@ def mesh_of(devices):
 
 
 def layer_under_shard_map(devices):
-    """Forward pass, and both passes with the gradients of x, scale and bias."""
+    """The forward pass, and both passes with the gradients of x, scale and bias."""
 
     def forward(x, scale, bias):
         return loss(x, scale, bias, "batch")[1]
@@ -115,7 +115,7 @@ def traffic_table():
     for name, way in WAYS.items():
         for devices in DEVICES:
             forward, both = way(devices)
-            # What the loss itself needs is one number, and no part of the layer.
+            # The loss itself reduces one number, which is not part of the layer.
             backward = both - forward
             yield (
                 f"| {name} | {devices} | {forward.number} | {forward.bytes} "
@@ -124,7 +124,7 @@ def traffic_table():
 
 
 class Stack(nn.Module):
-    """Four convolutions with batch norm, as in the middle of a residual network."""
+    """Four convolutions with batch norm, of a size as in the middle of a residual network."""
 
     axis_name: str | None
 
@@ -137,7 +137,7 @@ class Stack(nn.Module):
 
 
 def stack_step(devices, axis_name):
-    """A training step without its optimizer: gradients are summed over the devices either way."""
+    """A training step without an optimizer; in both cases gradients are summed over devices."""
     model = Stack(axis_name)
     images = jax.random.normal(jax.random.key(0), (8 * devices, 16, 16, 32))
     variables = model.init(jax.random.key(1), images[:2])
@@ -170,15 +170,15 @@ def time_table(repeats):
                 start = time.perf_counter()
                 jax.block_until_ready(steps[name]())
                 times[name].append(1e3 * (time.perf_counter() - start))
-        # The least disturbed step: threads that wait for each other suffer from all else that runs.
+        # The least time, since other processes delay threads that wait for each other.
         own, shared = (min(times[name]) for name in (None, "batch"))
         yield f"| {devices} | {own:.1f} ms | {shared:.1f} ms | {1 - own / shared:.0%} |"
 
 
 def ring(devices, size):
-    """Microseconds of NCCL's ring, by the figures that NCCL chooses by (its src/graph/tuning.cc).
+    """Microseconds of NCCL's ring, with the latencies in its tuning model (src/graph/tuning.cc).
 
-    2 (p - 1) messages one after the other, most of them within a host.
+    2 (p - 1) messages in sequence, most of them within a host.
     """
     hosts = max(1, devices // HOST)
     inside = 0.47 * (1.8 if hosts > 1 else 1)
@@ -187,7 +187,7 @@ def ring(devices, size):
 
 
 def tree(devices, size):
-    """The same for NCCL's tree: up and down a chain in each host and a binary tree of hosts."""
+    """The same for NCCL's tree: up and down a chain in each host and a binary tree over hosts."""
     hosts = max(1, devices // HOST)
     inside = 0.52 * (1.8 if hosts > 1 else 1)
     latency = 4.4 + 2 * ((min(devices, HOST) - 1) * inside + log2(hosts) * 5.0)
@@ -195,7 +195,7 @@ def tree(devices, size):
 
 
 def torus(devices, size):
-    """TPUs in a cube: half of each side there and back, 1 microsecond a hop (the scaling book)."""
+    """TPUs in a cube: half of each side and back, 1 microsecond for a hop (the scaling book)."""
     side = round(devices ** (1 / 3))
     return 2 * max(3 * side / 2 * 1.0, size / 1.8e5)
 
@@ -204,7 +204,7 @@ NETWORKS = {"ring of GPUs": ring, "tree of GPUs": tree, "torus of TPUs": torus}
 
 
 def projected(network, devices, passes):
-    """Milliseconds that a step of ResNet-50 waits for its statistics."""
+    """The milliseconds that a step of ResNet-50 waits for its statistics."""
     total = 0.0
     for features in RESNET50:
         for number, size in passes:
@@ -254,24 +254,24 @@ def draw(path):
 
 def report(repeats):
     yield "# Several devices\n"
-    yield f"One batch norm of {FEATURES} features in float32, read out of the compiled program:\n"
+    yield f"One batch norm of {FEATURES} features in float32, read from the compiled program:\n"
     yield from traffic_table()
     yield "\nFour convolutions with batch norm, 8 images of 16 x 16 on each device, training:\n"
     yield from time_table(repeats)
     yield (
-        "\nProjected: what a training step of ResNet-50 (53 batch norms) waits for its statistics, "
+        "\nProjected: how long a training step of ResNet-50 (53 batch norms) waits for statistics, "
         f"and the share of a step of {STEP_MS} ms:\n"
     )
     yield from projection_table()
     yield (
         f"\n{date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), jax "
         f"{jax.__version__}, normjax {normjax.__version__}; times are the least of {repeats} "
-        "interleaved steps on devices that are simulated and share those cores."
+        "interleaved steps on simulated devices that share those cores."
     )
 
 
 def refresh(page, lines):
-    """Puts the table of the projection between its two comments in the page."""
+    """Writes the table of the projection between its two comments in the page."""
     table = "\n".join(lines)
     text = re.sub(
         r"(<!-- projection.*?-->\n).*?(<!-- end -->)",
@@ -285,7 +285,7 @@ def refresh(page, lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=31, help="steps of each kind")
-    parser.add_argument("--out", type=Path, help="Markdown file to write, a picture beside it")
+    parser.add_argument("--out", type=Path, help="Markdown file to write, with a plot")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     lines = []

@@ -1,18 +1,18 @@
-"""How often do sums around a guess have to be taken again? Counted in training runs.
+"""Counts in training runs how often norms need a second pass over x.
 
     python -m benchmarks.second_pass                           # print the table
     python -m benchmarks.second_pass --out docs/results  # and write it
-    python -m benchmarks.second_pass --only digits --scale 0.1 # less of it
+    python -m benchmarks.second_pass --only digits --scale 0.1 # a part of it
 
-On a GPU and on a TPU, batch norm sums around its running mean in one pass over x, and takes a
-second, exact one where that was far from the mean of the batch, for any of its features:
+On a GPU and on a TPU, batch norm sums around its running mean in one pass over x. It needs a
+second, exact pass if, for any feature, the running mean is far from the batch mean:
 
     (mean - running mean)^2 > 2 (var + epsilon)
 
-On a GPU, group and instance norm do the same around the mean of a sample of x, and on a TPU group
-norm around zero, for the mean and variance of its groups. Here the condition is evaluated beside
-the layers, from what each of them is given, by exact moments. That a compiled program takes the
-same branches is tested in tests/test_second_pass.py.
+On a GPU, group and instance norm do the same around the mean of a sample of x. On a TPU, group norm
+does it around zero, for the mean and variance of its groups. Here the condition is evaluated
+outside of the layers, from the inputs of each layer and exact moments. tests/test_second_pass.py
+tests that compiled programs take the same branches.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ WITHIN = (normjax.linen.GroupNorm, normjax.linen.InstanceNorm)
 
 
 class Guard(NamedTuple):
-    """What the guard of one layer sees in one step.
+    """The condition for a second pass, in one layer and step.
 
     Attributes:
         excess: the largest of (mean - pivot)^2 / (var + floor) over its features.
-        feature: which feature that is.
-        off, spread: |mean - pivot| and sqrt(var) there.
-        features: in how many features the guard is exceeded.
+        feature: the index of that feature.
+        off, spread: |mean - pivot| and sqrt(var) of that feature.
+        features: the number of features for which the condition holds.
     """
 
     excess: Any
@@ -67,10 +67,10 @@ class Guard(NamedTuple):
 
     @classmethod
     def make(cls, mean: Any, var: Any, pivot: Any, floor: Any) -> Guard:
-        """All of the shape of the features, the last axis, or with examples before them."""
+        """The arrays have the shape of the features, the last axis, or (examples, features)."""
         off, var = (v.astype(jnp.float32) for v in (jnp.abs(mean - pivot), var))
         allowed = var + floor
-        # 0 / 0 is a feature of one value that is its own pivot.
+        # 0 / 0 is a constant feature that is equal to its pivot.
         excess = jnp.where(off == 0, 0, jnp.square(off) / allowed).reshape(-1)
         worst = jnp.argmax(excess)
         return cls(
@@ -83,7 +83,7 @@ class Guard(NamedTuple):
 
 
 def of_batch_norm(module: nn.Module, x: Any, mask: Any) -> Guard | None:
-    """None where the layer does not measure, as in evaluation and in init."""
+    """The guard of batch norm; None if the layer does not measure, as in evaluation and init."""
     if not module.has_variable("batch_stats", "mean"):
         return None
     axes = tuple(range(x.ndim - 1))
@@ -93,7 +93,7 @@ def of_batch_norm(module: nn.Module, x: Any, mask: Any) -> Guard | None:
 
 
 def of_sample(x: Any) -> Guard | None:
-    """Of group and instance norm on a GPU; None where a layer is too small for a sample."""
+    """The guard of group and instance norm on a GPU; None if x is too small for a sample."""
     axes = tuple(range(1, x.ndim - 1))
     sample = algorithms.sample(x, None, axes)
     if sample is None:
@@ -104,7 +104,7 @@ def of_sample(x: Any) -> Guard | None:
 
 
 def of_groups(module: nn.Module, x: Any) -> Guard:
-    """Of group norm on a TPU."""
+    """The guard of group norm on a TPU."""
     groups = module.num_groups or x.shape[-1] // module.group_size
     grouped = x.reshape(*x.shape[:-1], groups, -1)
     axes = (*range(1, x.ndim - 1), x.ndim)
@@ -115,7 +115,7 @@ def of_groups(module: nn.Module, x: Any) -> Guard:
 def watched(
     apply: Callable[..., Any], platform: str, *args: Any, **how: Any
 ) -> tuple[Any, dict[str, Guard]]:
-    """What `apply` returns, and what the guard of each layer sees, by the name of the layer."""
+    """The result of `apply`, and the guard of each layer by the name of the layer."""
     seen: dict[str, Guard] = {}
 
     def intercept(call: Any, args: Any, how: Any, context: Any) -> Any:
@@ -139,7 +139,7 @@ def watched(
 def watched_step(
     loss: Callable[..., Any], platform: str, optimizer: optax.GradientTransformation
 ) -> Any:
-    """A compiled training step, from a state and a batch to the next state and the guards."""
+    """A compiled training step: it maps a state and a batch to the next state and the guards."""
 
     @jax.jit
     def step(state: Any, *batch: Any) -> tuple[Any, dict[str, Guard]]:
@@ -160,14 +160,14 @@ class Run(NamedTuple):
     """A training run.
 
     Attributes:
-        title: what is trained on what.
-        momentum: of the running statistics, None without any.
-        steps: of the optimizer.
+        title: the model and its data.
+        momentum: that of the running statistics, or None.
+        steps: the number of steps of the optimizer.
         loss: from parameters, statistics and a batch to (loss, next statistics).
         optimizer: the optimizer.
         start: parameters and statistics.
-        batches: from a number of steps to as many batches.
-        platform: whose guards are watched; those of batch norm are the same on both.
+        batches: from a number of steps to that many batches.
+        platform: the platform of the guards; those of batch norm are the same on both.
     """
 
     title: str
@@ -180,7 +180,7 @@ class Run(NamedTuple):
     platform: str = "gpu"
 
     def train(self) -> tuple[Any, dict[str, Guard]]:
-        """The state at the end, and what each layer saw: arrays with an entry for each step."""
+        """The state at the end, and the guard of each layer, with an entry for each step."""
         step, seen = watched_step(self.loss, self.platform, self.optimizer), []
         state: Any = (*self.start, self.optimizer.init(self.start[0]))
         for batch in self.batches(self.steps):
@@ -189,7 +189,7 @@ class Run(NamedTuple):
         return state, jax.tree.map(lambda *each: np.stack(each), *jax.device_get(seen))
 
     def conditionals(self, form: str) -> int:
-        """How many a compiled step has in the form of a platform."""
+        """The number of conditionals in a compiled step, in the form of a platform."""
         (batch,) = self.batches(1)
 
         def plain(params: Any, stats: Any, *batch: Any) -> Any:
@@ -199,7 +199,7 @@ class Run(NamedTuple):
         os.environ[VARIABLE] = form
         jax.clear_caches()
         try:
-            # The branches are those of the program; its machine code is never run.
+            # Only the text is read and the program is not run, so it needs no optimization.
             quick = {"xla_backend_optimization_level": 0}
             compiled = jax.jit(plain, compiler_options=quick).lower(*self.start, *batch).compile()
         finally:
@@ -214,12 +214,12 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-# One object for one rate, so that runs share their compiled step.
+# One object for each rate, so that runs share their compiled step.
 adam = cache(optax.adam)
 
 
 def drawn(images: Any, labels: Any, size: int) -> Callable[[int], Iterator[tuple[Any, ...]]]:
-    """So many random images in each step, the same in each run."""
+    """Batches of `size` random images, the same in each run."""
 
     def batches(steps: int) -> Iterator[tuple[Any, ...]]:
         rng = np.random.default_rng(0)
@@ -231,7 +231,7 @@ def drawn(images: Any, labels: Any, size: int) -> Callable[[int], Iterator[tuple
 
 
 def digits_runs(scale: float) -> Iterator[Run]:
-    """The demo as it is: the last batch of an epoch is padded and masked."""
+    """The network of examples/digits.py; the last batch of an epoch is padded and masked."""
     images, _, labels, _ = _common.load_data(0)
     steps = round(20 * 12 * scale)
 
@@ -258,7 +258,7 @@ def digits_runs(scale: float) -> Iterator[Run]:
 
 
 class Deep(nn.Module):
-    """Twenty times convolution, ReLU, batch norm; channels whose `alive` is 0 are 0 behind ReLU."""
+    """Twenty times convolution, ReLU, batch norm. Channels with `alive` 0 are 0 after the ReLU."""
 
     momentum: float
     depth: int = 20
@@ -272,7 +272,7 @@ class Deep(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-# The learning rate, and in which step a quarter of the channels of all layers is made to die.
+# The learning rate, and the step from which a quarter of the channels of each layer is 0.
 LIVES = {
     "no channel dies": (1e-3, None),
     "a quarter dead from the start": (1e-3, 0),
@@ -307,7 +307,10 @@ def deep_runs(scale: float) -> Iterator[Run]:
 
 
 def finetune_runs(scale: float) -> Iterator[Run]:
-    """The example: trained on digits, tuned on changed ones from running statistics of the old."""
+    """examples/finetune.py: trained on digits, then fine-tuned on another domain.
+
+    It starts with the running statistics of the first domain.
+    """
     images, _, labels, _ = finetune.load_data(0)
     rng = np.random.default_rng(0)
     domains = {name: np.float32(change(images, rng)) for name, change in finetune.DOMAINS.items()}
@@ -338,7 +341,7 @@ def finetune_runs(scale: float) -> Iterator[Run]:
 
 
 class UNet(nn.Module):
-    """Two resolutions down and up again, each with skips, in the order of diffusion models."""
+    """Two resolutions down and up, with skip connections, as in diffusion models."""
 
     norm: Callable[..., nn.Module]
 
@@ -360,7 +363,7 @@ class UNet(nn.Module):
 
 
 def unet_runs(scale: float) -> Iterator[Run]:
-    """Noise is predicted from noisy digits of 32 x 32 pixels."""
+    """Predicts the noise in noisy digits of 32 x 32 pixels."""
     images, _, labels, _ = _common.load_data(0)
     large = np.repeat(np.repeat(images, 4, 1), 4, 2)
     group_norm = partial(normjax.linen.GroupNorm, num_groups=8)
@@ -392,13 +395,13 @@ RUNS = {"digits": digits_runs, "deep": deep_runs, "finetune": finetune_runs, "un
 
 
 class Found(NamedTuple):
-    """What the table says of a run.
+    """The row of a run in the table.
 
     Attributes:
-        first, then: shares of the layers' steps that took the second pass.
-        largest: of (mean - pivot)^2 / (var + epsilon), in all steps of all layers.
-        worst, worst_share: the layer that took it most often after the first steps.
-        cause: what was far in the steps that took it.
+        first, then: shares of the layers' steps that need the second pass.
+        largest: the largest (mean - pivot)^2 / (var + epsilon) in all steps of all layers.
+        worst, worst_share: the layer that needs it most often after the first steps.
+        cause: the deviation in the steps that need it.
     """
 
     run: Run
@@ -413,7 +416,7 @@ class Found(NamedTuple):
 
 def found(run: Run, seen: dict[str, Guard]) -> Found:
     excess = np.stack([guard.excess for guard in seen.values()])
-    # A mean that is not finite is far from everything.
+    # A mean that is not finite always needs the second pass.
     taken = ~(excess <= LIMIT)
     later = taken[:, EARLY:] if taken.shape[1] > EARLY else taken
     worst = int(np.argmax(later.mean(1) + 1e-6 * taken.mean(1)))
@@ -431,7 +434,7 @@ def found(run: Run, seen: dict[str, Guard]) -> Found:
 
 
 def cause(taken: np.ndarray, guards: Sequence[Guard]) -> str:
-    """By how much, in the median of the steps that took it; after the first ones if some did."""
+    """The median deviation in the steps with a second pass; without the first ones if possible."""
     when = taken.copy()
     when[:, :EARLY] &= not taken[:, EARLY:].any()
     if not when.any():
@@ -475,9 +478,9 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
         f"{date.today()}, {machine.processor()}, jax {jax.__version__}. Counted in training runs "
         "in float32 by `python -m benchmarks.second_pass`: of all steps of all layers, the share "
         "in which for some feature (mean - pivot)^2 > 2 (var + epsilon). The pivot of batch norm "
-        "is its running mean; that of group and instance norm on a GPU the mean of a sample of x, "
-        "and nothing is added to the variance; that of the groups of group norm on a TPU is 0. "
-        "The largest ratio is that of the two sides without the 2."
+        "is its running mean. For group and instance norm on a GPU it is the mean of a sample of "
+        "x, and epsilon is not added; for the groups of group norm on a TPU it is 0. "
+        "The largest ratio is (mean - pivot)^2 / (var + epsilon)."
     )
     yield ""
     yield from table(rows)
@@ -485,11 +488,10 @@ def report(rows: Sequence[Found], runs: Sequence[Run]) -> Iterator[str]:
     root = np.sqrt(2e-5)
     lasts = (f"{np.log(0.5 / root) / -np.log(m):.0f} at {m:g}" for m in MOMENTA)
     yield (
-        "A channel that dies is 0 from then on, and its variance is 0. Its running mean decays, "
-        f"and the second pass is taken until that is below sqrt(2 epsilon) = {root:.4f}: from 0.5, "
-        "as behind a ReLU, in so many steps for a momentum: "
-        f"{', '.join(lasts)}. One such channel is "
-        "enough for its layer. Here channels are made to die in all layers at once."
+        "A dead channel is 0, and so is its variance. Its running mean decays, and the second pass "
+        f"is needed until that is below sqrt(2 epsilon) = {root:.4f}. From 0.5, a usual mean after "
+        f"a ReLU, this takes the following number of steps at a momentum: {', '.join(lasts)}. "
+        "One such channel is enough for its layer. Here channels die in all layers at once."
     )
     yield ""
     yield "Conditionals in a compiled training step."

@@ -1,4 +1,4 @@
-"""How fast is one layer? Every library in one process, written as Markdown and a picture.
+"""The time and memory of one layer in every library, as Markdown and a plot.
 
 python -m benchmarks.speed                                   # all layers, print
 python -m benchmarks.speed --out docs/results          # and write
@@ -25,14 +25,14 @@ from benchmarks.layers import LAYERS, Layer
 from benchmarks.peers import BASELINE, PEERS, Missing, load
 from benchmarks.tables import Measurement
 
-# How far two libraries may differ, in y and dx of a layer on data of deviation one. More than
-# that, and they do not compute the same thing: their times must not be compared. Some compute
-# their statistics in bfloat16, which this still lets in.
+# How much y and dx of two libraries may differ on data of deviation 1. If they differ by more, they
+# do not compute the same function, and their times must not be compared. The limit allows for
+# libraries that compute statistics in bfloat16.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 
 
 def installed(names: Sequence[str]) -> dict:
-    """The adapters that can be had here; a line for each that cannot."""
+    """The adapters of installed libraries; it prints a line for each of the others."""
     found = {}
     for name in names:
         try:
@@ -43,7 +43,7 @@ def installed(names: Sequence[str]) -> dict:
 
 
 def build(peers: dict, layer: Layer, dtype: str, modes: Sequence[str]) -> dict:
-    """The calls of all contenders by (contender, mode), checked to compute the same thing."""
+    """The calls of all libraries by (library, mode), checked to compute the same function."""
     rng = np.random.default_rng(0)
     x, dy = (jnp.asarray(rng.normal(0.5, 1, layer.shape), dtype) for _ in range(2))
     found: dict[tuple[str, str], Call] = {}
@@ -95,7 +95,7 @@ def measure(
 
 
 def run(args: argparse.Namespace) -> list[Measurement]:
-    """Blocks of layer and dtype in random order; printed as they come."""
+    """Measures layers and dtypes in random order, and prints the results of each."""
     names = [name for name in PEERS if name == BASELINE or name in args.peers]
     peers = installed(names)
     chosen = [la for la in LAYERS if any(word in la.title for word in args.only)]
@@ -132,9 +132,9 @@ def report(measurements: Sequence[Measurement], repeats: int) -> Iterator[str]:
     yield machine.circumstances(tables.names_of(rows), repeats)
     yield ""
     yield f"Under the names of libraries: their time over that of {BASELINE}; above 1,"
-    yield f"{BASELINE} is faster. The floor is the time that a copy takes for as many bytes as"
-    yield "a layer has to move (benchmarks/layers.py says which). All get memory that was used"
-    yield "before, as a layer in a network does: no time goes into page faults."
+    yield f"{BASELINE} is faster. The floor is the time of a copy of the bytes that a layer has to"
+    yield "move (benchmarks/layers.py lists them). Every library reuses memory that is already"
+    yield "allocated, as a layer in a network does, so times include no page faults."
     yield ""
     yield from tables.ratios_table(rows, BASELINE)
     yield ""

@@ -1,9 +1,9 @@
-"""What does a deep stack of convolution, batch norm and activation keep in memory?
+"""The memory of a deep stack of convolution, batch norm and activation.
 
     python -m benchmarks.stack                           # print the table
     python -m benchmarks.stack --out docs/results  # and write it
 
-A new way of saving memory is one more line in VARIANTS.
+To measure another method to save memory, add a line to VARIANTS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEPTH, SHAPE = 16, (8, 32, 32, 64)
 
 
 class Block(nn.Module):
-    """Parts are named, not numbered, so that all variants share their variables."""
+    """Submodules have names, not numbers, so that all variants have the same variables."""
 
     norm: Callable[..., nn.Module]
     activation: Callable
@@ -61,7 +61,7 @@ class Stack(nn.Module):
 
 
 class Scanned(nn.Module):
-    """The same by `nn.scan`, which every compiler takes layer by layer."""
+    """The same with `nn.scan`, which every compiler keeps as a loop over the layers."""
 
     block: Callable[..., nn.Module]
     depth: int = DEPTH
@@ -77,11 +77,11 @@ class Scanned(nn.Module):
 
 
 def block(cls: type[nn.Module], norm: Callable[..., nn.Module]) -> Callable:
-    """The variant that is a block of this class with this norm."""
+    """A variant: blocks of this class with this norm."""
     return lambda activation, dtype: partial(cls, norm, activation, dtype)
 
 
-# By name: from an activation and a dtype to what makes a block when it is called with a name.
+# By name: a function of an activation and a dtype. It returns a function from a name to a block.
 VARIANTS = {
     "flax.linen": block(Block, nn.BatchNorm),
     "normjax.linen": block(Block, normjax.linen.BatchNorm),
@@ -104,7 +104,8 @@ def main(
     machine.prepare()
     found = []
     for stack, how, scale in ((Stack, "", 1), (Scanned, ", nn.scan", 2)):
-        # Convolutions in a loop are slow on a CPU, and shares of memory are those of any size.
+        # Convolutions in a loop are slow on a CPU, so their input is smaller. Shares of memory do
+        # not depend on the size.
         x = np.random.default_rng(0).normal(0, 1, (*(n // scale for n in shape[:3]), shape[3]))
         for activation, function in ACTIVATIONS.items():
             name = f"{depth} x (convolution, batch norm, {activation}){how}"

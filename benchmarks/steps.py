@@ -1,4 +1,4 @@
-"""Training steps of Flax models that differ in their norms alone: time, memory, compile time."""
+"""Training steps of Flax models that differ only in their norms: time, memory, compile time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.calls import Call, compile_, interleave
 
 
 class Step(NamedTuple):
-    """One variant of a model; times in seconds, the loss and the gradients of its first step."""
+    """One variant of a model: times in seconds, and loss and gradients of its first step."""
 
     model: str
     dtype: str
@@ -38,9 +38,9 @@ def compare(
     repeats: int,
     seconds: float,
 ) -> list[Step]:
-    """Steps of all variants from the same variables on the same `x`, timed side by side.
+    """Interleaved steps of all variants, from the same variables on the same `x`.
 
-    A variant makes its module from the name of a dtype; the module takes `x` alone.
+    A variant is a function from the name of a dtype to a module; the module is called with `x`.
     """
     x = jnp.asarray(x, dtype)
     modules = {name: make(dtype) for name, make in variants.items()}
@@ -62,7 +62,7 @@ def compare(
 
 
 def start(module: nn.Module, x: jax.Array) -> tuple[dict, dict, jax.Array]:
-    """Parameters, statistics and a target; filled in NumPy, as compiling an init takes minutes."""
+    """Parameters, statistics and a target, from NumPy: to compile `init` takes minutes."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -79,7 +79,7 @@ def start(module: nn.Module, x: jax.Array) -> tuple[dict, dict, jax.Array]:
 
 
 def training_step(module: nn.Module) -> Callable:
-    """Loss, gradients and new statistics; what an optimizer adds does not depend on the norms."""
+    """Loss, gradients and new statistics; no optimizer, as its cost does not depend on norms."""
 
     def step(params, stats, target, x):
         def loss(params):
@@ -94,7 +94,7 @@ def training_step(module: nn.Module) -> Callable:
 
 
 def difference(gradients: Any, expected: Any) -> float:
-    """Between two trees of gradients, as a share of the second."""
+    """The difference of two trees of gradients, relative to the second."""
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True)
     squares = [(np.sum(np.square(a - b)), np.sum(np.square(b))) for a, b in pairs]
     apart, size = np.sum(squares, axis=0)
@@ -102,7 +102,7 @@ def difference(gradients: Any, expected: Any) -> float:
 
 
 def table(steps: Sequence[Step]) -> Iterator[str]:
-    """The first variant of a model in a dtype is what the others are shares of."""
+    """Figures are shares of the first variant of the same model and dtype."""
     names = ["model", "dtype", "norms", "ms", "time", "temporary MB", "memory"]
     yield from tables.header([*names, "compile s", "compile", "loss", "gradients differ by"])
     base = None

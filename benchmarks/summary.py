@@ -1,4 +1,4 @@
-"""The picture of the README: training steps of whole models as a share of those with Flax's norms.
+"""Draws the plot of the README: training steps of models, relative to those with Flax's norms.
 
 python -m benchmarks.summary    # from docs/results, to docs/cost.png
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Share(NamedTuple):
-    """What a training step with our norms takes of that with Flax's."""
+    """The cost of a training step with norms of normjax, relative to that with Flax's norms."""
 
     model: str
     dtype: str
@@ -25,7 +25,7 @@ class Share(NamedTuple):
 
 
 def shares(table: Path) -> Iterator[Share]:
-    """The rows of a table of `benchmarks.models` that have our norms."""
+    """The rows of normjax in a table of `benchmarks.models`."""
     for line in table.read_text().splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) > 6 and cells[2].startswith("normjax"):
@@ -35,7 +35,7 @@ def shares(table: Path) -> Iterator[Share]:
 
 
 def title(found: list[Share]) -> str:
-    """What the bars say."""
+    """The title of the plot."""
 
     def range_of(values: list[float]) -> str:
         return f"{min(values):.2f} to {max(values):.2f} times"
@@ -45,7 +45,7 @@ def title(found: list[Share]) -> str:
 
 
 def draw(found: list[Share]) -> Figure:
-    """A bar for time and one for memory of each model; 1 is Flax."""
+    """Draws a bar for the time and one for the memory of each model; 1 is Flax."""
     models = list(dict.fromkeys(share.model for share in found))
     with matplotlib.rc_context():
         matplotlib.style.use(ROOT / "docs" / "normjax.mplstyle")

@@ -1,4 +1,4 @@
-"""Measurements as Markdown: who wins where, what each layer costs, and the means over all."""
+"""Measurements as Markdown: relative times, all figures of each layer, and geometric means."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from benchmarks.calls import EVALUATION, TRAINING
 
 
 class Measurement(NamedTuple):
-    """One contender on one layer in one dtype and mode; times in seconds."""
+    """One library on one layer in one dtype and mode; times in seconds."""
 
     layer: str
     dtype: str
     mode: str
     contender: str
     times: tuple[float, ...]
-    copy: float  # of a tensor of the size of x, one read and one write
+    copy: float  # time of a copy of x: one read and one write
     nbytes: int  # of x
-    tensors_moved: int  # at least, in tensors of the size of x
+    tensors_moved: int  # the least traffic, in tensors of the size of x
     compile_seconds: float | None
     kept_bytes: int | None
     temporary_bytes: int | None
@@ -34,17 +34,17 @@ class Measurement(NamedTuple):
 
     @property
     def bandwidth(self) -> float:
-        """Bytes a second, counting only those that have to move."""
+        """Bytes per second; only the least traffic counts."""
         return self.nbytes * self.tensors_moved / self.median
 
     @property
     def over_floor(self) -> float:
-        """The time over that of copying as many bytes as have to move."""
+        """The time divided by that of a copy with the least traffic."""
         return self.median / (self.copy * self.tensors_moved / 2)
 
 
 def spread(times: Sequence[float]) -> float:
-    """Half of what lies between the quartiles, as a share of the median."""
+    """Half of the interquartile range, relative to the median."""
     if len(times) < 2:
         return 0.0
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -52,7 +52,7 @@ def spread(times: Sequence[float]) -> float:
 
 
 class Row(NamedTuple):
-    """All contenders on one layer in one dtype and mode."""
+    """All libraries on one layer in one dtype and mode."""
 
     layer: str
     dtype: str
@@ -60,7 +60,7 @@ class Row(NamedTuple):
     contenders: dict[str, Measurement]
 
     def ratios(self, baseline: str) -> dict[str, float]:
-        """The time of each contender over that of the baseline: above 1, the baseline wins."""
+        """The time of each library divided by the baseline's. Above 1, the baseline is faster."""
         if baseline not in self.contenders:
             return {}
         base = self.contenders[baseline].median
@@ -80,7 +80,7 @@ def names_of(rows: Sequence[Row]) -> list[str]:
 
 
 def means(rows: Sequence[Row], baseline: str) -> dict[tuple[str, str, str], float]:
-    """Geometric means of the ratios, by (mode, dtype, contender)."""
+    """Geometric means of the ratios, by (mode, dtype, library)."""
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
         for name, ratio in row.ratios(baseline).items():
@@ -102,7 +102,7 @@ def number(value: float | None, unit: str = "", digits: int = 3) -> str:
 
 
 def ratios_table(rows: Sequence[Row], baseline: str) -> Iterator[str]:
-    """One line a layer: the baseline against the floor, and every other against the baseline."""
+    """One line for each layer: the baseline over the floor, and the others over the baseline."""
     names = [name for name in names_of(rows) if name != baseline]
     yield from header(
         ["layer", "dtype", "mode", f"{baseline} ms", "times the floor", "GB/s", *names]
@@ -130,7 +130,7 @@ def grouped_means(rows: Sequence[Row], baseline: str) -> dict[tuple[str, str], d
 
 
 def details_table(rows: Sequence[Row], baseline: str) -> Iterator[str]:
-    """One line a contender: everything that was measured."""
+    """One line for each library: all figures."""
     names = ["layer", "dtype", "mode", "library", "ms", f"over {baseline}", "GB/s"]
     names += ["times the floor", "kept for backward, MB", "temporary, MB", "compile s"]
     yield from header(names)
@@ -150,7 +150,7 @@ def megabytes(nbytes: int | None) -> str:
 
 
 def means_in_words(rows: Sequence[Row], baseline: str) -> Iterator[str]:
-    """The geometric means, one line a dtype and mode."""
+    """The geometric means, one line for each dtype and mode."""
     for (mode, dtype), found in grouped_means(rows, baseline).items():
         ratios = ", ".join(f"{name} {mean:.2f}" for name, mean in found.items())
         yield f"geometric mean, {mode}, {dtype}: {ratios} times the time of {baseline}"

@@ -1,8 +1,8 @@
-"""What shard_map.py and sharded_jit.py share: they train beside pmap, and print both.
+"""Code that shard_map.py and sharded_jit.py share: both train, compare with pmap and print.
 
-The model and its loss are those of digits.py. Numbers are float64 here, so that what
-differs stands out: Adam divides a gradient by its own size, and so makes a whole step of the
-rounding error of a gradient that is zero. In float32 that would hide a real difference.
+The model and its loss are those of digits.py. Arrays are float64 here. Adam divides a gradient by
+its magnitude, so it turns the rounding error of a zero gradient into a full step. In float32 such
+errors would hide a real difference.
 """
 
 import sys
@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 
 def side_by_side(way, doc, make_step, argv=None):
-    """Trains with pmap and with `way` from one start, and tells how far apart they end.
+    """Trains with pmap and with `way` from the same initial values, and compares the results.
 
     Args:
-        way: how the column is called.
+        way: the title of the column.
         doc: the description of the script.
         make_step: from a model, an optimizer and a mesh to a function of the state and a batch.
 
     Returns:
-        The largest difference of each row of the table, and that of the last batch.
+        The largest difference in each row of the table, and for the last batch.
     """
     args = _common.parse(_common.make_parser(doc, epochs=5), argv)
     jax.config.update("jax_enable_x64", True)
@@ -85,7 +85,7 @@ def train(name, step, state, args, images, labels):
 
 
 def make_plain_step(model, optimizer):
-    """The training step as it is written for one device."""
+    """The training step, written for one device."""
     loss_fn = digits.make_loss(model.clone(axis_name=None))
 
     def step(state, images, labels, real):
@@ -100,7 +100,7 @@ def make_plain_step(model, optimizer):
 
 
 def compare_last_batch(make_step, model, state, batch, mesh):
-    """A padded and masked batch on the mesh against its real images alone on one device."""
+    """Compares a padded, masked batch on the mesh with only its real images on one device."""
     images, labels, real = batch
     plain = optax.sgd(1.0)  # moves the parameters by the gradient itself
     start = (*state[:2], plain.init(state[0]))
@@ -109,15 +109,15 @@ def compare_last_batch(make_step, model, state, batch, mesh):
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(np.asarray(a) - np.asarray(b))), padded, alone)
     apart = float(max(jax.tree.leaves(gaps)))
     print(
-        f"\nlast batch: {real.sum()} of {len(real)} images are real, the others are padding;\n"
-        f"against the real ones alone, unpadded and on one device, loss, gradients and running\n"
-        f"statistics differ by {apart:.1e} at most"
+        f"\nlast batch: {real.sum()} of {len(real)} images are real, the others are padding.\n"
+        f"Compared with only the real images on one device, loss, gradients and running\n"
+        f"statistics differ by at most {apart:.1e}"
     )
     return apart
 
 
 def on_mesh(state, mesh):
-    """A copy for every device of the mesh."""
+    """Replicates the state on all devices of the mesh."""
     return jax.device_put(state, NamedSharding(mesh, P()))
 
 

@@ -1,6 +1,6 @@
-"""What the examples share, whichever Flax their network is written in.
+"""Code that the examples for linen and NNX share.
 
-Options, data, batches, the optimizer, and how a trained network is judged.
+Options, data, batches, the optimizer, and the checks of a trained network.
 """
 
 import argparse
@@ -14,22 +14,22 @@ from sklearn.model_selection import train_test_split
 
 from normjax import surgery
 
-# Of all pictures, for matplotlib.
+# The matplotlib style of all plots.
 STYLE = Path(__file__).parents[1] / "docs" / "normjax.mplstyle"
 
 
 def make_parser(doc, epochs):
-    """The options that every example of this model has."""
+    """A parser with the options that all examples of this model share."""
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
     add("--epochs", type=int, default=epochs, help="passes over the training images")
-    add("--batch-size", type=int, default=128, help="images in a step, all devices")
-    add("--devices", type=int, default=4, help="how many devices share a batch")
+    add("--batch-size", type=int, default=128, help="images per step on all devices")
+    add("--devices", type=int, default=4, help="number of devices")
     add("--seed", type=int, default=0)
     add("--momentum", type=float, default=0.9, help="of the running statistics")
-    add("--smoke", action="store_true", help="two epochs, and no claim on accuracy")
+    add("--smoke", action="store_true", help="two epochs, accuracy is not checked")
     return parser
 
 
@@ -48,7 +48,7 @@ def parse(parser, argv):
 
 
 def check_writable(parser, path):
-    """Makes the folder of the file, and stops before any work if the file cannot be written."""
+    """Creates the folder of the file. Exits before any work if the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         known = path.exists()
@@ -61,8 +61,8 @@ def check_writable(parser, path):
 
 
 def pick_devices(count):
-    """The machine's own devices if there are enough, otherwise simulated ones."""
-    # Must be said before JAX starts; it has no effect on accelerators.
+    """The devices of the machine if there are enough, otherwise simulated ones."""
+    # Must be set before JAX initializes; it has no effect on accelerators.
     jax.config.update("jax_num_cpu_devices", count)
     own = jax.devices()
     if own[0].platform != "cpu" and len(own) >= count:
@@ -79,7 +79,7 @@ def load_data(seed):
 
 
 def batches(images, labels, size, rng):
-    """Shuffled batches of one size; the last one is padded, and a mask tells what is real."""
+    """Shuffled batches of one size. The last one is padded; a mask marks the real images."""
     order = rng.permutation(len(images))
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -89,7 +89,7 @@ def batches(images, labels, size, rng):
 
 
 def make_optimizer(steps):
-    """Adam whose weight decay is for kernels alone; it would pull scales off their purpose."""
+    """Adam with weight decay on kernels only, since decay would shrink the scales of norms."""
     schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10 + 1, steps)
     return optax.adamw(schedule, weight_decay=1e-2, mask=surgery.decay_mask)
 
@@ -98,8 +98,8 @@ def accuracy(logits, labels):
     return float(np.mean(np.argmax(logits, -1) == labels))
 
 
-def judge_serving(args, serve, serve_in_training, images, labels):
-    """Prints how well a trained network serves, also by mistake; asserts what must hold.
+def check_serving(args, serve, serve_in_training, images, labels):
+    """Prints the test accuracy, in evaluation and by mistake in training mode, and checks it.
 
     Args:
         serve, serve_in_training: from images to logits, in evaluation and in training mode.
@@ -115,7 +115,7 @@ def judge_serving(args, serve, serve_in_training, images, labels):
     apart = float(np.max(np.abs(alone - logits[:32])))
     print(f"logits alone and in a batch of {len(images)}, largest difference: {apart:.1e}")
 
-    print("\nthe famous mistake, serving in training mode:")
+    print("\na common mistake, serving in training mode:")
     mistakes = {}
     for size in (1, 2, 8):
         mistakes[size] = accuracy_in_batches(serve_in_training, images, labels, size)
@@ -124,11 +124,11 @@ def judge_serving(args, serve, serve_in_training, images, labels):
     by_class = accuracy_in_batches(serve_in_training, images[order], labels[order], 8)
     print(f"  batches of 8, sorted by label: accuracy {by_class:.4f}")
 
-    assert apart < 1e-4, "a prediction must not depend on the batch that it comes in"
+    assert apart < 1e-4, "a prediction must not depend on other images of its batch"
     if not args.smoke:
         assert right >= 0.98, f"expected an accuracy of 0.98, got {right:.4f}"
-        assert mistakes[1] < right, "serving in training mode on single images must cost"
-        assert by_class < right, "serving in training mode on sorted images must cost"
+        assert mistakes[1] < right, "training mode must reduce the accuracy on single images"
+        assert by_class < right, "training mode must reduce the accuracy on sorted images"
     return right
 
 
@@ -138,12 +138,12 @@ def accuracy_in_batches(serve, images, labels, size):
     return accuracy(logits, labels[: len(logits)])
 
 
-def judge_statistics(args, running, population):
-    """Prints how near running statistics are to the population's; asserts that they are near.
+def check_statistics(args, running, population):
+    """Compares running statistics with those of the population; asserts that they are close.
 
     Args:
         running, population: by layer, mean and var of each feature. The population is all training
-            images taken as one batch.
+            images as one batch.
     """
     shifts, ratios = {}, {}
     for layer, whole in population.items():
@@ -151,13 +151,13 @@ def judge_statistics(args, running, population):
         shifts[layer] = np.max(np.abs(running[layer]["mean"] - whole["mean"]) / deviation)
         ratios[layer] = np.asarray(running[layer]["var"] / whole["var"])
 
-    print(f"\n{'running against population':28}{'mean, in deviations':>22}{'variance, ratio':>22}")
+    print(f"\n{'running and population':28}{'mean, in deviations':>22}{'variance, ratio':>22}")
     for layer in sorted(population):
         low, high = ratios[layer].min(), ratios[layer].max()
         print(f"  {layer:26}{shifts[layer]:22.3f}{low:14.2f} to {high:4.2f}")
 
     if not args.smoke:
         far = max(shifts.values())
-        assert far < 0.1, f"running means are up to {far:.3f} deviations from the population's"
+        assert far < 0.1, f"running means are off by up to {far:.3f} standard deviations"
         far = np.exp(max(np.max(np.abs(np.log(ratio))) for ratio in ratios.values()))
-        assert far < 1.2, f"running variances are up to {far:.2f} times off the population's"
+        assert far < 1.2, f"running variances are off by a factor of up to {far:.2f}"

@@ -1,11 +1,12 @@
 """Train a small residual network on handwritten digits over four devices, and serve it.
 
-The whole life of batch normalization in one script: batch statistics are shared over the devices
-(`axis_name="batch"`), a last batch that does not fill the devices is padded and masked, running
-statistics are kept for evaluation, and the famous mistake, serving in training mode, is measured.
+The script shows batch norm in training and in evaluation. Batch statistics are shared over the
+devices (`axis_name="batch"`). The last batch does not fill the devices, so it is padded and masked.
+Evaluation uses running statistics. The cost of a common mistake, serving in training mode, is
+measured.
 
     python examples/digits.py             # about a minute on two cores
-    python examples/digits.py --smoke     # a few seconds, to see that it runs
+    python examples/digits.py --smoke     # a short run of a few seconds
 """
 
 import sys
@@ -22,9 +23,9 @@ from _common import (
     STYLE,
     accuracy,
     batches,
+    check_serving,
+    check_statistics,
     check_writable,
-    judge_serving,
-    judge_statistics,
     load_data,
     make_optimizer,
     make_parser,
@@ -37,7 +38,7 @@ import normjax.linen
 
 
 class ResidualNet(nn.Module):
-    """Convolution -> batch norm -> ReLU, in both orders that residual blocks come in."""
+    """Convolution -> batch norm -> ReLU, in the two orders of residual blocks."""
 
     momentum: float
     axis_name: str | None = "batch"
@@ -45,7 +46,7 @@ class ResidualNet(nn.Module):
 
     @nn.compact
     def __call__(self, images, train, mask=None):
-        # The convolutions need no bias: batch norm subtracts the mean and has a bias of its own.
+        # Convolutions need no bias: batch norm subtracts the mean and has its own bias.
         conv = partial(nn.Conv, kernel_size=(3, 3), use_bias=False)
 
         def norm(x):
@@ -54,11 +55,11 @@ class ResidualNet(nn.Module):
 
         x = nn.relu(norm(conv(self.channels)(images)))
 
-        # Post-activation (He et al. 2015): the sum is activated.
+        # Post-activation (He et al. 2015): the activation follows the sum.
         y = nn.relu(norm(conv(self.channels)(x)))
         x = nn.relu(x + norm(conv(self.channels)(y)))
 
-        # Pre-activation (He et al. 2016): the sum is left alone. Half the size, twice the channels.
+        # Pre-activation (He et al. 2016): nothing follows the sum. Half the size, double channels.
         y = nn.relu(norm(x))
         shortcut = conv(2 * self.channels, kernel_size=(1, 1), strides=2)(y)
         y = nn.relu(norm(conv(2 * self.channels, strides=2)(y)))
@@ -68,7 +69,7 @@ class ResidualNet(nn.Module):
 
 
 def make_loss(model):
-    """Cross entropy of the real images, as a part of the mean over `total` images."""
+    """The cross entropy of the real images, summed and divided by `total`."""
 
     def loss_fn(params, batch_stats, images, labels, real, total):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -84,12 +85,12 @@ def make_loss(model):
 
 
 def make_step(model, optimizer):
-    """One training step on one device, given its share of the batch."""
+    """A training step on one device, with its shard of the batch."""
     loss_fn = make_loss(model)
 
     def step(state, images, labels, real):
         params, batch_stats, opt_state = state
-        # Divided by the images of all devices, so that the sum over devices is the mean.
+        # Divide by the number of images on all devices: the sum over devices is then the mean.
         total = jax.lax.psum(real.sum(), "batch")
         (loss, (batch_stats, hits)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             params, batch_stats, images, labels, real, total
@@ -102,7 +103,7 @@ def make_step(model, optimizer):
 
 
 def mapped_step(model, optimizer, devices):
-    """The step on all devices: a state for each of them, and a batch that is cut into shares."""
+    """The step on all devices: each has its own copy of the state and a shard of the batch."""
     step = jax.pmap(
         make_step(model, optimizer), axis_name="batch", devices=devices, donate_argnums=0
     )
@@ -124,7 +125,7 @@ def initial_state(variables, optimizer):
 
 
 def on_each_device(state, devices):
-    # The axis has the name that it has in the step: what lies along another one is a new program.
+    # The axis has the same name as in the step; another name would compile the step again.
     return jax.pmap(lambda _: state, "batch", devices=devices)(np.arange(len(devices)))
 
 
@@ -161,14 +162,14 @@ def predict(model, variables, images):
 
 @partial(jax.jit, static_argnums=0)
 def predict_in_training(model, variables, images):
-    """The mistake: logits by the statistics of `images` themselves."""
+    """The mistake: logits with the batch statistics of `images`."""
     local = model.clone(axis_name=None)
     logits, _ = local.apply(variables, images, train=True, mutable=["batch_stats"])
     return logits
 
 
 def population_statistics(model, variables, images):
-    """Statistics of all training images taken as one batch: momentum 0 forgets all else."""
+    """Statistics of all training images as one batch: momentum 0 keeps no older statistics."""
     whole = model.clone(axis_name=None, momentum=0.0)
     _, updates = jax.jit(partial(whole.apply, train=True, mutable=["batch_stats"]))(
         variables, images
@@ -203,7 +204,7 @@ def draw(path, history, running, population):
                 population[layer][name], running[layer][name], "o", ms=3, alpha=0.7, label=layer
             )
         ax.axline((1, 1), slope=1, color="gray", lw=0.8, ls="--")
-        ax.set(xscale=scale, yscale=scale, title=f"running against population {title}")
+        ax.set(xscale=scale, yscale=scale, title=f"running and population {title}")
         ax.set(xlabel="population (all training images)", ylabel="running")
     axes[2].legend(fontsize=7)
     fig.savefig(path, dpi=110)
@@ -212,7 +213,7 @@ def draw(path, history, running, population):
 
 def main(argv=None):
     parser = make_parser(__doc__, epochs=20)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
     args = parse(parser, argv)
     picture = args.out / "digits.png"
     check_writable(parser, picture)
@@ -236,11 +237,11 @@ def main(argv=None):
     population = population_statistics(model, served, x_train)
     draw(picture, history, served["batch_stats"], population)
     print(f"picture: {picture}")
-    judge_statistics(args, served["batch_stats"], population)
+    check_statistics(args, served["batch_stats"], population)
 
     serve = partial(predict, model, served)
     serve_in_training = partial(predict_in_training, model, served)
-    return judge_serving(args, serve, serve_in_training, x_test, y_test)
+    return check_serving(args, serve, serve_in_training, x_test, y_test)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Bring a trained network to another domain, and see what its batch norms need there.
+"""Adapt a trained network to another domain with the tools for batch norm.
 
-A residual network that knows Flax alone is trained on handwritten digits, and then meets inverted,
-noisy and faded ones. What breaks, what the report says, and what each tool gives: recomputing from
-images without labels, and fine-tuning one image at a time with batch norm as it is, frozen, or
-converted to group norm. Then its batch norms are folded away and it serves single images.
+A residual network that uses only Flax is trained on handwritten digits, and then tested on
+inverted, noisy and faded ones. The script prints the report of `surgery.diagnose` and the accuracy
+of each method: statistics recomputed from images without labels, and fine-tuning on single images
+with batch norm unchanged, frozen, or converted to group norm. Then it folds the batch norms and
+measures the time of single images.
 
     python examples/finetune.py             # about a minute on two cores
-    python examples/finetune.py --batch-size 4    # where batch norm needs no help
-    python examples/finetune.py --smoke     # a few seconds, to see that it runs
+    python examples/finetune.py --batch-size 4    # batch norm works at this batch size
+    python examples/finetune.py --smoke     # a short run of a few seconds
 
-The same for a network of flax.nnx: `python examples/nnx_finetune.py`.
+`python examples/nnx_finetune.py` does the same for a network of flax.nnx.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from normjax import surgery
 
 
 class ResidualNet(nn.Module):
-    """Its norm is a field, a factory of layers, so that another norm can take its place."""
+    """The norm is a field, a factory of layers, so that another norm can replace it."""
 
     norm: Any
     channels: int = 32
@@ -80,12 +81,12 @@ def parse(argv, doc, picture):
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=12, help="of training on the digits")
-    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning in each domain")
-    parser.add_argument("--batch-size", type=int, default=1, help="images in a fine-tuning step")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs on the digits")
+    parser.add_argument("--steps", type=int, default=300, help="fine-tuning steps in each domain")
+    parser.add_argument("--batch-size", type=int, default=1, help="images per fine-tuning step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
-    parser.add_argument("--smoke", action="store_true", help="little of all, and no claim")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--smoke", action="store_true", help="a short run, accuracy is not checked")
     args = parser.parse_args(argv)
     for name in ("epochs", "steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -108,7 +109,7 @@ def call(variables, images, *, train, mutable=False):
 
 
 def batches(images, size=128):
-    """Full ones, all of the size of those in training."""
+    """Full batches, of the size used in training."""
     return [images[i : i + size] for i in range(0, len(images) - size + 1, size)]
 
 
@@ -118,7 +119,7 @@ def start(args, images):
 
 
 def fit(network, images, labels, *, steps, size, rate, rng, title, tool=lambda apply: apply):
-    """Trains by the function that runs the model, as it is or wrapped by a tool."""
+    """Trains the model; `tool` may wrap its apply function."""
     model, variables = network
     apply = tool(model.apply)
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
@@ -153,7 +154,7 @@ def accuracy(network, images, labels):
 
 
 def adapt(network, images, tune):
-    """What each method makes of a network for a domain, and the report of it as it is."""
+    """The network adapted by each method, and the report on the unchanged network."""
     _, variables = network
     report = surgery.diagnose(call, variables, batches(images))
     recomputed = surgery.recompute(call, variables, batches(images))
@@ -168,7 +169,7 @@ def adapt(network, images, tune):
 
 
 def serving(network, images):
-    """Functions of one image with their variables: with batch norm, and folded."""
+    """Functions of one image and their variables, with batch norm and folded."""
     _, variables = network
     serve, folded, report = surgery.fold(
         lambda variables, x: MODEL.apply(variables, x, False), variables, images[:1]
@@ -179,11 +180,11 @@ def serving(network, images):
 
 
 def time_single_images(ways, images):
-    """Milliseconds for one image by each way; the largest difference of their outputs."""
+    """Milliseconds for one image with each function, and the largest difference of outputs."""
     outputs = {name: np.asarray(f(v, images[:1])) for name, (f, v) in ways.items()}
     apart = np.max(np.abs(outputs["batch norm"] - outputs["folded"]))
     times = {name: [] for name in ways}
-    for i in range(300):  # Interleaved, so that both meet the same moods of the machine.
+    for i in range(300):  # Interleaved, so that changes in machine load affect both.
         for name, (f, v) in ways.items():
             start = time.perf_counter()
             jax.block_until_ready(f(v, images[i : i + 1]))
@@ -222,7 +223,7 @@ def draw(path, examples, table):
 
 
 def main(argv=None, framework=None, doc=__doc__, picture="finetune.png"):
-    """Runs all of it; `framework` has start, fit, accuracy, adapt and serving."""
+    """Runs the example; `framework` has start, fit, accuracy, adapt and serving."""
     framework = framework or sys.modules[__name__]
     args = parse(argv, doc, picture)
     x_train, x_test, y_train, y_test = load_data(args.seed)
@@ -232,7 +233,7 @@ def main(argv=None, framework=None, doc=__doc__, picture="finetune.png"):
         steps=args.epochs * len(x_train) // 128, size=128, rate=3e-3, rng=rng, title="training",
     )  # fmt: skip
     home = framework.accuracy(network, x_test, y_test)
-    print(f"\naccuracy on the digits that it was trained on: {home:.4f}")
+    print(f"\ntest accuracy on the domain of training: {home:.4f}")
 
     table, examples = {}, {"digits": x_test}
     domains = dict(list(DOMAINS.items())[:1]) if args.smoke else DOMAINS
@@ -268,14 +269,14 @@ def main(argv=None, framework=None, doc=__doc__, picture="finetune.png"):
     draw(args.picture, examples, table)
     print(f"\npicture: {args.picture}")
 
-    assert apart < 1e-3, "a folded network must answer as before"
+    assert apart < 1e-3, "folding must not change the outputs"
     if not args.smoke:
         mean = {name: np.mean([row[name] for row in table.values()]) for name in METHODS}
-        # Of inverted images the filters themselves are wrong, and statistics mend nothing for sure.
+        # Not for inverted images: their filters are wrong, so new statistics may not help.
         for domain in ("noisy", "faded"):
             assert table[domain]["recompute"] > table[domain]["as it is"] + 0.05
         if args.batch_size == 1:
-            assert mean[METHODS[3]] > mean[METHODS[2]], "one image has no statistics of a batch"
+            assert mean[METHODS[3]] > mean[METHODS[2]], "frozen must be better on single images"
     return table
 
 

@@ -1,13 +1,13 @@
-"""Train the demo's network on several processes, with checkpoints: killed, it goes on where it was.
+"""Train the network of digits.py on several processes, with checkpoints to resume after a kill.
 
-One command starts the processes on this machine, and starting it again resumes:
+One command starts all processes on this machine. The same command resumes:
 
-    python examples/multihost.py                  # two processes of two devices each
-    python examples/multihost.py --processes 4    # four of one device each
-    python examples/multihost.py --smoke          # half a minute, to see that it runs
+    python examples/multihost.py                  # two processes with two devices each
+    python examples/multihost.py --processes 4    # four processes with one device each
+    python examples/multihost.py --smoke          # a short run of half a minute
 
-On a cluster there is nothing to launch: each host runs one process, told who coordinates and
-which one it is, and the checkpoints lie where all hosts reach them. The model stays as it is.
+On a cluster, start one process on each host, with the address of the coordinator and its own index.
+The folder of the checkpoints must be shared by all hosts. The model does not change.
 
     python examples/multihost.py --coordinator HOST0:1234 --processes 16 --process 0    # on host 0
     python examples/multihost.py --coordinator HOST0:1234 --processes 16 --process 1    # on host 1
@@ -36,23 +36,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-# A process that gives no sign of life for so many seconds is dead: the others stop with an error
-# and do not wait for it. A cluster that drops packets wants more.
+# A process without a heartbeat for this many seconds counts as dead: the others stop with an error
+# and do not wait for it. Use more on a network that drops packets.
 HEARTBEAT = 20
-# What decides the numbers. A checkpoint of other settings belongs to another training.
+# The settings that determine the results. A checkpoint with other settings is of another training.
 SETTINGS = ("epochs", "batch_size", "devices", "seed", "momentum")
 
 
 def parse(argv):
     parser = _common.make_parser(__doc__, epochs=10)
-    parser.add_argument("--processes", type=int, default=2, help="how many processes take part")
-    parser.add_argument("--process", type=int, help="which one this is; none: start all here")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes")
+    parser.add_argument("--process", type=int, help="index of this process; default: start all")
     parser.add_argument("--coordinator", help="host:port of process 0, the same for all")
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("out/multihost"), help="folder of the checkpoints"
     )
     parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="insist on a checkpoint")
+    parser.add_argument("--resume", action="store_true", help="fail if there is no checkpoint")
     parser.add_argument("--launched", action="store_true", help="stop when standard input closes")
     args = _common.parse(parser, argv)
     if args.processes < 1 or args.devices % args.processes:
@@ -66,7 +66,7 @@ def parse(argv):
 
 
 def check_folder(args):
-    """Says in a sentence why this training cannot go on in this folder; touches nothing."""
+    """Exits with a message if this training cannot use the folder; it changes no file."""
     folder, note = args.checkpoints, args.checkpoints / "settings.json"
     if args.resume and not any(path.name.isdigit() for path in folder.glob("steps/*")):
         sys.exit(
@@ -98,7 +98,7 @@ def note_settings(args):
         args.checkpoints.mkdir(parents=True, exist_ok=True)
         note = args.checkpoints / "settings.json"
         if not note.exists():
-            # Renamed into place: whoever is killed here leaves no half of a file.
+            # Renamed when complete, so that a kill leaves no partial file.
             part = note.with_suffix(".part")
             part.write_text(json.dumps({name: getattr(args, name) for name in SETTINGS}))
             part.replace(note)
@@ -110,7 +110,7 @@ def note_settings(args):
 
 
 def launch(args, argv):
-    """Starts the processes and waits; when one dies the others are stopped."""
+    """Starts the processes and waits for them; if one fails, it stops the others."""
     check_folder(args)
     note_settings(args)
     with socket.socket() as probe:
@@ -124,7 +124,7 @@ def launch(args, argv):
             command = [sys.executable, __file__, *argv, "--launched"]
             command += ["--coordinator", address, "--process", str(process)]
             with (logs / f"process{process}.txt").open("w") as log:
-                # Their standard input is a pipe that closes when this process goes, however.
+                # Their standard input is a pipe. It closes when this process ends, even if killed.
                 out = None if process == 0 else log
                 workers.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=log)
@@ -143,12 +143,12 @@ def launch(args, argv):
             why = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             sys.exit(
                 f"process {process} of {args.processes} ended by {why}, and the others were "
-                f"stopped. The same command goes on from the last checkpoint. Logs: {logs}"
+                f"stopped. The same command resumes from the last checkpoint. Logs: {logs}"
             )
 
 
 def obey_launcher():
-    """Ends this process when the one that started it is gone, by SIGKILL too."""
+    """Ends this process when the one that started it ends, even by SIGKILL."""
 
     def watch():
         while os.read(0, 1):
@@ -156,15 +156,15 @@ def obey_launcher():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    # What libraries below Python print goes to the log, what this script prints to the terminal.
+    # This script prints to the terminal. Output of C++ libraries goes to the log.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
 
 def join(args):
-    """Makes this process one of many; afterwards jax.devices() are those of all."""
+    """Connects this process with the others; jax.devices() then has the devices of all."""
     jax.config.update("jax_num_cpu_devices", args.devices // args.processes)
-    # Collectives between CPUs of several processes. GPUs use NCCL, and nothing has to be said.
+    # Collectives between CPU processes need gloo. GPUs use NCCL by default.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         args.coordinator, args.processes, args.process, heartbeat_timeout_seconds=HEARTBEAT
@@ -172,9 +172,9 @@ def join(args):
 
 
 def batches(args, data, start):
-    """The batches from step `start` on: a function of the step alone, hence the same after a kill.
+    """The batches from step `start` on. They depend only on the step, so a resume has the same.
 
-    Every process knows the order and takes its own rows.
+    All processes compute the same order, and each takes its own rows.
     """
     x_train, _, y_train, _ = data
     size = args.batch_size // args.processes
@@ -200,7 +200,7 @@ def train(args, data, model, manager):
     if done:
         state = restore(args, manager, done, jax.eval_shape(start), whole)
     else:
-        # Every process computes the same start; nothing has to be sent.
+        # All processes compute the same initial state, so none is sent.
         state = jax.jit(start, out_shardings=whole)()
     tell(args, f"starting at step {done} of {steps}")
 
@@ -214,12 +214,12 @@ def train(args, data, model, manager):
             batch = [jax.make_array_from_process_local_data(rows, leaf) for leaf in batch]
             state, (loss, _) = step(state, *batch)
             if number % args.save_every == 0 or number == steps:
-                # Written beside and renamed when it is whole: a kill leaves the one before.
+                # Orbax renames a checkpoint when it is complete, so a kill leaves the previous one.
                 manager.save(number, args=ocp.args.StandardSave(state))
                 manager.wait_until_finished()
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             bar.update()
-    # Each process holds all of the state; what is read is its own copy.
+    # Each process has a copy of the whole state, and reads its own.
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), state)
 
 
@@ -245,7 +245,7 @@ def tell(args, *words):
 
 
 def fingerprint(tree):
-    """Equal for equal bits, and for nothing else."""
+    """A hash: equal for equal bits, different otherwise."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode() + leaf.tobytes())
@@ -253,7 +253,7 @@ def fingerprint(tree):
 
 
 def work(args):
-    """What every process does."""
+    """The work of each process."""
     check_folder(args)
     join(args)
     if args.process == 0:
@@ -275,7 +275,7 @@ def work(args):
     mark = fingerprint(served)
     tell(args, f"parameters and running statistics, fingerprint: {mark}")
     marks = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(mark), np.uint8))
-    assert (marks == marks.reshape(-1, 32)[0]).all(), "processes must hold the same bits"
+    assert (marks == marks.reshape(-1, 32)[0]).all(), "all processes must have the same bits"
     if not args.smoke:
         assert accuracy >= 0.97, f"expected an accuracy of 0.97, got {accuracy:.4f}"
 
@@ -295,4 +295,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped by Ctrl-C; the same command goes on from the last checkpoint")
+        sys.exit("\nstopped by Ctrl-C; the same command resumes from the last checkpoint")

@@ -1,12 +1,12 @@
 """Train the network of digits.py in Flax NNX over four devices, resume it, and serve it.
 
-The code of one device: no axis is named anywhere. The rows of a batch lie on different devices,
-the network lies on all of them, and under nnx.jit batch statistics are those of all rows. The last
-batch is padded and masked. Halfway the training is saved with Orbax; a second network goes on from
-there and must end where the first one ends.
+The code is that for one device: it names no axis. Batches are sharded by rows, the network is
+replicated, and under nnx.jit batch statistics are those of all rows. The last batch is padded and
+masked. Halfway the training is saved with Orbax. A second network resumes from there and must end
+with the same values as the first.
 
     python examples/nnx_digits.py             # about a minute on two cores
-    python examples/nnx_digits.py --smoke     # a few seconds, to see that it runs
+    python examples/nnx_digits.py --smoke     # a short run of a few seconds
 """
 
 import sys
@@ -22,8 +22,8 @@ import optax
 import orbax.checkpoint as ocp
 from _common import (
     batches,
-    judge_serving,
-    judge_statistics,
+    check_serving,
+    check_statistics,
     load_data,
     make_optimizer,
     make_parser,
@@ -39,13 +39,13 @@ import normjax.nnx
 
 
 class ResidualNet(nnx.Module):
-    """Convolution -> batch norm -> ReLU, in both orders that residual blocks come in.
+    """Convolution -> batch norm -> ReLU, in the two orders of residual blocks.
 
-    Layers have the numbers that linen gives them in digits.py.
+    Layers have the same numbers as in linen, in digits.py.
     """
 
     def __init__(self, momentum, channels=32, *, rngs):
-        # The convolutions need no bias: batch norm subtracts the mean and has a bias of its own.
+        # Convolutions need no bias: batch norm subtracts the mean and has its own bias.
         conv = partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs)
         norm = partial(normjax.nnx.BatchNorm, momentum=momentum, rngs=rngs)
 
@@ -65,11 +65,11 @@ class ResidualNet(nnx.Module):
     def __call__(self, images, mask=None):
         x = nnx.relu(self.norm0(self.conv0(images), mask=mask))
 
-        # Post-activation (He et al. 2015): the sum is activated.
+        # Post-activation (He et al. 2015): the activation follows the sum.
         y = nnx.relu(self.norm1(self.conv1(x), mask=mask))
         x = nnx.relu(x + self.norm2(self.conv2(y), mask=mask))
 
-        # Pre-activation (He et al. 2016): the sum is left alone. Half the size, twice the channels.
+        # Pre-activation (He et al. 2016): nothing follows the sum. Half the size, double channels.
         y = nnx.relu(self.norm3(x, mask=mask))
         shortcut = self.conv3(y)
         y = nnx.relu(self.norm4(self.conv4(y), mask=mask))
@@ -79,7 +79,7 @@ class ResidualNet(nnx.Module):
 
 
 def loss_fn(model, images, labels, real):
-    """Cross entropy, the mean over the real images."""
+    """The mean cross entropy of the real images."""
     logits = model(images, mask=real[:, None, None, None])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses, where=real), jnp.sum(real & (logits.argmax(-1) == labels))
@@ -87,7 +87,7 @@ def loss_fn(model, images, labels, real):
 
 @nnx.jit
 def train_step(model, optimizer, images, labels, real):
-    """Moves the model, its running statistics and the optimizer, all in place."""
+    """Updates the model, its running statistics and the optimizer, all in place."""
     (loss, hits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, images, labels, real)
     optimizer.update(model, grads)
     return loss, hits
@@ -99,7 +99,7 @@ def predict(model, images):
 
 
 def create(seed, momentum, transformation, mesh):
-    """A network with its optimizer, a copy on every device."""
+    """A network and its optimizer, replicated on all devices."""
     model = ResidualNet(momentum, rngs=nnx.Rngs(seed))
     optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
     load(model, optimizer, jax.device_put(state_of(model, optimizer), NamedSharding(mesh, P())))
@@ -107,7 +107,7 @@ def create(seed, momentum, transformation, mesh):
 
 
 def state_of(model, optimizer):
-    """All that a training needs to go on; running statistics are part of the model's state."""
+    """The state to save; running statistics are part of the model's state."""
     return {"model": nnx.state(model), "optimizer": nnx.state(optimizer)}
 
 
@@ -121,7 +121,7 @@ def train(args, model, optimizer, images, labels, mesh, epochs, title):
     model.train()
     with tqdm(epochs, unit="epoch", desc=title, file=sys.stdout, mininterval=0.5) as bar:
         for epoch in bar:
-            # The order depends on the epoch alone: whoever goes on from here sees the same batches.
+            # The order depends only on seed and epoch, so a resumed run has the same batches.
             rng = np.random.default_rng((args.seed, epoch))
             correct = 0
             for batch in batches(images, labels, args.batch_size, rng):
@@ -131,15 +131,15 @@ def train(args, model, optimizer, images, labels, mesh, epochs, title):
 
 
 def train_and_resume(args, images, labels, mesh):
-    """A network that trains to the end, and one that takes over halfway."""
+    """Trains one network to the end, and a second one from a checkpoint halfway."""
     steps = args.epochs * -(-len(images) // args.batch_size)
     before, after = range(args.epochs // 2), range(args.epochs // 2, args.epochs)
-    # One for both: nnx.jit knows it by identity, and would compile the step for another one again.
+    # One object for both: nnx.jit compares it by identity, and would compile the step again.
     transformation = make_optimizer(steps)
     first = create(args.seed, args.momentum, transformation, mesh)
     second = create(args.seed + 1, args.momentum, transformation, mesh)
 
-    # A folder that stays, in place of this one, lets another process resume.
+    # Use a permanent folder to resume in another process.
     with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
         path = Path(folder, "halfway")
         train(args, *first, images, labels, mesh, before, "first half")
@@ -147,14 +147,14 @@ def train_and_resume(args, images, labels, mesh):
         checkpointer.wait_until_finished()
         train(args, *first, images, labels, mesh, after, "second half")
 
-        # What is restored takes the shapes, the dtypes and the places of the second's own state.
+        # Restored arrays get the shapes, dtypes and shardings of the second network's state.
         load(*second, checkpointer.restore(path, state_of(*second)))
         train(args, *second, images, labels, mesh, after, "resumed")
     return first, second
 
 
 def population_statistics(model, images):
-    """Statistics of all training images taken as one batch: momentum 0 forgets all else."""
+    """Statistics of all training images as one batch: momentum 0 keeps no older statistics."""
     whole = nnx.clone(model)
     whole.train(momentum=0.0)
     predict(whole, images)
@@ -175,18 +175,18 @@ def main(argv=None):
     gaps = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), state_of(*first), state_of(*second))
     apart = float(max(jax.tree.leaves(gaps)))
     print(f"trained to the end and resumed halfway, largest difference: {apart}")
-    assert apart == 0, "a training that is resumed must end as if it had not stopped"
+    assert apart == 0, "a resumed training must have the same result"
 
     model, _ = second
     model.eval()
     running = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-    judge_statistics(args, running, population_statistics(model, x_train))
+    check_statistics(args, running, population_statistics(model, x_train))
 
-    # A copy: serving in training mode moves the running statistics, too.
+    # A copy, since serving in training mode updates the running statistics.
     mistaken = nnx.clone(model)
     mistaken.train()
     serve, serve_in_training = partial(predict, model), partial(predict, mistaken)
-    return judge_serving(args, serve, serve_in_training, x_test, y_test)
+    return check_serving(args, serve, serve_in_training, x_test, y_test)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""examples/finetune.py for a network of flax.nnx, which the tools take and give back.
+"""examples/finetune.py for a network of flax.nnx.
 
-A residual network that knows Flax alone is trained on handwritten digits, and then meets inverted,
-noisy and faded ones. Every tool takes the model itself: `surgery.freeze(model)` is a frozen copy,
-which `model.train()` does not undo.
+A residual network that uses only Flax is trained on handwritten digits, and then tested on
+inverted, noisy and faded ones. The tools take the model and return a copy: `surgery.freeze(model)`
+is a frozen copy, and `model.train()` does not unfreeze it.
 
     python examples/nnx_finetune.py             # about a minute on two cores
-    python examples/nnx_finetune.py --smoke     # a few seconds, to see that it runs
+    python examples/nnx_finetune.py --smoke     # a short run of a few seconds
 """
 
 import sys
@@ -23,7 +23,7 @@ from normjax import surgery
 
 
 class Block(nnx.Module):
-    """Two convolutions and a way around them; where the size changes, a third one on that way."""
+    """Two convolutions and a shortcut; if the size changes, the shortcut has a convolution."""
 
     def __init__(self, before, features, strides, rngs):
         conv = partial(nnx.Conv, kernel_size=(3, 3), use_bias=False, rngs=rngs)
@@ -98,7 +98,7 @@ def accuracy(model, images, labels):
 
 
 def adapt(model, images, tune):
-    """What each method makes of a network for a domain, and the report of it as it is."""
+    """The network adapted by each method, and the report on the unchanged network."""
     report = surgery.diagnose(model, batches(images))
     recomputed = surgery.recompute(model, batches(images))
     return report, {
@@ -111,7 +111,7 @@ def adapt(model, images, tune):
 
 
 def serving(model, images):
-    """Functions of one image with their variables: with batch norm, and folded."""
+    """Functions of one image and their variables, with batch norm and folded."""
     serve, folded, report = surgery.fold(model, images[:1])
     print(f"\n{report}")
     guarded = surgery.guard(model)

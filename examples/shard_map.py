@@ -1,10 +1,11 @@
-"""Train the demo's network under shard_map on a mesh of four devices, beside pmap.
+"""Train the network of digits.py under shard_map on a mesh of four devices, and compare with pmap.
 
-The code of a device, as under pmap: batch norm names the axis that it shares statistics over.
-What replicated parameters and sharded rows are is said in the specs, and checked by JAX.
+The code is that of one device, as under pmap: batch norm has the name of the axis over which
+statistics are shared. The specs say that parameters are replicated and rows are sharded, and JAX
+checks it.
 
     python examples/shard_map.py             # about a minute on two cores
-    python examples/shard_map.py --smoke     # half of it, to see that it runs
+    python examples/shard_map.py --smoke     # a short run of half a minute
 """
 
 import sys
@@ -27,8 +28,8 @@ def make_step(model, optimizer, mesh):
         total = jax.lax.psum(real.sum(), "batch")
 
         def whole_loss(params):
-            # Summed inside, since autodiff then sums the gradient of parameters that all devices
-            # hold. Under pmap the step has to sum it.
+            # The loss is summed here, so autodiff sums the gradients of replicated parameters.
+            # Under pmap the step has to sum them.
             loss, aux = loss_fn(params, batch_stats, images, labels, real, total)
             return jax.lax.psum(loss, "batch"), aux
 

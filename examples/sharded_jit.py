@@ -1,10 +1,10 @@
-"""Train the demo's network under jit over sharded arrays, beside pmap.
+"""Train the network of digits.py under jit with sharded arrays, and compare with pmap.
 
-The code of one device, unchanged: no axis is named anywhere. Where the rows lie is said outside,
-and jit shares the statistics over all of them by itself.
+The code is that for one device: it names no axis. The sharding of the rows is set outside, and jit
+computes the statistics of all rows.
 
     python examples/sharded_jit.py             # about a minute on two cores
-    python examples/sharded_jit.py --smoke     # half of it, to see that it runs
+    python examples/sharded_jit.py --smoke     # a short run of half a minute
 """
 
 import sys

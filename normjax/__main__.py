@@ -17,9 +17,9 @@ from normjax._core.lowering import PLATFORMS, VARIABLE, lowered_as
 from normjax._core.platforms import kernels
 
 FORMS = {
-    "cpu": "a mean, then the squares around it",
-    "gpu": "rows in one kernel; columns in one pass around a mean that is known before",
-    "tpu": "moments merged by the reduction itself; batch norm around its running mean",
+    "cpu": "the mean, then the squared deviations from it",
+    "gpu": "rows in one kernel; columns in one pass, around an estimate of the mean",
+    "tpu": "moments merged within the reduction; batch norm around its running mean",
 }
 
 
@@ -34,7 +34,7 @@ def lines() -> Iterator[str]:
         asked = lowered_as("cpu")
         yield f"{VARIABLE}={asked}: every platform computes as {asked} does, without kernels"
     elif loaded:
-        forms["cpu"] = f"the kernels of normjax-cpu; where none applies, {FORMS['cpu']}"
+        forms["cpu"] = f"the kernels of normjax-cpu; where there is none, {FORMS['cpu']}"
     for name in PLATFORMS:
         yield f"{name}: {forms[name]}"
     state = "loaded" if loaded else "not loaded; with a C++ compiler: pip install ./native"

@@ -83,7 +83,7 @@ def raised(kind, module, *args, x=X, **options):
 def test_a_mode_by_position_is_that_of_flax_and_errors_say_so(cls):
     """`layer(x, train)` with train=False trains, as in Flax: the first evaluation says why."""
     message = raised(ImmutableBatchStatsError, cls(), False)
-    assert f"normjax.linen.{cls.__name__} at '/': use_running_average=False moves the" in message
+    assert f"normjax.linen.{cls.__name__} at '/': use_running_average=False updates the" in message
     assert "train=True" not in message
     assert "or pass use_running_average=True. A mode passed by position is use_run" in message
     assert "A mode passed by position is use_running_average" in raised(ValueError, cls())
@@ -92,10 +92,10 @@ def test_a_mode_by_position_is_that_of_flax_and_errors_say_so(cls):
 
 def test_errors_name_the_mode_as_the_caller_did():
     at_call = raised(ImmutableBatchStatsError, BatchNorm(), train=True)
-    assert "'/': train=True moves" in at_call
+    assert "'/': train=True updates" in at_call
     assert at_call.endswith("or pass train=False.")
     field = raised(ImmutableBatchStatsError, BatchNorm(use_running_average=False))
-    assert "'/': use_running_average=False (at construction) moves" in field
+    assert "'/': use_running_average=False (at construction) updates" in field
     assert field.endswith("or construct it with use_running_average=True.")
     for mode, names in (
         (dict(train=True), ("with train=True", "or pass train=False.")),

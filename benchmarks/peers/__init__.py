@@ -1,10 +1,11 @@
-"""One adapter for each library, from a layer to that library's module of it.
+"""One adapter for each library: it builds the library's module for a layer.
 
-Of a JAX library it has `module(layer, dtype)`, which returns a `benchmarks.calls.Module`; of
-another one `calls(layer, x, dy)`, which builds what is timed, by mode.
+The adapter of a JAX library has `module(layer, dtype)`, which returns a `benchmarks.calls.Module`.
+That of another library has `calls(layer, x, dy)`, which returns the calls to time, by mode.
 
-Each layer is set up as a user of that library would: parameters in float32, output in the dtype
-of x, epsilon and momentum the same for all. A library without such a layer raises `Missing`.
+Each layer is set up as a user of that library would do it: parameters in float32, output in the
+dtype of x. epsilon and momentum are the same for all. If a library has no such layer, its adapter
+raises `Missing`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from normjax._core.platforms.kernels import plugin
 
 
 class Missing(Exception):
-    """The library has no such layer, or not here."""
+    """The library has no such layer, or does not support it here."""
 
 
-# Name in the table, as on the command line: adapter, function in it, distribution.
+# The name in tables and on the command line: adapter, function in the adapter, distribution.
 PEERS = {
     "normjax": ("_normjax", "module", "normjax"),
     "flax.linen": ("_flax_linen", "module", "flax"),
@@ -38,7 +39,7 @@ BASELINE = "normjax"
 
 
 def load(name: str) -> Callable[..., dict[str, Call]]:
-    """The function that builds the calls; ImportError where the library is not installed."""
+    """The function that builds the calls; ImportError if the library is not installed."""
     adapter, function, _ = PEERS[name]
     build = getattr(import_module(f"benchmarks.peers.{adapter}"), function)
     if function != "module":
@@ -53,7 +54,7 @@ def load_module(name: str) -> Callable[..., Module]:
 
 def described(name: str) -> str:
     distribution = PEERS[name][2]
-    # Ours is the one that is imported, which need not be the one that is installed.
+    # The imported normjax need not be the installed one.
     if distribution != "normjax":
         return f"{name} {version(distribution)}"
     kernels = f" with normjax-cpu {version('normjax-cpu')}" if plugin() else " without kernels"

@@ -18,7 +18,7 @@ def norm_of(layer):
 
 
 def batch_norm(layer):
-    # Of the running statistics the averages are stored as they are; "batch" is Equinox's name.
+    # mode="batch" stores the running averages without a correction.
     norm, state = nn.make_with_state(nn.BatchNorm)(
         layer.features, "batch", eps=EPSILON, momentum=MOMENTUM, mode="batch"
     )
@@ -34,7 +34,7 @@ def batch_norm(layer):
 
 
 def module(layer, dtype):
-    """Equinox keeps features first and is written for one example, or one row of features."""
+    """Equinox has features first, and its modules take one example or one row of features."""
     if layer.kind == "batch_norm":
         return batch_norm(layer)
     of_rows = layer.kind in ("layer_norm", "rms_norm")

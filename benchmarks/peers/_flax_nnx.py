@@ -28,7 +28,7 @@ def module(layer, dtype):
     has_mode = layer.kind == "batch_norm"
 
     def apply(params, state, x, train):
-        # A variable may change only in the trace that made it: these are new ones of this trace.
+        # A variable may change only in the trace that created it, so this creates new ones.
         norm = nnx.merge(graph, params, jax.tree.map(lambda leaf: leaf, state))
         y = norm(x, use_running_average=not train) if has_mode else norm(x)
         return y, nnx.state(norm, nnx.BatchStat)

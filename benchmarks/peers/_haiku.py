@@ -21,14 +21,14 @@ def norm_of(layer):
 
 def module(layer, dtype):
     def forward(x, train):
-        # Haiku's mixed precision policy for norms: float32 inside, the dtype of x outside.
+        # Haiku's mixed precision policy for norms: float32 inside, output in the dtype of x.
         norm, wide = norm_of(layer), x.astype(jnp.float32)
         y = norm(wide, is_training=train) if layer.kind == "batch_norm" else norm(wide)
         return y.astype(x.dtype)
 
     network = hk.transform_with_state(forward)
     params, state = network.init(None, jnp.zeros(layer.example, dtype), True)
-    # Haiku's start from the first batch; those of all others are those of no batch.
+    # Haiku initializes running statistics from the first batch; others do not use a batch.
     for name in state:
         start = jnp.ones_like if name.endswith("var_ema") else jnp.zeros_like
         state[name]["average"] = start(state[name]["average"])

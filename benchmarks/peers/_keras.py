@@ -16,7 +16,7 @@ def norm_of(layer, dtype):
         return layers.LayerNormalization(**options)
     if layer.kind == "rms_norm":
         return layers.RMSNormalization(**options)
-    # Keras has no instance norm; its group norm takes -1 for a group of each feature.
+    # Keras has no instance norm, but groups=-1 in its group norm means one group for each feature.
     return layers.GroupNormalization(layer.num_groups or -1, **options)
 
 

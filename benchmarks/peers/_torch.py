@@ -12,7 +12,7 @@ from benchmarks.layers import EPSILON, MOMENTUM
 from benchmarks.machine import cores
 from benchmarks.peers import Missing
 
-# As many threads as XLA takes.
+# As many threads as XLA uses.
 torch.set_num_threads(cores())
 ON_GPU = jax.default_backend() == "gpu" and torch.cuda.is_available()
 ROWS = ("layer_norm", "rms_norm")
@@ -37,7 +37,7 @@ def norm_of(layer, dtype):
 
 
 def calls(layer, x, dy):
-    """In PyTorch's own layout: features are the second axis of images, also in memory."""
+    """In PyTorch's own layout: features of images are the second axis, also in memory."""
     return _calls(layer, x, dy, torch.contiguous_format)
 
 
@@ -49,10 +49,10 @@ def channels_last_calls(layer, x, dy):
 
 
 def compiled_calls(layer, x, dy):
-    """By torch.compile, in PyTorch's own layout."""
-    # Without this a ninth layer would not be compiled any more, and run as it is.
+    """With torch.compile, in PyTorch's own layout."""
+    # Without this a ninth layer would not be compiled, and would run eagerly.
     torch.compiler.reset()
-    # A compilation that is found on disk would be timed as nothing.
+    # Without this the compile time would be that of a cache hit on disk.
     torch._inductor.config.force_disable_caches = True
     return _calls(layer, x, dy, torch.contiguous_format, compiled=True)
 
@@ -60,7 +60,7 @@ def compiled_calls(layer, x, dy):
 def _calls(layer, x, dy, layout, compiled=False):
     features_first = layer.kind not in ROWS and len(layer.shape) > 2
     x, dy = (_tensor(a, features_first, layout) for a in (x, dy))
-    # A module for each mode: training steps move the running statistics of the first.
+    # A module for each mode, since training steps update the running statistics.
     training, serving = norm_of(layer, x.dtype), norm_of(layer, x.dtype).eval()
     if compiled:
         training, serving = torch.compile(training), torch.compile(serving)
@@ -87,7 +87,7 @@ def _calls(layer, x, dy, layout, compiled=False):
         )
 
     return {
-        # What compiled code keeps is hidden from the hooks that count it.
+        # The hooks that count kept bytes do not see those of compiled code.
         TRAINING: call(training_step, None if compiled else _kept_bytes(training, x)),
         EVALUATION: call(evaluation),
     }
@@ -104,7 +104,7 @@ def _finished(function):
 
 
 def _tensor(array, features_first, layout):
-    # NumPy cannot hand a bfloat16 to PyTorch.
+    # PyTorch cannot read a bfloat16 array of NumPy.
     tensor = torch.tensor(np.asarray(array, np.float32)).to(getattr(torch, array.dtype.name))
     tensor = tensor.movedim(-1, 1).contiguous(memory_format=layout) if features_first else tensor
     return tensor.cuda() if ON_GPU else tensor

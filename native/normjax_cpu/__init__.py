@@ -1,4 +1,4 @@
-"""Kernels of normjax for CPUs. normjax finds and calls them; there is nothing to call here."""
+"""CPU kernels for normjax, which finds and calls them. This package has no API for users."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ XLA_FFI_VERSION: tuple[int, int] = (
 
 
 def functions() -> dict[str, Any]:
-    """The functions that XLA calls, by the names under which they are registered."""
+    """The functions that XLA calls, by the name under which each is registered."""
     return {name: getattr(_library, name) for name in KERNELS}

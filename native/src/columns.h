@@ -1,6 +1,6 @@
-// Norms over columns: x has shape (examples, rows, features), each feature of an example its own
-// sums over the rows, and groups of neighboring features their own statistics. Batch norm has one
-// example, instance norm groups of one feature.
+// Norms over columns: x has shape (examples, rows, features). Each feature of an example is summed
+// over the rows, and each group of adjacent features has its own statistics. Batch norm has one
+// example; instance norm has groups of one feature.
 
 #ifndef NORMJAX_COLUMNS_H_
 #define NORMJAX_COLUMNS_H_
@@ -14,29 +14,29 @@
 
 namespace normjax {
 
-// So many columns are summed at a time: their sums stay in the cache of a core.
+// The number of columns that are summed at a time. Their sums fit into the cache of a core.
 constexpr Index kColumns = 1024;
 
-// Neighboring blocks that a thread takes at once.
+// The number of adjacent blocks in one work item of a thread.
 constexpr Index kNeighbors = 4;
 
-// So far ahead of a sum over rows its entries are brought to the cache.
+// The prefetch distance of a sum over rows, in entries.
 constexpr Index kAhead = 1024;
 
-// How rows are divided into pieces of work, the same for any number of threads.
+// How rows are divided into blocks. It does not depend on the number of threads.
 //
-// Rows of few features are taken several at a time as one wide row, whose columns are merged at the
-// end: so a loop over columns is long for any number of features.
+// If there are few features, several rows are processed as one wide row, and the columns of one
+// feature are merged at the end. So loops over columns are long for any number of features.
 struct Pieces {
   Index rows, features, blocks;
-  Index fold = 1;        // Rows of a wide row.
-  Index block_rows = 0;  // Rows of a block, a multiple of fold.
+  Index fold = 1;        // Rows in a wide row.
+  Index block_rows = 0;  // Rows in a block, a multiple of fold.
 
   Pieces(Index rows, Index features, Index blocks, Index lanes)
       : rows(rows), features(features), blocks(blocks) {
     constexpr Index kWide = 256;
     if (features < kWide) {
-      // Whole vectors, if they are no wider than the columns that are summed at a time.
+      // A wide row is a multiple of a vector, unless that has more than kColumns columns.
       const Index whole = lanes / std::gcd(features, lanes);
       fold = whole * features <= kColumns ? whole * std::max<Index>(1, kWide / (whole * features))
                                           : 1;
@@ -52,16 +52,16 @@ struct Pieces {
 // Columns of a block that are summed together.
 struct Tile {
   Index first;   // The first column.
-  Index width;   // Of a wide row.
-  Index stride;  // From one wide row to the next.
-  Index full;    // How many wide rows there are.
-  Index tail;    // Entries of the last one, which is not full.
+  Index width;   // The number of columns.
+  Index stride;  // The distance between wide rows, in entries.
+  Index full;    // The number of full wide rows.
+  Index tail;    // The number of entries in the last, incomplete wide row.
 
-  // How many rows a column of the tile has.
+  // The number of entries in a column of the tile.
   Index count(Index column) const { return full + (column < tail ? 1 : 0); }
 };
 
-// body(tile, offset) for each tile of a block, and the offset of its first entry.
+// Calls body(tile, offset) for each tile of a block; offset is that of the first entry in x.
 template <class Body>
 NORMJAX_INLINE void for_each_tile(const Pieces& pieces, Index block, Body body) {
   const Index begin = pieces.begin(block), rows = pieces.end(block) - begin;
@@ -76,8 +76,9 @@ NORMJAX_INLINE void for_each_tile(const Pieces& pieces, Index block, Body body) 
   }
 }
 
-// The sums of terms(i, w, lanes, out) for each column w over all entries i of a tile, so many rows at
-// a time: few of the roundings are those of long sums, and few steps load and store the sums.
+// Sums terms(i, w, lanes, out) in each column w over all entries i of a tile. It adds `Together`
+// rows before it adds to the sums: the long sums have fewer terms and so fewer roundings, and they
+// are loaded and stored less often.
 template <class A, int N, int Together, class Terms>
 NORMJAX_INLINE void sum_rows(const Tile& tile, A (&sums)[N][kColumns], Terms terms) {
   const auto add = [&](Index width, auto rows, Index i) NORMJAX_INLINE_LAMBDA {
@@ -108,10 +109,10 @@ struct ColumnMoments {
   double mean, m2;
 };
 
-// of(p) is piece p.
+// Merges `pieces` pieces; of(p) returns piece p.
 template <class Of>
 NORMJAX_INLINE ColumnMoments merged(Index pieces, Of of) {
-  // Relative to the first mean, so that nothing is lost where all are the same.
+  // Relative to the first mean, so that equal means are merged without rounding.
   const double first = of(0).mean;
   double count = 0, mean = 0, m2 = 0;
   for (Index p = 0; p < pieces; ++p) {
@@ -131,7 +132,7 @@ struct Piece {
   double count, mean, m2;
 };
 
-// mean and m2 of each column of a block, to parts (2, features).
+// Writes mean and m2 of each column of a block to parts (2, features).
 template <class T>
 NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
                                   Accumulator<T>* parts) {
@@ -146,7 +147,7 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
     for (Index w = 0; w < tile.width; ++w) {
       center[w] = sum[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
     }
-    // The next block, if this thread takes it, comes to the cache meanwhile.
+    // Prefetch the next block if it belongs to the same work item.
     const bool goes_on = (block + 1) % kNeighbors != 0;
     const Index next = pieces.block_rows * pieces.features;
     sum_rows<A, 2, 4>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
@@ -155,7 +156,7 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
       out[0] = d;
       out[1] = d * d;
     });
-    // Corrected by what the first mean has lost to rounding.
+    // Correct for the rounding error of the first mean.
     const auto column = [&](Index w) {
       const double n = tile.count(w), rest = around[0][w] / std::max(n, 1.0), m2 = around[1][w];
       return Piece{n, center[w] + rest, std::isfinite(m2) ? std::max(0.0, m2 - rest * rest * n) : m2};
@@ -170,7 +171,7 @@ NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
   });
 }
 
-// mean and m2 of each column, of those of all blocks (blocks, 2, features).
+// Merges the mean and m2 of each column over the blocks; parts has shape (blocks, 2, features).
 template <class A>
 NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
   constexpr Index kWidth = 64;
@@ -198,7 +199,7 @@ NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A
   }
 }
 
-// The sums of t and of t (x - center) over the rows of a block, to parts (2, features).
+// Writes the sums of t and of t (x - center) over the rows of a block to parts (2, features).
 template <class T>
 NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* center,
                                const Pieces pieces, Index block, Accumulator<T>* parts) {
@@ -208,7 +209,8 @@ NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* cen
     const Index features = std::min(pieces.features, tile.width);
     alignas(64) A sums[2][kColumns], wide[kColumns];
     for (Index w = 0; w < tile.width; ++w) wide[w] = center[tile.first + w % features];
-    // Two arrays come from memory: in their order, one row at a time, twice as fast as eight streams.
+    // Two arrays are read from memory. One row at a time is twice as fast as four rows of each,
+    // which are eight streams.
     sum_rows<A, 2, 1>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
       prefetch<kLanes<A> * sizeof(T)>(t_from + i + kAhead);
       prefetch<kLanes<A> * sizeof(T)>(x_from + i + kAhead);
@@ -225,7 +227,7 @@ NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* cen
   });
 }
 
-// The sums of parts (blocks, 2, features) over the blocks.
+// Sums parts (blocks, 2, features) over the blocks.
 template <class A>
 NORMJAX_CLONES void add_blocks(const A* parts, const Pieces pieces, A* sums) {
   constexpr Index kWidth = 64;
@@ -241,8 +243,8 @@ NORMJAX_CLONES void add_blocks(const A* parts, const Pieces pieces, A* sums) {
   }
 }
 
-// to = map(i, w, lanes, vectors) for all entries i of a block, each in column w; with the vectors of
-// the columns as wide as the rows are taken.
+// Computes to = map(i, w, lanes, vectors) for all entries i of a block; w is the column of entry i.
+// `vectors` are repeated to the width of a wide row.
 template <class T, int N, class Map>
 NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulator<T>* vectors,
                              T* to, bool streams, Map map) {
@@ -294,7 +296,7 @@ NORMJAX_CLONES void block_propagate(const T* dy, const T* x, const Accumulator<T
                  });
 }
 
-// body(block) for the blocks of piece i.
+// Calls body(block) for the blocks of work item i.
 template <class Body>
 void for_each_block(const Pieces& pieces, Index i, const Body& body) {
   for (Index b = i * kNeighbors; b < std::min(pieces.blocks, (i + 1) * kNeighbors); ++b) body(b);
@@ -304,10 +306,10 @@ inline Index pieces_of_work(const Pieces& pieces) {
   return (pieces.blocks + kNeighbors - 1) / kNeighbors;
 }
 
-// Examples that fit into the cache of a core are the work of one thread.
+// In bytes. An example that fits into the cache of a core is processed by one thread.
 constexpr std::size_t kOwnCache = 512 << 10;
 
-// mean and m2 of each column of each example.
+// Computes mean and m2 of each column of each example.
 template <class T>
 struct ColumnsMoments {
   using A = Accumulator<T>;
@@ -323,7 +325,7 @@ void run(const ColumnsMoments<T>& in, Pool& pool) {
   const Pieces& pieces = in.pieces;
   const Index features = pieces.features, entries = pieces.rows * features;
   const Index work = pieces_of_work(pieces);
-  // Backwards: whoever normalizes x next begins with what is still in the cache.
+  // From the last block to the first: x is normalized next, and its beginning is then in the cache.
   parallel_for(pool, in.examples * work, [&](Index item) {
     const Index i = in.examples * work - 1 - item, example = i / work;
     for_each_block(pieces, i % work, [&](Index b) {
@@ -337,7 +339,7 @@ void run(const ColumnsMoments<T>& in, Pool& pool) {
   });
 }
 
-// y, and mean and m2 of each group of each example.
+// Computes y, and mean and m2 of each group of each example.
 template <class T>
 struct ColumnsForward {
   using A = Accumulator<T>;
@@ -353,7 +355,7 @@ struct ColumnsForward {
   A* vectors;    // (examples, 3, features)
 };
 
-// The moments of groups from those of their features, and what the features are normalized by.
+// Computes the moments of groups from those of their features, and the vectors that normalize x.
 template <class T>
 void normalize_groups(const ColumnsForward<T>& in, Index example, typename ColumnsForward<T>::A* vectors) {
   using A = Accumulator<T>;
@@ -395,7 +397,7 @@ void run(const ColumnsForward<T>& in, Pool& pool) {
         merge_blocks(parts(e), pieces, vectors(e), vectors(e) + features);
         normalize_groups(in, e, vectors(e));
       },
-      // Backwards: what was measured last is still in the cache.
+      // From the last block to the first: the last ones are still in the cache.
       [&](Index e, Index i) {
         for_each_block(pieces, work - 1 - i, [&](Index b) {
           block_normalize(in.x + e * entries, vectors(e), pieces, b, in.streams, in.y + e * entries);
@@ -403,11 +405,11 @@ void run(const ColumnsForward<T>& in, Pool& pool) {
       });
 }
 
-// With d = x - mean and inv = (var + epsilon)^(-1/2), where a mean is that of a group:
+// With d = x - mean and inv = (var + epsilon)^(-1/2), where mean(.) is the mean over a group:
 //
 //     dx = inv (g - mean(g) - inv^2 d mean(g d)),   g = dy scale
 //
-// and the sums of dy and of dy d over the rows, of which dbias and dscale are made.
+// It also computes the sums of dy and of dy d over the rows, from which dbias and dscale follow.
 template <class T>
 struct ColumnsBackward {
   using A = Accumulator<T>;
@@ -437,7 +439,7 @@ void propagate_groups(const ColumnsBackward<T>& in, Index example, typename Colu
       of_g += scale * sums[c];
       of_products += scale * sums[features + c];
     }
-    // One power of inv after the other, since their product may leave the range.
+    // Multiply by inv one factor at a time, since inv^3 may overflow or underflow.
     const double inv = in.inverse[example * in.groups + g];
     for (Index c = first; c < first + size; ++c) {
       const double scale = in.scale == nullptr ? 1 : in.scale[c];

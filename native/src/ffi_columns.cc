@@ -1,4 +1,4 @@
-// What XLA calls for norms over columns.
+// The FFI handlers of norms over columns.
 
 #include "columns.h"
 #include "handlers.h"
@@ -8,7 +8,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// x is (examples, rows, features), and parts (.., blocks, 2, features).
+// x has shape (examples, rows, features), parts has shape (.., blocks, 2, features).
 template <class T>
 Pieces pieces_of(ffi::AnyBuffer& x, ffi::Result<ffi::AnyBuffer>& parts) {
   const auto sizes = parts->dimensions();

@@ -1,4 +1,4 @@
-// What XLA calls for norms over rows.
+// The FFI handlers of norms over rows.
 
 #include "handlers.h"
 #include "rows.h"

@@ -1,4 +1,4 @@
-// What all handlers share: from the buffers of XLA to arrays of a dtype.
+// Shared code of the FFI handlers: from XLA buffers to typed arrays.
 
 #ifndef NORMJAX_HANDLERS_H_
 #define NORMJAX_HANDLERS_H_
@@ -6,7 +6,7 @@
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
-// A function of the library that XLA calls.
+// Defines an exported function that XLA calls.
 #define NORMJAX_HANDLER(name, function, binding)                 \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* \
   name(XLA_FFI_CallFrame* frame);                                \
@@ -14,10 +14,10 @@
 
 namespace normjax {
 
-// Results of so many bytes do not stay in a cache in any case.
+// Results of at least this many bytes bypass the cache, since they do not fit into it.
 constexpr std::size_t kStreamed = 8 << 20;
 
-// The entries of a buffer; null where it has none, which says that there is no such array.
+// The entries of a buffer. Null if it is empty, which means that the array is absent.
 template <class T, class Buffer>
 T* entries(Buffer& buffer) {
   if constexpr (std::is_same_v<Buffer, xla::ffi::AnyBuffer>) {
@@ -27,7 +27,7 @@ T* entries(Buffer& buffer) {
   }
 }
 
-// call(T{}) for the T of a dtype.
+// Calls call(T{}) with the C++ type T of a dtype.
 template <class Call>
 xla::ffi::Error by_dtype(xla::ffi::DataType dtype, Call call) {
   switch (dtype) {

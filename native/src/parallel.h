@@ -1,4 +1,4 @@
-// A loop over pieces of work on the threads of XLA's own pool.
+// Parallel loops on the thread pool of XLA.
 
 #ifndef NORMJAX_PARALLEL_H_
 #define NORMJAX_PARALLEL_H_
@@ -15,13 +15,14 @@
 
 namespace normjax {
 
-// Whether this thread is one of the pool, which is known once it has run a task.
+// Whether this thread belongs to the pool. It is set when the thread runs its first task.
 inline thread_local bool in_pool = false;
 
-// body(i) for each i below n, in any order and on any thread.
+// Calls body(i) for each i below n, in any order and on any thread.
 //
-// A thread of the pool works too. Another one sleeps, so that the pool has all cores: Linux may
-// leave the thread that is woken on the core of the one that woke it, and the other core idle.
+// A caller that belongs to the pool takes part in the work. Any other caller sleeps, so that the
+// pool can use all cores: Linux may keep a woken thread on the core of the thread that woke it, and
+// leave another core idle.
 template <class Pool, class Body>
 void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
   struct Work {
@@ -34,7 +35,7 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
     if (n == 1) body(0);
     return;
   }
-  // It outlives this call in a task that begins when nothing is left to do.
+  // Shared, since a scheduled task may start after this call has returned.
   const auto work = std::make_shared<Work>();
   const auto run = [work, n, &body] {
     for (std::ptrdiff_t i; (i = work->next.fetch_add(1)) < n;) {
@@ -58,8 +59,8 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
     work->changed.wait_for(lock, std::chrono::microseconds(200), finished);
   }
   if (in_pool || !work->begun) {
-    // Nobody waits for a piece that no thread has begun: all threads of the pool may be waiting in
-    // calls like this one.
+    // A caller in the pool must not wait for items that no thread has started: all threads of the
+    // pool may be waiting in such calls. If the pool is busy, an outside caller does the work.
     lock.unlock();
     run();
     lock.lock();
@@ -67,10 +68,12 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
   work->changed.wait(lock, finished);
 }
 
-// first(e, i) for each i below n and each example e, then between(e), then second(e, i) for each i.
+// For each example e, calls first(e, i) for all i below n, then between(e), then second(e, i) for
+// all i.
 //
-// All is one loop, so that threads meet without sleeping: the pieces of an example's second pass
-// come behind those of the first pass of the next example.
+// It is one parallel loop, so that threads do not sleep between the passes: the items of the second
+// pass of an example come after those of the first pass of the next example. If `small`, one thread
+// processes each example.
 template <class Pool, class First, class Between, class Second>
 void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, bool small,
                 const First& first, const Between& between, const Second& second) {
@@ -82,7 +85,7 @@ void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, bool smal
     });
     return;
   }
-  // How many pieces of a first pass are done, and one more when the second pass may begin.
+  // For each example, the number of finished items of the first pass, plus 1 after between(e).
   std::vector<std::atomic<std::ptrdiff_t>> done(examples);
   parallel_for(pool, 2 * examples * n, [&](std::ptrdiff_t item) {
     const std::ptrdiff_t stage = item / n, i = item % n, last = 2 * examples - 1;
@@ -94,7 +97,7 @@ void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, bool smal
       done[e].fetch_add(1);
     } else {
       const std::ptrdiff_t e = stage == last ? examples - 1 : stage / 2 - 1;
-      // Another thread is at work on what is missing, since pieces are begun in their order.
+      // Items start in order, so other threads are already running those that are missing.
       while (done[e].load() <= n) std::this_thread::yield();
       second(e, i);
     }

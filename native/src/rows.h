@@ -1,7 +1,8 @@
-// Norms over rows: x has shape (rows, n) and each row its own statistics, as in layer norm.
+// Norms over rows: x has shape (rows, n), and each row has its own statistics, as in layer norm.
 //
-// A row is read from memory once. Its mean, its squares around that mean, and y are taken while it
-// lies in cache. Several rows at a time, so that the sums of one do not wait for those of another.
+// A row is read from memory once. Its mean, the squares around that mean, and y are computed while
+// it is in the cache. Several short rows are processed together, since their sums are independent
+// and the latency of additions overlaps.
 
 #ifndef NORMJAX_ROWS_H_
 #define NORMJAX_ROWS_H_
@@ -14,14 +15,14 @@
 
 namespace normjax {
 
-// So many entries are summed in the lanes of float before they go on in double: rounding does not
-// grow with the length of a row.
+// The number of entries that are summed in the dtype of accumulation before their sum is added in
+// double. So the rounding error does not grow with the length of a row.
 constexpr Index kPiece = 2048;
 
-// Four sums run side by side, of rows or of parts of a row.
+// The number of independent sums in a loop: of several rows, or of parts of one row.
 constexpr int kSideBySide = 4;
 
-// Longer rows are taken one by one: four of them and their results would not fit into the first cache.
+// Longer rows are processed one by one: four rows and their results do not fit into the L1 cache.
 constexpr Index kShort = 1024;
 
 template <class T>
@@ -31,7 +32,7 @@ struct RowsForward {
   bool centered, streams;
   A divisor, epsilon;
   const T* x;
-  const A *scale, *bias;  // Of n entries, or null.
+  const A *scale, *bias;  // (n), or null
   T* y;
   A *mean, *m2;
 };
@@ -51,7 +52,7 @@ NORMJAX_INLINE void row_sums(const T* x, Index n, double (&sums)[Rows]) {
   }
 }
 
-// The sums of x - center and of its square.
+// Computes the sums of x - center and of its square.
 template <class T, int Rows>
 NORMJAX_INLINE void row_deviations(const T* x, Index n, const Accumulator<T> (&center)[Rows],
                                    double (&first)[Rows], double (&second)[Rows]) {
@@ -73,7 +74,7 @@ NORMJAX_INLINE void row_deviations(const T* x, Index n, const Accumulator<T> (&c
   }
 }
 
-// The corrected two-pass algorithm, Chan, Golub, LeVeque (1983), (1.7).
+// The corrected two-pass algorithm: Chan, Golub, LeVeque (1983), equation (1.7).
 template <class T, int Rows>
 NORMJAX_INLINE void row_moments(const T* x, Index n, bool centered, Accumulator<T> (&mean)[Rows],
                                 Accumulator<T> (&m2)[Rows]) {
@@ -85,7 +86,7 @@ NORMJAX_INLINE void row_moments(const T* x, Index n, bool centered, Accumulator<
   for (int r = 0; r < Rows; ++r) {
     const double rest = centered ? first[r] / n : 0;
     mean[r] = static_cast<A>(mean[r] + rest);
-    // Beyond the range of double it is infinite, and not the difference of two infinities.
+    // If the sum overflows, m2 is infinite and not the difference of two infinities, NaN.
     m2[r] = static_cast<A>(std::isfinite(second[r]) ? std::max(second[r] - rest * first[r], 0.0)
                                                     : second[r]);
   }
@@ -149,7 +150,7 @@ void run(const RowsForward<T>& in, Pool& pool) {
   });
 }
 
-// With g = dy scale, d = x - mean and inv = (var + epsilon)^(-1/2), where a mean is that of a row:
+// With g = dy scale, d = x - mean and inv = (var + epsilon)^(-1/2), where mean(.) is over a row:
 //
 //     dx = inv (g - mean(g) - inv^2 d mean(g d))
 //     dscale = sum of dy d inv,   dbias = sum of dy   over all rows
@@ -160,11 +161,11 @@ struct RowsBackward {
   bool centered, streams;
   A divisor;
   const T *dy, *x;
-  const A *mean, *inverse;  // Of each row.
-  const A* scale;           // Of n entries, or null.
+  const A *mean, *inverse;  // (rows)
+  const A* scale;           // (n), or null
   T* dx;
-  A *dscale, *dbias;  // Of n entries, or null, both or none.
-  A* parts;           // (blocks, 2, n): the sums of dscale and dbias over the rows of a block.
+  A *dscale, *dbias;  // (n), or both null
+  A* parts;           // (blocks, 2, n): the terms of dscale and dbias, summed over each block
 };
 
 template <class T, int Rows>
@@ -203,7 +204,7 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
     for (int r = 0; r < Rows; ++r) second[r] += total<A>(products[r]);
   }
   for (int r = 0; r < Rows; ++r) {
-    // One power of inv after the other, since their product may leave the range.
+    // Multiply by inv one factor at a time, since inv^3 may overflow or underflow.
     const double inv = inverse[r];
     slope[r] = static_cast<A>(-(inv * (inv * (inv * (second[r] / in.divisor)))));
     shift[r] = in.centered ? static_cast<A>(-inv * (first[r] / n)) : A{0};
@@ -238,7 +239,7 @@ NORMJAX_CLONES void rows_backward(const RowsBackward<T> in, Index block) {
   finish_streams();
 }
 
-// Sums columns begin to end of parts over the blocks.
+// Sums the columns from begin to end of parts over the blocks.
 template <class T>
 NORMJAX_CLONES void sum_parts(const RowsBackward<T> in, Index begin, Index end) {
   using A = Accumulator<T>;

@@ -1,7 +1,7 @@
-// Vectors of 32 bytes in the dtype of accumulation, loaded from and stored to every dtype.
+// 32-byte vectors in the dtype of accumulation, with loads from and stores to every dtype.
 //
-// These are the vector types of GCC and Clang, which the compiler maps to what a processor has: one
-// register of AVX2 or newer, two of SSE or NEON. So sums have the same lanes everywhere.
+// They use the vector extensions of GCC and Clang. A vector is one register of AVX2 or newer, or
+// two of SSE or NEON, so sums have the same lanes on all processors.
 
 #ifndef NORMJAX_VECTORS_H_
 #define NORMJAX_VECTORS_H_
@@ -22,8 +22,8 @@ namespace normjax {
 #define NORMJAX_INLINE inline __attribute__((always_inline))
 #define NORMJAX_INLINE_LAMBDA __attribute__((always_inline))
 
-// One copy of a function for each generation of processors; the loader chooses. Clang has no such
-// copies of templates, and compiles for the processor that it is told.
+// Compiles a function for several generations of x86-64; the dynamic loader chooses one. Clang does
+// not support target_clones on templates and compiles for its target processor only.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
     !defined(NORMJAX_NO_CLONES)
 #define NORMJAX_CLONES \
@@ -75,7 +75,7 @@ NORMJAX_INLINE Vector<double> widened(const Vector<double>& v, double) { return 
 
 NORMJAX_INLINE Vector<float> widened(const Vector<float>& v, float) { return v; }
 
-// An array, since GCC 12 converts one in half the time that it takes for a vector.
+// The loop is over an array: GCC 12 makes code from it that is twice as fast as for a vector.
 NORMJAX_INLINE Bits widened_bits(const Words& v) {
   std::uint16_t words[kLanes<float>];
   std::uint32_t bits[kLanes<float>];
@@ -90,11 +90,12 @@ NORMJAX_INLINE Vector<float> widened(const Words& v, BFloat16) {
 
 NORMJAX_INLINE Vector<float> widened(const Words& v, Float16) {
   const Bits half = widened_bits(v), magnitude = half & 0x7fff;
-  // Exponents of float are 112 larger. Infinity and NaN have the largest one in both.
+  // The exponent bias of float is larger by 112. In both, infinity and NaN have the largest
+  // exponent.
   Bits normal = (magnitude << 13) + (112u << 23);
   normal += (magnitude >= 0x7c00) ? Bits{} + (112u << 23) : Bits{};
-  // Below the least normal number the value is the integer times 2^-24. No denormal number of
-  // float occurs on the way, which a processor that flushes them would take as zero.
+  // A denormal half is an integer times 2^-24. This computation has no denormal float, which would
+  // become zero on a processor that flushes denormals.
   typedef std::int32_t Signed __attribute__((vector_size(32)));
   const Vector<float> small =
       __builtin_convertvector(bit_cast<Signed>(magnitude), Vector<float>) * 0x1p-24f;
@@ -106,7 +107,7 @@ NORMJAX_INLINE Vector<double> narrowed(const Vector<double>& v, double) { return
 
 NORMJAX_INLINE Vector<float> narrowed(const Vector<float>& v, float) { return v; }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 NORMJAX_INLINE Words narrowed(const Vector<float>& v, BFloat16) {
   const Bits bits = bit_cast<Bits>(v);
   const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1), quiet_nan = bits | 0x400000;
@@ -115,11 +116,11 @@ NORMJAX_INLINE Words narrowed(const Vector<float>& v, BFloat16) {
 
 NORMJAX_INLINE Words narrowed(const Vector<float>& v, Float16) {
   const Bits bits = bit_cast<Bits>(v), magnitude = bits & 0x7fffffff;
-  // From 2^-14 up: the exponent changes, and 13 bits are rounded away. What rounds beyond the
-  // largest number becomes infinity by its own carry, and so does all above.
+  // At least 2^-14: rebias the exponent and round off 13 bits. If rounding exceeds the largest
+  // number, the carry makes it infinity. Larger floats become infinity too.
   Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   normal = (magnitude >= 0x47800000) ? Bits{} + 0x7c00 : normal;
-  // Below it: added to 0.5, the last bit is worth 2^-24, and the addition rounds.
+  // Below 2^-14: add 0.5, where the last bit of a float is 2^-24, so the addition rounds.
   const Vector<float> shifted = bit_cast<Vector<float>>(magnitude) + 0.5f;
   const Bits small = bit_cast<Bits>(shifted) - 0x3f000000;
   Bits value = (magnitude < 0x38800000) ? small : normal;
@@ -127,7 +128,7 @@ NORMJAX_INLINE Words narrowed(const Vector<float>& v, Float16) {
   return __builtin_convertvector(value | ((bits >> 16) & 0x8000), Words);
 }
 
-// Begins to bring so many bytes to the cache.
+// Prefetches `Bytes` bytes.
 template <Index Bytes>
 NORMJAX_INLINE void prefetch(const void* from) {
   constexpr Index kLine = 64;
@@ -136,7 +137,7 @@ NORMJAX_INLINE void prefetch(const void* from) {
   }
 }
 
-// How many lanes of a vector are there: all, or the first few at the end of an array.
+// Which lanes of a vector exist: all of them, or only the first ones at the end of an array.
 struct Full {};
 
 struct Partial {
@@ -153,7 +154,7 @@ NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Full, Accumulator<T> =
   return widened(stored, T{});
 }
 
-// The lanes that are not there are `rest`.
+// Missing lanes are set to `rest`.
 template <class T>
 NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Partial part, Accumulator<T> rest = 0) {
   using A = Accumulator<T>;
@@ -176,7 +177,8 @@ NORMJAX_INLINE void store(T* to, const Vector<Accumulator<T>>& v, Partial part) 
   std::memcpy(to, &stored, part.lanes * sizeof(T));
 }
 
-// As store, past the cache: what is not read again soon need not be read before it is written.
+// Stores past the cache, for results that are not read again soon: a normal store first reads the
+// cache line from memory.
 template <class T>
 NORMJAX_INLINE void stream(T* to, const Vector<Accumulator<T>>& v, Full) {
 #ifdef NORMJAX_STREAMS
@@ -196,12 +198,12 @@ NORMJAX_INLINE void stream(T* to, const Vector<Accumulator<T>>& v, Partial part)
   store(to, v, part);
 }
 
-// Streams need memory that is aligned so.
+// Streaming stores need 16-byte alignment.
 NORMJAX_INLINE bool can_stream(const void* to) {
   return reinterpret_cast<std::uintptr_t>(to) % 16 == 0;
 }
 
-// To be called when all is streamed, before another thread may read it.
+// Call it after streaming stores, before another thread reads the results.
 NORMJAX_INLINE void finish_streams() {
 #ifdef NORMJAX_STREAMS
   _mm_sfence();
@@ -222,7 +224,7 @@ struct Stream {
   }
 };
 
-// step(i, lanes) for each vector of n entries.
+// Calls step(i, lanes) for each vector of n entries.
 template <class A, class Step>
 NORMJAX_INLINE void for_each_vector(Index n, Step step) {
   Index i = 0;
@@ -235,7 +237,7 @@ NORMJAX_INLINE void in_turns(Index i, Step& step, std::integer_sequence<int, Slo
   (step(i + Slot * kLanes<A>, Full{}, std::integral_constant<int, Slot>{}), ...);
 }
 
-// step(i, lanes, slot), with Slots slots in turns: so many sums run side by side.
+// Calls step(i, lanes, slot) with the slots 0 to Slots - 1 in turn, for independent sums.
 template <class A, int Slots, class Step>
 NORMJAX_INLINE void for_each_vector_in_turns(Index n, Step step) {
   constexpr Index kWidth = kLanes<A>;

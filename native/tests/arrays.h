@@ -1,4 +1,4 @@
-// Arrays that know when something was written beside them, and numbers to fill them.
+// Arrays that detect writes out of bounds, and random numbers to fill them.
 
 #ifndef NORMJAX_TESTS_ARRAYS_H_
 #define NORMJAX_TESTS_ARRAYS_H_
@@ -13,7 +13,7 @@
 
 namespace normjax::test {
 
-// n entries that begin `shift` entries behind a multiple of 64 bytes, all NaN at first.
+// n entries that start `shift` entries after a multiple of 64 bytes. They are initially NaN.
 template <class T>
 class Array {
  public:
@@ -26,13 +26,13 @@ class Array {
     std::memset(memory_.get() + start_, 0xff, bytes);
   }
 
-  // Null where there are no entries, as it is given to the kernels.
+  // Null if there are no entries, as the kernels receive it.
   T* data() const { return n_ == 0 ? nullptr : reinterpret_cast<T*>(memory_.get() + start_); }
   Index size() const { return n_; }
   T& operator[](Index i) { return data()[i]; }
   const T& operator[](Index i) const { return data()[i]; }
 
-  // Whether nothing beside the entries was written.
+  // Whether no byte outside the entries was written.
   bool intact() const {
     const unsigned char *from = memory_.get(), *end = from + start_ + n_ * sizeof(T);
     const auto marked = [](unsigned char byte) { return byte == kMark; };
@@ -63,7 +63,7 @@ class Array {
   std::unique_ptr<unsigned char, Free> memory_;
 };
 
-// With nothing behind the entries, so that the address sanitizer sees who reads on.
+// Without a guard after the entries, so that the address sanitizer finds reads past the end.
 template <class T>
 struct Input : Array<T> {
   Input(Index n, Index shift) : Array<T>(n, shift, 0) {}
@@ -74,7 +74,7 @@ struct Output : Array<T> {
   Output(Index n, Index shift) : Array<T>(n, shift, Array<T>::kGuard) {}
 };
 
-// The generator of Steele, Lea, Flood (2014), splitmix64.
+// The generator splitmix64 of Steele, Lea, Flood (2014).
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}
@@ -90,7 +90,7 @@ class Random {
 
   bool coin() { return bits() >> 63 != 0; }
 
-  // Of mean 0 and deviation 1: the sum of four uniform numbers of 16 bits.
+  // A number of mean 0 and standard deviation 1: the scaled sum of four uniform 16-bit numbers.
   double number() {
     const std::uint64_t word = bits();
     const auto sum = (word & 0xffff) + (word >> 16 & 0xffff) + (word >> 32 & 0xffff) + (word >> 48);
@@ -112,7 +112,7 @@ void fill(Array<T>& to, std::uint64_t seed, double mean, double deviation) {
   for (Index i = 0; i < to.size(); ++i) to[i] = nearest<T>(mean + deviation * random.number());
 }
 
-// Integers from -64 to 64 times the least number of T.
+// Fills with integers from -64 to 64, times the least positive number of T.
 template <class T>
 void fill_with_denormals(Array<T>& to, std::uint64_t seed) {
   constexpr double kLeast = power_of_two(Dtype<T>::least);

@@ -1,4 +1,4 @@
-// Checks that print what failed with its values, and count.
+// Checks that print the failed condition with its values, and a suite that counts tests.
 
 #ifndef NORMJAX_TESTS_CHECK_H_
 #define NORMJAX_TESTS_CHECK_H_
@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-// The values after the condition are read only where it does not hold.
+// The values after the condition are evaluated only if it is false.
 #define CHECK(condition, ...)                                                                 \
   do {                                                                                        \
     if (!(condition) && normjax::test::failed()) {                                            \
@@ -26,7 +26,7 @@ std::string text(const Values&... values) {
   return out.str();
 }
 
-// Counts a failure of the test that runs, from any thread; true for the few that are printed.
+// Counts a failure of the running test, from any thread. Returns true if it should be printed.
 bool failed();
 
 void print(const char* file, int line, const char* condition, const std::string& values);
@@ -38,7 +38,7 @@ class Suite {
 
   void test(const std::string& name, const std::function<void()>& body);
 
-  // Prints the counts; the exit status of the program.
+  // Prints the counts and returns the exit status of the program.
   int finish() const;
 
  private:

@@ -1,4 +1,4 @@
-// The shapes on which kernels of columns are tried.
+// The shapes for the tests of the kernels over columns.
 
 #ifndef NORMJAX_TESTS_COLUMNS_CASES_H_
 #define NORMJAX_TESTS_COLUMNS_CASES_H_
@@ -15,9 +15,9 @@ namespace normjax::test {
 struct ColumnsCase {
   Index examples, rows, features, groups, blocks;
   bool scale = true, bias = true, streams = false;
-  Index shift = 1;  // Of all arrays from a multiple of 64 bytes, in entries.
+  Index shift = 1;  // The offset of all arrays from a multiple of 64 bytes, in entries.
   double mean = 0, deviation = 1, epsilon = 1e-5;
-  bool propagates = true;  // Whether the backward kernel is to give dx.
+  bool propagates = true;  // Whether the backward kernel computes dx.
 
   Index entries() const { return rows * features; }
   Index size() const { return features / groups; }
@@ -53,8 +53,7 @@ inline ColumnsCase with_any_options(ColumnsCase c, Random& random) {
   return c;
 }
 
-// One of so many cases is run by the thread sanitizer, which is slow. What it looks for does not
-// depend on the size.
+// Run one of kOneOf cases. The thread sanitizer is slow, and races do not depend on the size.
 #ifdef NORMJAX_TEST_THREADS
 constexpr std::size_t kOneOf = 5;
 #else
@@ -66,8 +65,8 @@ void for_each_case(const std::vector<ColumnsCase>& cases, const Check& check) {
   for (std::size_t i = 0; i < cases.size(); i += kOneOf) check(cases[i]);
 }
 
-// Every number of features, with rows and blocks of many kinds: one block and several, those that
-// do not divide, more blocks than rows.
+// All numbers of features, with various rows and blocks: one block, several, numbers that do not
+// divide the rows, and more blocks than rows.
 inline std::vector<ColumnsCase> sizes() {
   struct Rows {
     Index rows, blocks;
@@ -87,13 +86,13 @@ inline std::vector<ColumnsCase> sizes() {
     }
     if (features > 300) add({67, 5}, 1);
   }
-  // Blocks of many wide rows.
+  // Blocks with many wide rows.
   all.push_back(with_any_options({1, 10007, 3, 1, 1}, random));
   all.push_back(with_any_options({1, 10007, 3, 1, 13}, random));
   return all;
 }
 
-// Examples that are more than the cache of a core, so that all threads take part in each.
+// Examples larger than the cache of a core, so that several threads process each.
 template <class T>
 std::vector<ColumnsCase> large_sizes() {
   Random random(4);
@@ -110,7 +109,7 @@ std::vector<ColumnsCase> large_sizes() {
   return all;
 }
 
-// On these, bits are compared: folded rows and wide ones, within the cache of a core and beyond it.
+// Cases for bitwise comparisons: with and without folded rows, smaller and larger than the cache.
 template <class T>
 std::vector<ColumnsCase> bitwise_sizes() {
   constexpr Index kLarge = Index{kOwnCache / sizeof(T)};

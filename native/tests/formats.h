@@ -1,4 +1,4 @@
-// What the bits of the dtypes mean, written from their definition and not from the kernels.
+// Reference conversions of the dtypes, written from their definition and not from the kernels.
 
 #ifndef NORMJAX_TESTS_FORMATS_H_
 #define NORMJAX_TESTS_FORMATS_H_
@@ -16,13 +16,13 @@ namespace normjax::test {
 
 using Real = long double;
 
-// A format of 16 bits: a sign, an exponent and a fraction.
+// A 16-bit floating-point format: sign, exponent and fraction.
 struct Format {
   int exponent_bits, fraction_bits;
 
   constexpr int largest_exponent() const { return (1 << exponent_bits) - 1; }
   constexpr int infinity() const { return largest_exponent() << fraction_bits; }
-  // The least number is 2 to this power.
+  // The least positive number is 2 to this power.
   constexpr int least() const { return 2 - (1 << (exponent_bits - 1)) - fraction_bits; }
 };
 
@@ -41,7 +41,7 @@ inline double decode(std::uint16_t bits, Format format) {
   return sign * std::ldexp(fraction + (1 << format.fraction_bits), exponent - 1 + format.least());
 }
 
-// The integer nearest to value / 2^shift, the even one of two.
+// value / 2^shift, rounded to nearest, ties to even.
 inline std::uint32_t divided(std::uint32_t value, int shift) {
   if (shift > 31) return 0;
   const std::uint32_t whole = value >> shift, rest = value - (whole << shift);
@@ -49,12 +49,12 @@ inline std::uint32_t divided(std::uint32_t value, int shift) {
   return whole + (rest > half || (rest == half && whole % 2 == 1));
 }
 
-// The bits of the number nearest to a float, the even one of two. NaN has some fraction.
+// Rounds a float to nearest, ties to even, and returns the bits. For NaN the fraction is 1.
 inline std::uint16_t encode(std::uint32_t bits, Format format) {
   const std::uint32_t sign = (bits >> 16) & 0x8000, fraction = bits & 0x7fffff;
   const int exponent = (bits >> 23) & 0xff;
   if (exponent == 0xff) return sign | format.infinity() | (fraction != 0);
-  // The float is significand 2^power, and what is stored a multiple of 2^unit.
+  // The float is significand * 2^power, and the result is a multiple of 2^unit.
   const std::uint32_t significand = exponent == 0 ? fraction : fraction | 0x800000;
   if (significand == 0) return sign;
   const int power = std::max(exponent, 1) - 150;
@@ -62,7 +62,7 @@ inline std::uint16_t encode(std::uint32_t bits, Format format) {
   const int unit = std::max(power + length - 1 - format.fraction_bits, format.least());
   const std::uint32_t multiple = unit > power ? divided(significand, unit - power)
                                               : significand << (power - unit);
-  // The leading one of a normal number counts as one more in its exponent.
+  // The leading bit of a normal number adds 1 to its exponent field.
   const std::int64_t all =
       (std::int64_t{unit - format.least()} << format.fraction_bits) + multiple;
   return sign | static_cast<std::uint16_t>(std::min<std::int64_t>(all, format.infinity()));
@@ -87,7 +87,7 @@ inline float float_of(std::uint32_t bits) {
   return value;
 }
 
-// A dtype: its significant bits, and its least number as a power of two.
+// A dtype: its number of significant bits, and the exponent of its least positive number.
 template <class T>
 struct Dtype {
   static constexpr int digits = std::numeric_limits<T>::digits;
@@ -106,7 +106,7 @@ inline std::vector<float> decode_all(Format format) {
 template <class T>
 struct HalfDtype {
   static Real real(T value) { return values[value.bits]; }
-  // By way of float, as the kernels store.
+  // Through float, since the kernels store from float.
   static T nearest(double value) {
     return T{encode(bits_of(static_cast<float>(value)), Dtype<T>::format)};
   }
@@ -142,7 +142,7 @@ T nearest(double value) {
   return Dtype<T>::nearest(value);
 }
 
-// call(T{}) for every dtype.
+// Calls call(T{}) for every dtype.
 template <class Call>
 void for_each_dtype(Call call) {
   call(float{});

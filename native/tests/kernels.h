@@ -1,4 +1,4 @@
-// The kernels on the pool of the tests, compiled by themselves in kernels_*.cc.
+// The kernels on the test pool. They are compiled in the files kernels_*.cc.
 
 #ifndef NORMJAX_TESTS_KERNELS_H_
 #define NORMJAX_TESTS_KERNELS_H_

@@ -1,4 +1,4 @@
-// All tests, or those whose names contain the argument. --large runs those of large arrays alone.
+// Runs all tests, or those whose names contain the argument. --large runs only the large arrays.
 
 #include <atomic>
 #include <chrono>

@@ -1,4 +1,4 @@
-// A pool of threads with the two functions of XLA's that the kernels call.
+// A thread pool with the two methods of XLA's pool that the kernels call.
 
 #ifndef NORMJAX_TESTS_POOL_H_
 #define NORMJAX_TESTS_POOL_H_
@@ -21,7 +21,7 @@ class ThreadPool {
     for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
   }
 
-  // All that is scheduled still runs.
+  // Runs all scheduled tasks before it returns.
   ~ThreadPool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -65,7 +65,7 @@ class ThreadPool {
 
 constexpr int kThreads[] = {1, 2, 3, 8};
 
-// A pool of so many threads, 1 to 8, that lives as long as the program.
+// A pool of 1 to 8 threads that exists until the program ends.
 inline ThreadPool& shared_pool(int threads) {
   static std::unique_ptr<ThreadPool> pools[9];
   std::unique_ptr<ThreadPool>& pool = pools[threads];

@@ -1,5 +1,5 @@
-// ColumnsBackward against the sums of dy and of dy (x - mean), and the formula of dx, in long
-// double.
+// Compares ColumnsBackward with the sums of dy and of dy (x - mean) and the formula of dx, all in
+// long double.
 
 #include <cmath>
 #include <limits>
@@ -41,7 +41,7 @@ struct Arrays {
     for (Index e = 0; e < c.examples; ++e) measure(c, e);
   }
 
-  // About as the forward kernel leaves them; what is given is right by definition.
+  // Close to the results of the forward kernel. As inputs here they count as exact.
   void measure(const Case& c, Index example) {
     std::vector<double> sum(c.groups), squares(c.groups);
     const T* entry = x.data() + example * c.entries();
@@ -76,7 +76,7 @@ struct Arrays {
   }
 };
 
-// Of dy and of dy (x - mean), and of their magnitudes.
+// The sums of dy and of dy (x - mean), and of their magnitudes.
 struct Sums {
   Real dy = 0, products = 0, dy_magnitude = 0, product_magnitude = 0;
 
@@ -88,10 +88,10 @@ struct Sums {
   }
 };
 
-// A feature of an example: what its entries are normalized by, and their sums.
+// A feature of an example: the parameters of its normalization, and its sums.
 struct Feature {
   Real mean, inverse, scale;
-  Sums sums, group_means;  // The latter of g = dy scale, over all entries of the group.
+  Sums sums, group_means;  // The means are of g = dy scale, over all entries of the group.
 };
 
 template <class T>
@@ -196,7 +196,7 @@ void test_options() {
   }
 }
 
-// Without dx, the same sums.
+// Without dx, the sums stay the same.
 template <class T>
 void test_sums_only() {
   for_each_case(bitwise_sizes<T>(), [](Case c) {
@@ -227,8 +227,8 @@ void test_large_mean() {
   }
 }
 
-// Entry `place` of the second example of x or dy is not finite: so are dx of its group and the sums
-// of its column, and nothing else.
+// If entry `place` of the second example of x or dy is not finite, only dx of its group and the
+// sums of its column are not finite.
 template <class T>
 void check_not_finite(const Case& c, Index place, double value, bool in_x) {
   const Index feature = place % c.features, group = c.groups + feature / c.size();
@@ -262,7 +262,7 @@ void test_not_finite() {
   }
 }
 
-// Deviations of 1e13 and of 1e-13: the third power of their inverse is out of the range of float.
+// Standard deviations of 1e13 and 1e-13: the third power of the inverse is out of range in float.
 template <class T>
 void test_extreme_scales() {
   for (double deviation : {1e13, 1e-13}) {

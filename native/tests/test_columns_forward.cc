@@ -1,4 +1,4 @@
-// ColumnsMoments and ColumnsForward against mean, sum of squared deviations and y in long double.
+// Compares ColumnsMoments and ColumnsForward with mean, m2 and y in long double.
 
 #include <cmath>
 #include <limits>
@@ -63,7 +63,7 @@ struct Arrays {
   }
 };
 
-// Of each group of an example.
+// The moments of each group of an example.
 template <class T>
 std::vector<Moments> moments_of(const T* x, const Case& c, Index groups) {
   const Index size = c.features / groups;
@@ -177,7 +177,7 @@ void test_large_mean() {
   for_each_case(cases, check_case<T>);
 }
 
-// y of what has no deviation.
+// If all entries are equal, y is the bias.
 template <class T>
 void check_bias(const Case& c, const Arrays<T>& a) {
   for (Index r = 0; r < c.examples * c.rows; ++r) {
@@ -189,7 +189,7 @@ void check_bias(const Case& c, const Arrays<T>& a) {
   }
 }
 
-// Every entry the same value: nothing may be left of it.
+// All entries are equal: the mean is exact, and m2 is 0.
 template <class T>
 void check_constant(const Case& c) {
   using A = Accumulator<T>;
@@ -223,8 +223,8 @@ void test_constants(std::vector<double> values) {
   for_each_case(cases, check_constant<T>);
 }
 
-// Entry `place` of the second example is not finite: its column has no moments, its group no
-// results, and all others have those they had.
+// If entry `place` of the second example is not finite, neither are the moments of its column and
+// the results of its group. All other results are unchanged.
 template <class T>
 void check_not_finite(const Case& c, Index place, double value) {
   const Index at = c.entries() + place, column = c.features + place % c.features;
@@ -265,7 +265,7 @@ void test_not_finite() {
   }
 }
 
-// m2 is beyond the range: infinite, and no difference of infinities.
+// If m2 overflows, it is infinite and not NaN.
 template <class T>
 void test_overflow() {
   const double large = std::is_same_v<T, double> ? 1e200 : 1e30;

@@ -1,5 +1,5 @@
-// Arrays of more than 2^31 entries of BFloat16: 4 GB that are read, most of them zeros that take no
-// memory, and as many that are written.
+// Arrays with more than 2^31 entries of BFloat16. They read 4 GB, mostly zeros that need no memory,
+// and write 4 GB.
 
 #include <sys/mman.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr Index kBeyond = Index{1} << 31;
 
-// Zeros that take memory only where they are written.
+// Zeros that use memory only where they are written.
 template <class T>
 class Mapped {
  public:
@@ -42,7 +42,7 @@ class Mapped {
   void* memory_;
 };
 
-// Only the first and the last entries of a row, or of a column, are not zero.
+// Only the first and last entries of a row or of a column are not zero.
 constexpr Index kOwn = 1000;
 
 template <class Body>
@@ -84,7 +84,7 @@ void check_row(const RowsForward<BFloat16>& in, Index row) {
   });
 }
 
-// Some rows are not zero, each of its own mean.
+// Some rows are not zero; each has a different mean.
 void test_rows(Index rows, Index n, const std::vector<Index>& own) {
   const Mapped<BFloat16> x(rows * n), y(rows * n);
   if (x.data() == nullptr || y.data() == nullptr) return;
@@ -100,7 +100,7 @@ void test_rows(Index rows, Index n, const std::vector<Index>& own) {
   }
 }
 
-// The columns of the last example are not zero, and all others are.
+// Only the columns of the last example are not zero.
 void test_columns(Index examples, Index rows, Index features) {
   const Index blocks = rows / 512;
   const Mapped<BFloat16> x(examples * rows * features);

@@ -1,4 +1,4 @@
-// Loops on the threads of a pool.
+// Tests of the parallel loops.
 
 #include "parallel.h"
 
@@ -32,7 +32,7 @@ void test_each_once() {
   }
 }
 
-// What a piece has written without locks is there when the loop is over.
+// Writes without locks are visible when the loop returns.
 void test_visible() {
   for (int threads : kThreads) {
     std::vector<Index> written(503);
@@ -41,7 +41,7 @@ void test_visible() {
   }
 }
 
-// A task that comes to its turn when the loop is long over must not touch what is gone.
+// A task that starts after the loop has returned must not use its freed data.
 void test_tasks_that_come_late() {
   ThreadPool pool(3);
   for (int turn = 0; turn < 200; ++turn) {
@@ -70,7 +70,7 @@ class Gate {
   bool open_ = false;
 };
 
-// body(thread) on all threads of a pool at the same time.
+// Runs body(thread) on all threads of a pool at the same time.
 template <class Body>
 void on_all_threads(ThreadPool& pool, const Body& body) {
   const std::int64_t threads = pool.num_threads();
@@ -119,7 +119,7 @@ void test_nested_twice() {
   }
 }
 
-// Threads that XLA does not own may call too, several at once.
+// Several threads outside of the pool may call at the same time.
 void test_callers_outside() {
   ThreadPool pool(2), callers(3);
   on_all_threads(callers, [&](Index) {
@@ -149,7 +149,7 @@ void check_two_passes(ThreadPool& pool, Index examples, Index n, bool small) {
       },
       [&](Index e) {
         CHECK(steps.done[e] == n, "between before the last", e, steps.done[e].load());
-        // Time enough for a second pass that does not wait.
+        // A delay, so that a second pass that does not wait would start now.
         std::this_thread::sleep_for(std::chrono::microseconds(20));
         ++steps.between[e];
         without_lock[e] = e + 1;
@@ -185,7 +185,7 @@ void test_two_passes_nested() {
   }
 }
 
-// Many short loops with hardly any work in them, for races at their begin and end.
+// Many short loops with little work, to provoke races at their start and end.
 void test_stress() {
   for (int threads : {2, 8}) {
     ThreadPool& pool = shared_pool(threads);

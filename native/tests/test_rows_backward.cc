@@ -1,4 +1,4 @@
-// RowsBackward against the formulas of dx, dscale and dbias in long double.
+// Compares RowsBackward with the formulas of dx, dscale and dbias in long double.
 
 #include <cmath>
 #include <limits>
@@ -60,7 +60,7 @@ struct Arrays {
     for (Index row = 0; row < c.rows; ++row) measure(c, row);
   }
 
-  // As the forward kernel leaves them.
+  // Like the results of the forward kernel.
   void measure(const Case& c, Index row) {
     const T* own = x.data() + row * c.n;
     Real sum = 0, m2 = 0;
@@ -96,7 +96,7 @@ struct Arrays {
   }
 };
 
-// What a row gives to the sums of dx: means over n entries, of g and of g times normalized x.
+// The means in the formula of dx: of g and of g times normalized x, over the n entries of a row.
 struct RowSums {
   Real g = 0, products = 0, g_magnitude = 0, product_magnitude = 0;
 };
@@ -125,7 +125,7 @@ RowSums row_sums(const Case& c, const Arrays<T>& a, Index row) {
   return sums;
 }
 
-// The variance is m2 / divisor; the mean is that of n entries whatever the divisor.
+// The variance is m2 / divisor. The divisor of the mean is always n.
 template <class T>
 void check_row(const Case& c, const Arrays<T>& a, Index row, Real slack = 1) {
   const RowSums sums = row_sums(c, a, row);
@@ -188,7 +188,7 @@ void test_sizes() {
   Random random(2);
   for (Index rows : kRows) {
     for (Index n : kLengths) {
-      // Many long rows are no other than few.
+      // Many long rows test nothing more than a few do.
       if (rows * n < 120000) check_case<T>(any_options(rows, n, random));
     }
   }
@@ -225,7 +225,7 @@ void test_blocks() {
   }
 }
 
-// Sums over no rows are zero.
+// Sums over zero rows are zero.
 template <class T>
 void test_no_rows() {
   const Case c{0, 17, 3};
@@ -243,8 +243,8 @@ void test_large_mean() {
   }
 }
 
-// All terms of a sum the same, so that it is rounded the same way again and again: that must not go
-// on over a long row. The 512 additions of a lane may be off by 512 / 4 eps.
+// If all terms of a sum are equal, the rounding errors have the same sign. They must not accumulate
+// over a long row. The 512 additions of a lane may be off by 512 / 4 eps.
 template <class T>
 void test_long_rows() {
   constexpr Real kSlack = 128 / kRoundings;
@@ -259,8 +259,8 @@ void test_long_rows() {
   for (Index row = 0; row < c.rows; ++row) check_row(c, a, row, kSlack);
 }
 
-// One entry of row 5 in x or dy is not finite: so are dx of that row and the sums of that column,
-// and nothing else.
+// If one entry of row 5 in x or dy is not finite, only dx of that row and the sums of that column
+// are not finite.
 template <class T>
 void check_not_finite(const Case& c, Index place, double value, bool in_x) {
   constexpr Index kRow = 5;
@@ -290,7 +290,7 @@ void test_not_finite() {
   }
 }
 
-// Deviations of 1e13 and of 1e-13: the third power of their inverse is out of the range of float.
+// Standard deviations of 1e13 and 1e-13: the third power of the inverse is out of range in float.
 template <class T>
 void test_extreme_scales() {
   for (double deviation : {1e13, 1e-13}) {
@@ -363,7 +363,7 @@ void test_rows_backward(Suite& suite) {
     suite.test(name + ", blocks", test_blocks<T>);
     suite.test(name + ", no rows", test_no_rows<T>);
     suite.test(name + ", mean 1e4", test_large_mean<T>);
-    // There is no wider dtype in which sums of double could go on.
+    // Sums of double cannot continue in a wider dtype.
     if (!std::is_same_v<T, double>) suite.test(name + ", long rows", test_long_rows<T>);
     suite.test(name + ", not finite", test_not_finite<T>);
     suite.test(name + ", extreme scales", test_extreme_scales<T>);

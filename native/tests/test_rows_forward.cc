@@ -1,4 +1,4 @@
-// RowsForward against mean, sum of squared deviations and y in long double.
+// Compares RowsForward with mean, m2 and y in long double.
 
 #include <cmath>
 #include <limits>
@@ -19,9 +19,9 @@ constexpr Index kLengths[] = {1,  2,  3,  7,    8,    9,    15,   16,  17,
 struct Case {
   Index rows, n;
   bool centered = true, scale = true, bias = true, streams = false;
-  Index shift = 1;  // Of all arrays from a multiple of 64 bytes, in entries.
+  Index shift = 1;  // The offset of all arrays from a multiple of 64 bytes, in entries.
   double mean = 0, deviation = 1, epsilon = 1e-5;
-  bool summed = false;  // The deviation is the root of m2 itself.
+  bool summed = false;  // The divisor is 1: y is divided by the root of m2.
 
   double divisor() const { return summed ? 1 : n; }
 
@@ -133,11 +133,11 @@ void test_sizes() {
   Random random(1);
   for (Index rows : kRows) {
     for (Index n : kLengths) {
-      // Many long rows are no other than few.
+      // Many long rows test nothing more than a few do.
       if (rows * n < 120000) check_case<T>(any_options(rows, n, random));
     }
   }
-  // More rows than one thread takes at once.
+  // More rows than one work item has.
   check_case<T>(any_options(20011, 3, random));
   check_case<T>(any_options(2503, 16, random));
 }
@@ -172,8 +172,8 @@ void test_large_mean() {
   }
 }
 
-// All squares the same, so that their sum is rounded the same way again and again: that must not go
-// on over a long row.
+// If all squares are equal, the rounding errors of their sum have the same sign. They must not
+// accumulate over a long row.
 template <class T>
 void test_long_rows() {
   for (bool centered : {false, true}) {
@@ -186,7 +186,7 @@ void test_long_rows() {
   }
 }
 
-// y of what has no deviation.
+// If all entries of a row are equal, y is the bias.
 template <class T>
 void check_bias(const Case& c, const Arrays<T>& a) {
   for (Index row = 0; row < c.rows; ++row) {
@@ -197,7 +197,7 @@ void check_bias(const Case& c, const Arrays<T>& a) {
   }
 }
 
-// Every entry the same value: nothing may be left of it.
+// All entries are equal: the mean is exact, and m2 is 0.
 template <class T>
 void check_constant(Case c, double value) {
   c.mean = value;
@@ -212,7 +212,7 @@ void check_constant(Case c, double value) {
 
 template <class T>
 void test_constants() {
-  // Larger ones have no square of what a mean of them loses by rounding.
+  // For larger values the square of the rounding error of a mean would overflow.
   for (double value : {0.0, 0.1, 1e4, -7.3, 1e22, 3e-39, 1e150, 1e-12}) {
     if (!std::isfinite(real(nearest<T>(value)))) continue;
     for (Index rows : {1, 5}) {
@@ -221,7 +221,7 @@ void test_constants() {
   }
 }
 
-// One entry of row 5 is not finite: that row has no results, all others those they had.
+// If one entry of row 5 is not finite, neither are its results. Other rows are unchanged.
 template <class T>
 void check_not_finite(const Case& c, Index place, double value) {
   constexpr Index kRow = 5;
@@ -248,7 +248,7 @@ void test_not_finite() {
   }
 }
 
-// Without a mean, infinity is divided by infinity in its own place, and the others by it.
+// Without a mean, an infinite entry becomes inf / inf = NaN; the others are divided by infinity.
 template <class T>
 void test_infinity_without_mean() {
   Case c{6, 97};
@@ -267,7 +267,7 @@ void test_infinity_without_mean() {
   }
 }
 
-// m2 is beyond the range: infinite, and no difference of infinities.
+// If m2 overflows, it is infinite and not NaN.
 template <class T>
 void test_overflow() {
   const double large = std::is_same_v<T, double> ? 1e200 : 1e30;

@@ -1,4 +1,4 @@
-// Loads, stores and sums of vectors.
+// Tests of loads, stores and sums of vectors.
 
 #include <cstring>
 #include <limits>
@@ -12,7 +12,7 @@
 
 namespace normjax {
 
-// Functions of their own, so that every copy for a generation of processors has these conversions.
+// Functions that are not inlined, so that target_clones applies to the conversions.
 #define NORMJAX_TESTED NORMJAX_CLONES __attribute__((noinline))
 
 template <class T>
@@ -43,7 +43,7 @@ NORMJAX_TESTED void stream_all(const Accumulator<T>* from, Index n, T* to) {
 namespace test {
 namespace {
 
-// While it lives, the thread takes denormal numbers as zero, as programs may set it to.
+// While it exists, the thread treats denormal numbers as zero, as some programs do.
 class DenormalsAsZero {
  public:
 #ifdef __SSE2__
@@ -100,8 +100,8 @@ void test_loads_with_denormals_as_zero() {
   check_loaded<T>(loaded);
 }
 
-// The low halves of floats at which a rounding may go wrong: around the ties of 16 and of 13 bits
-// that are rounded away, and around every further bit.
+// Low halves of floats where a rounding may fail: near ties when 16 or 13 bits are rounded off, for
+// all values of the bits above.
 std::vector<std::uint32_t> low_halves() {
   std::vector<std::uint32_t> all = {0x7fff, 0x8000, 0x8001, 0xffff};
   for (std::uint32_t high = 0; high < 0x10000; high += 0x2000) {
@@ -112,7 +112,7 @@ std::vector<std::uint32_t> low_halves() {
   return all;
 }
 
-// NaN stays NaN with its sign, and BFloat16 keeps its payload as far as it goes.
+// NaN stays NaN and keeps its sign. BFloat16 keeps the high bits of its payload.
 template <class T>
 bool stored_right(std::uint32_t from, std::uint16_t found) {
   const std::uint16_t expected = encode(from, Dtype<T>::format);
@@ -131,7 +131,7 @@ void check_stored(const std::vector<float>& from, const std::vector<T>& stored) 
   }
 }
 
-// Every high half of a float, and so all exponents, infinities and kinds of NaN.
+// All high halves of floats, which include all exponents, infinities and kinds of NaN.
 template <class T, class Check>
 void for_each_batch_of_floats(Check check) {
   const std::vector<std::uint32_t> lows = low_halves();
@@ -187,7 +187,7 @@ void test_round_trip() {
   }
 }
 
-// The reference itself, against what is known.
+// Checks the reference conversions with known values.
 void test_reference() {
   CHECK(encode(bits_of(65504.0f), kFloat16) == 0x7bff, "largest");
   CHECK(encode(bits_of(65519.996f), kFloat16) == 0x7bff, "below the tie");
