@@ -174,7 +174,7 @@ def _by_batch(architecture: str, batch_size: int, num_devices: int) -> NormChoic
         )
     return NormChoice(
         "group_norm", {"num_groups": 32},
-        few + "group norm does not depend on them. Take fewer groups in layers of fewer than 64 "
+        few + "group norm does not depend on them. Take at most half as many groups as a layer has "
         "channels. In layers with many positions batch norm may still work: compare the samples "
         "that normjax.surgery.diagnose reports with 16.",
         "evidence/batch_size",
