@@ -21,7 +21,7 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build", "_templates", "normjax.mplstyle"]
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
@@ -39,7 +39,6 @@ napoleon_custom_sections = [
 ]
 # A word in single backticks is code.
 default_role = "literal"
-python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = f"normjax {release}"

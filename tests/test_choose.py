@@ -55,6 +55,13 @@ def test_choose_normalization_guarantee_known_functions():
         assert (DOCS / f"{choice.evidence}.md").exists()
 
 
+def test_the_known_names_are_listed_in_the_docstring_and_on_the_page():
+    page = (DOCS / "which_norm.md").read_text()
+    for name in (*TASKS, *ARCHITECTURES):
+        assert f'"{name}"' in choose_normalization.__doc__
+        assert name in page
+
+
 def test_a_choice_reads_as_a_sentence():
     text = str(choose_normalization("regression", 2, "mlp"))
     assert text == (

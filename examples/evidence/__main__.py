@@ -17,6 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGES = HERE.parents[1] / "docs" / "evidence"
+# Scripts at a time: compiling leaves one core idle.
+JOBS = 2
 QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # In the order of the questions: how it trains, how it is served, what it is used for.
 SCRIPTS = (
@@ -75,10 +77,9 @@ def index() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--smoke", action="store_true", help="little of all, and no claim")
-    parser.add_argument("--jobs", type=int, default=2, help="scripts at a time (default 2)")
     args = parser.parse_args()
     started, failed = time.perf_counter(), []
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         for name, code, output in pool.map(lambda name: run(name, args.smoke), SCRIPTS):
             print(f"== {name}\n{output}\n", flush=True)
             if code:

@@ -86,7 +86,6 @@ def main(
     conclude: Callable[[Found], Conclusion],
     draw: Callable[[Figure, Found], None],
     seeds: int = 3,
-    argv: Sequence[str] | None = None,
 ) -> Conclusion:
     """Measures, concludes, and writes NAME.md, NAME.png and NAME.json, NAME that of the script.
 
@@ -96,14 +95,13 @@ def main(
         conclude: reads the numbers.
         draw: fills a figure; its title states the finding.
         seeds: the default of `--seeds`.
-        argv: arguments in place of those of the command line.
     """
     script = Path(sys.modules[measure.__module__].__file__ or "")
     parser = argparse.ArgumentParser(description=f"{claim.text} {claim.source}")
     parser.add_argument("--seeds", type=int, default=seeds, help=f"repetitions (default {seeds})")
     parser.add_argument("--smoke", action="store_true", help="little of all, and no claim")
     parser.add_argument("--out", type=Path, help="folder to write into (default docs/evidence)")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
     # A short run must not overwrite the pages that are published.

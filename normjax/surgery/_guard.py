@@ -11,12 +11,12 @@ import jax
 from normjax import _errors
 from normjax.surgery._layers import Edit, Layer, wrap
 from normjax.surgery._paths import Apply, At, chosen, is_nnx, nodes, path_name, patterns
-from normjax.surgery._refused import expect_updated, refuse_training
+from normjax.surgery._refused import expect_usable, refuse_training
 
 
 @_errors.named("normjax.surgery.guard")
 def guard(apply: Apply, *, at: At = None) -> Apply:
-    """Raises if a batch norm would run in training mode, or by statistics never updated.
+    """Raises if a batch norm would run in training mode, or by unusable statistics.
 
         allowed: train=False, and statistics other than mean = 0, var = 1, count = 0
 
@@ -83,7 +83,7 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
             if leaves and not same:
                 for path, node in nodes(stats).items():
                     if chosen(path_name(path), given):
-                        expect_updated(path_name(path), node)
+                        expect_usable(path_name(path), node)
                 seen[:] = leaves
         return run(*args, **kwargs)
 
@@ -97,5 +97,5 @@ class _Guard(Edit):
         if layer.train:
             remedy = "Call the model with train=False (use_running_average=True)"
             refuse_training(layer.path, f"{remedy}, or freeze it: guard(freeze(apply)).")
-        expect_updated(layer.path, layer.stats()._asdict())
+        expect_usable(layer.path, layer.stats()._asdict())
         return layer

@@ -1,4 +1,4 @@
-"""The errors of `guard`: training, and statistics that were never updated."""
+"""The errors of `guard`: training, and statistics that were never updated or are not finite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refuse_training(path: str, remedy: str) -> None:
     )
 
 
-def expect_updated(path: str, node: Mapping[str, Any]) -> None:
+def expect_usable(path: str, node: Mapping[str, Any]) -> None:
     """Raises for statistics of a new layer, or that are not finite."""
     for name in ("mean", "var"):
         leaf = node[name]

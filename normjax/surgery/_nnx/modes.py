@@ -11,7 +11,7 @@ from flax import nnx
 from normjax import _errors
 from normjax.surgery._nnx.layers import batch_norms, copied, names
 from normjax.surgery._paths import params_of, path_name
-from normjax.surgery._refused import expect_updated, refuse_training
+from normjax.surgery._refused import expect_usable, refuse_training
 
 
 def freeze(model: Any, at: tuple[str, ...] | None) -> Any:
@@ -49,7 +49,7 @@ def guard(model: Any, at: tuple[str, ...] | None) -> Any:
     """`normjax.surgery.guard`."""
     copy, layers = copied(model, at)
     for path, layer in layers.items():
-        expect_updated(path_name(path), _statistics(layer))
+        expect_usable(path_name(path), _statistics(layer))
         layer.normjax_observer = Guarding(path_name(path))
     return copy
 
@@ -66,7 +66,7 @@ class Guarding:
         if mode.train:
             remedy = "Call model.eval() first, or freeze it: guard(freeze(model))."
             refuse_training(self.path, remedy)
-        expect_updated(self.path, _statistics(layer))
+        expect_usable(self.path, _statistics(layer))
         return False
 
 
