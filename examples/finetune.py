@@ -115,7 +115,7 @@ def batches(images, size=128):
 
 def start(args, images):
     """The network before training: its model and its variables."""
-    return MODEL, MODEL.init(jax.random.key(args.seed), images[:1], False)
+    return MODEL, MODEL.init(jax.random.key(args.seed), images[:1], train=False)
 
 
 def fit(network, images, labels, *, steps, size, rate, rng, title, tool=lambda apply: apply):
@@ -146,7 +146,7 @@ def fit(network, images, labels, *, steps, size, rate, rng, title, tool=lambda a
 
 @partial(jax.jit, static_argnums=0)
 def predict(model, variables, images):
-    return model.apply(variables, images, False)
+    return model.apply(variables, images, train=False)
 
 
 def accuracy(network, images, labels):
@@ -172,10 +172,10 @@ def serving(network, images):
     """Functions of one image and their variables, with batch norm and folded."""
     _, variables = network
     serve, folded, report = surgery.fold(
-        lambda variables, x: MODEL.apply(variables, x, False), variables, images[:1]
+        lambda variables, x: MODEL.apply(variables, x, train=False), variables, images[:1]
     )
     print(f"\n{report}")
-    plain = surgery.guard(jax.jit(lambda variables, x: MODEL.apply(variables, x, False)))
+    plain = surgery.guard(jax.jit(lambda variables, x: MODEL.apply(variables, x, train=False)))
     return {"batch norm": (plain, variables), "folded": (jax.jit(serve), folded)}
 
 

@@ -92,6 +92,7 @@ def test_docstring_examples_run(name):
         "normjax.NormChoice",
         "normjax.SpectralStats",
         "normjax.linen.ImmutableBatchStatsError",
+        "normjax.linen.MissingStatsError",
         "normjax.nnx.BatchMoments",
         "normjax.surgery.FoldReport",
         "normjax.surgery.Finding",

@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 CLASSES = [
     getattr(normjax.linen, name)
     for name in normjax.linen.__all__
-    if isinstance(getattr(normjax.linen, name), type) and name != "ImmutableBatchStatsError"
+    if isinstance(getattr(normjax.linen, name), type) and not name.endswith("Error")
 ]
 FUNCTIONS = [
     getattr(normjax, name)

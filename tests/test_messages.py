@@ -9,7 +9,7 @@ from flax.errors import ScopeCollectionNotFound, ScopeVariableNotFoundError
 import normjax
 import normjax.linen
 from normjax import _errors, surgery
-from normjax.linen._adapter import MissingStatsError
+from normjax.linen import MissingStatsError
 from tests.test_arguments import STATS, Inner, W, X
 
 KEY = jax.random.key(0)

@@ -233,8 +233,14 @@ def test_gain_of_a_standardized_weight():
 
 def test_statistics_do_not_decay():
     """The vectors of a power iteration have rank 2."""
-    variables = {"params": {"kernel": shape(3, 4)}, "batch_stats": {"layer/kernel/u": shape(1, 4)}}
-    assert by_name(variables) == {"params/kernel": True, "batch_stats/layer/kernel/u": False}
+    tree = {"kernel": shape(3, 4), "batch_stats": {"layer/kernel/u": shape(1, 4)}}
+    assert by_name(tree) == {"kernel": True, "batch_stats/layer/kernel/u": False}
+
+
+def test_all_variables_of_a_linen_model_are_an_error():
+    variables = normjax.linen.BatchNorm().init(jax.random.key(0), jnp.ones((2, 3)), train=True)
+    with pytest.raises(ValueError, match=r"surgery.decay_mask: .*\['batch_stats', 'params'\]"):
+        surgery.decay_mask(variables)
 
 
 def test_decay_mask_edge_empty_tree():

@@ -317,6 +317,15 @@ def test_a_color_belongs_to_the_finding_of_its_panel(well):
     assert "stale" in kinds(report, "stem_bn")
 
 
+def test_a_remedy_is_shown_once(well):
+    new = surgery.diagnose(call, surgery.reset(well), BATCHES)
+    serious = [finding for finding in new.findings if finding.kind == "never updated"]
+    assert len(serious) == len(new.norms) > 1
+    for text in (str(new), new._repr_html_()):
+        assert text.count("Train and keep the statistics") == 1
+        assert all(finding.path in text for finding in serious)
+
+
 def test_a_notebook_shows_the_table(report):
     html = report._repr_html_()
     assert html.count("<tr>") == 1 + len(report.norms)

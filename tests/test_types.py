@@ -71,8 +71,14 @@ assert_type(surgery.synchronize(double, "batch")(1.0), float)
 '''
 
 
-# train() and eval() of a module of flax.nnx have no types.
-MYPY = ("mypy", "--strict", "--allow-untyped-calls", "--config-file=")
+# train() and eval() of a module of flax.nnx have no types, scikit-learn and optax have not all.
+MYPY = (
+    "mypy",
+    "--strict",
+    "--allow-untyped-calls",
+    "--ignore-missing-imports",
+    "--config-file=",
+)
 
 
 def run_checker(*command, cwd=ROOT):
@@ -85,19 +91,12 @@ def run_checker(*command, cwd=ROOT):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", [MYPY, ("pyright", "--pythonpath", sys.executable)])
-def test_type_checkers_accept_the_code_of_the_readme_and_the_promised_types(tmp_path, checker):
+def test_type_checkers_accept_readme_evidence_and_the_promised_types(tmp_path, checker):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     page = tmp_path / "page.py"
     # The wrong calls among them are errors of mypy's kinds.
     page.write_text("\n".join([*blocks, PROMISED if checker is MYPY else ""]))
-    run_checker(*checker, str(page))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checker", [MYPY, ("pyright", "--pythonpath", sys.executable)])
-def test_type_checkers_accept_the_evidence(checker):
+    # In one run, since reading the types of JAX takes most of the time.
     folder = ROOT / "examples" / "evidence"
     files = sorted(path.name for path in folder.glob("*.py"))
-    # scikit-learn and optax have no types, or not all.
-    missing = ["--ignore-missing-imports"] if checker is MYPY else []
-    run_checker(*checker, *missing, *files, cwd=folder)
+    run_checker(*checker, str(page), *files, cwd=folder)

@@ -4,6 +4,7 @@ They read and store `params` and `batch_stats`, and do no arithmetic.
 """
 
 from normjax.linen._accumulate import empty_batch_moments, move_batch_stats
+from normjax.linen._adapter import MissingStatsError
 from normjax.linen._batch import BatchNorm, BatchNormAct, BatchRenorm, ImmutableBatchStatsError
 from normjax.linen._others import (
     AddLayerNorm,
@@ -28,6 +29,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LocalResponseNorm",
+    "MissingStatsError",
     "RMSNorm",
     "SpectralNorm",
     "WeightNorm",

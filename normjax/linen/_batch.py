@@ -86,6 +86,7 @@ class _BatchNorm(nn.Module):
         Raises:
             ImmutableBatchStatsError: `train=True` and neither `batch_stats` nor `batch_moments`
                 is mutable.
+            MissingStatsError: `train=False` and the variables have no `batch_stats` of this layer.
             ValueError: no mode or two modes; and whatever `normjax.batch_norm` raises.
         """
         return _run(self, use_running_average, train, Call(x, mask, scale, bias))

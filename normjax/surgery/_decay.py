@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +75,7 @@ def decay_mask(params: Any) -> Any:
 
     Raises:
         TypeError: a leaf without shape and dtype.
+        ValueError: `params` is all variables of a linen model, with the collection `batch_stats`.
 
     References:
         Loshchilov, Hutter (2019), Decoupled Weight Decay Regularization, arXiv:1711.05101; Brock et
@@ -88,6 +89,11 @@ def decay_mask(params: Any) -> Any:
         {'Dense_0': {'bias': False, 'kernel': True}}
     """
     params = params_of(params)
+    if isinstance(params, Mapping) and {"params", "batch_stats"} <= set(params):
+        raise ValueError(
+            f"normjax: params has the collections {sorted(params)}, expected the parameters alone, "
+            "which an optimizer updates. Pass variables['params']."
+        )
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     paths = [_names(path) for path, _ in leaves]
     shapes = {path: _shape(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, NamedTuple
@@ -139,12 +140,11 @@ class Report:
             for row in rows
         ]
         lines = [table[0], "-" * len(table[0]), *table[1:], "", self._summary()]
-        for finding in self.findings:
-            mark = "!" if finding.serious else "-"
-            lines += [
-                f"{mark} {finding.path or '(the model)'}: {finding.what}",
-                f"    {finding.remedy}",
-            ]
+        for remedy, findings in self._by_remedy():
+            for finding in findings:
+                mark = "!" if finding.serious else "-"
+                lines.append(f"{mark} {finding.path or '(the model)'}: {finding.what}")
+            lines.append(f"    {remedy}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -156,12 +156,22 @@ class Report:
 
         header, *rows = self._table()
         findings = "".join(
-            f"<li><b>{escape(f.path or '(the model)')}</b>: {escape(f.what)} "
-            f"<i>{escape(f.remedy)}</i></li>"
-            for f in self.findings
+            "<li>"
+            + "<br>".join(
+                f"<b>{escape(f.path or '(the model)')}</b>: {escape(f.what)}" for f in group
+            )
+            + f"<br><i>{escape(remedy)}</i></li>"
+            for remedy, group in self._by_remedy()
         )
         body = row(header, "th") + "".join(row(cells, "td") for cells in rows)
         return f"<table>{body}</table><p>{escape(self._summary())}</p><ul>{findings}</ul>"
+
+    def _by_remedy(self) -> Iterable[tuple[str, list[Finding]]]:
+        """The findings; those with one remedy are together, so that it is read once."""
+        groups: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault(finding.remedy, []).append(finding)
+        return groups.items()
 
     def _table(self) -> list[tuple[str, ...]]:
         """The header, and a row for each layer."""
