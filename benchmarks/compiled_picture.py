@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.compiled_tables import BLOCK, METRICS, MODES, PEER, Cost, Ratio, ratios
 from benchmarks.peers import BASELINE
-from benchmarks.picture import EVEN, FASTER, SLOWER
+from benchmarks.picture import EVEN, FASTER, SLOWER, in_style, without_frame
 
 GAP = 1.0  # between modes, in rows
 # A smaller difference is not noticeable, and is drawn as equal.
@@ -17,31 +16,39 @@ NOTICED = 0.005
 
 def draw(costs: Sequence[Cost], names: Mapping[str, str], path: Path) -> None:
     """One panel for each platform; one line for each layer and mode, with a dot for each dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     found = {p: ratios(costs, p) for p in dict.fromkeys(cost.platform for cost in costs)}
-    places = lines_of([ratio for panel in found.values() for ratio in panel])
-    if not places:
-        return
-    lowest = max(places.values())
-    size = 3.8 + 4.0 * len(found), 1.7 + 0.3 * (lowest + 1)
-    figure, axes = plt.subplots(1, len(found), figsize=size, sharey=True, squeeze=False)
     values = [ratio.value for panel in found.values() for ratio in panel]
-    for axis, (platform, panel) in zip(axes[0], found.items(), strict=True):
-        axis.set_title(f"{names[platform]}: {METRICS[platform]}", fontsize=11)
-        dots(axis, panel, places)
-        frame(axis, values)
-    first = axes[0][0]
-    first.set_yticks(
-        list(places.values()), [row.replace("_", " ") for row, _ in places], fontsize=9
-    )
-    first.set_ylim(lowest + 0.6, -1.1)
+    if not values:
+        return
+    places = lines_of([ratio for panel in found.values() for ratio in panel])
+    lowest = max(places.values())
+    with in_style():
+        figure = Figure(figsize=(3.8 + 4.0 * len(found), 1.9 + 0.3 * (lowest + 1)))
+        axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for axis, (platform, panel) in zip(axes, found.items(), strict=True):
+            axis.set_title(f"{names[platform]}: {METRICS[platform]}")
+            dots(axis, panel, places)
+            frame(axis, values)
+        label(axes[0], places)
+        figure.suptitle(
+            f"{PEER} costs {min(values):.2f} to {max(values):.2f} times as much as {BASELINE}\n"
+            f"blue: {BASELINE} costs less, vermilion: {BASELINE} costs more"
+        )
+        figure.supxlabel(
+            f"filled: float32, hollow: bfloat16, gray: within {NOTICED:.1%}", fontsize=10
+        )
+        figure.savefig(path)
+
+
+def label(axis, places: Mapping[tuple[str, str], float]) -> None:
+    """The name of each line, and that of the mode above its lines."""
+    axis.set_yticks(list(places.values()), [row.replace("_", " ") for row, _ in places])
+    axis.set_ylim(max(places.values()) + 0.6, -1.1)
     for mode in MODES:
         if of_mode := [place for (_, m), place in places.items() if m == mode]:
-            first.annotate(
+            axis.annotate(
                 mode,
                 (0, min(of_mode) - 0.75),
                 xycoords=("axes fraction", "data"),
@@ -49,28 +56,8 @@ def draw(costs: Sequence[Cost], names: Mapping[str, str], path: Path) -> None:
                 textcoords="offset points",
                 ha="right",
                 va="center",
-                fontsize=9,
                 weight="bold",
             )
-    height = size[1]
-    figure.subplots_adjust(
-        left=3.6 / size[0], right=0.985, bottom=0.55 / height, top=1 - 0.95 / height, wspace=0.06
-    )
-    title: dict[str, Any] = dict(ha="center", y=1 - 0.3 / height, weight="bold")
-    figure.text(x=0.5, s=f"Cost of {PEER} over that of {BASELINE}", fontsize=13, **title)
-    place: dict[str, Any] = dict(y=1 - 0.55 / height, fontsize=10, weight="bold")
-    figure.text(x=0.49, s=f"green: {BASELINE} costs less", ha="right", color=FASTER, **place)
-    figure.text(x=0.51, s=f"red: {BASELINE} costs more", ha="left", color=SLOWER, **place)
-    figure.text(
-        0.5,
-        0.1 / height,
-        f"filled: float32, hollow: bfloat16, gray: within {NOTICED:.1%}",
-        ha="center",
-        fontsize=9,
-        color="#555555",
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def lines_of(found: Sequence[Ratio]) -> dict[tuple[str, str], float]:
@@ -111,8 +98,4 @@ def frame(axis, values: Sequence[float]) -> None:
     ]
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks], fontsize=9)
     axis.set_xticks([], minor=True)
-    axis.tick_params(length=0)
-    axis.grid(color="#e4e4e4", linewidth=0.7)
-    axis.set_axisbelow(True)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    without_frame(axis)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.calls import MODES
 from benchmarks.tables import Row, names_of
 
-FASTER, SLOWER, EVEN = "#2a7f62", "#c8553d", "#9a9a9a"
+STYLE = Path(__file__).parents[1] / "docs" / "normjax.mplstyle"
+# Colors of Okabe and Ito (2008), which color-blind people can tell apart.
+FASTER, SLOWER, EVEN = "#0072B2", "#D55E00", "#9A9A9A"
 # Ratios between these two are noise, and are drawn as equal.
 NOISE = (0.95, 1.05)
 # Longer bars are cut off, since they would make the others too short; the label has the value.
@@ -19,12 +22,19 @@ LIMITS = (1 / 8, 8)
 ALL = "all"
 
 
+@contextlib.contextmanager
+def in_style() -> Iterator[None]:
+    """The style of all plots of the site."""
+    import matplotlib.style
+
+    with matplotlib.rc_context():
+        matplotlib.style.use(STYLE)
+        yield
+
+
 def draw(rows: Sequence[Row], baseline: str, circumstances: str, path: Path) -> None:
     """Draws bars: the geometric mean of the ratios over the layers of a kind."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     names = [name for name in names_of(rows) if name != baseline]
     kinds = [ALL, *dict.fromkeys(kind_of(row) for row in rows)]
@@ -36,40 +46,24 @@ def draw(rows: Sequence[Row], baseline: str, circumstances: str, path: Path) -> 
         (strip, kind): ratios_of(rows, baseline, kind, *strip) for strip in strips for kind in kinds
     }
     size = 2.0 + 2.1 * len(kinds), 1.9 + (0.4 + 0.22 * max(len(names), 5)) * len(strips)
-    figure, axes = plt.subplots(
-        len(strips), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False
-    )
-    for row, strip in zip(axes, strips, strict=True):
-        for axis, kind in zip(row, kinds, strict=True):
-            panel(axis, names, ratios[strip, kind])
-        row[0].set_ylabel("\n".join(strip), fontsize=11, weight="bold", labelpad=10)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        axis.set_title(kind.replace("_", " "), fontsize=12, weight="bold")
-    widths(axes, [ratio for panel in ratios.values() for ratio in panel.values()])
-    height = size[1]
-    figure.subplots_adjust(
-        left=1.9 / size[0], right=0.99, bottom=0.7 / height, top=1 - 1.0 / height, hspace=0.12
-    )
-    heading(figure, baseline, height)
-    footer = textwrap.fill(circumstances, int(15 * size[0]))
-    figure.text(0.5, 0.1 / height, footer, ha="center", fontsize=7, color="#666666")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def heading(figure, baseline: str, height: float) -> None:
-    figure.text(
-        0.5,
-        1 - 0.3 / height,
-        f"Time of each library over that of {baseline}",
-        ha="center",
-        fontsize=14,
-        weight="bold",
-    )
-    green, red = f"green: {baseline} is faster", f"red: {baseline} is slower"
-    place = dict(y=1 - 0.55 / height, fontsize=11, weight="bold")
-    figure.text(x=0.49, s=green, ha="right", color=FASTER, **place)
-    figure.text(x=0.51, s=red, ha="left", color=SLOWER, **place)
+    with in_style():
+        figure = Figure(figsize=size)
+        axes = figure.subplots(len(strips), len(kinds), sharex=True, sharey=True, squeeze=False)
+        for row, strip in zip(axes, strips, strict=True):
+            for axis, kind in zip(row, kinds, strict=True):
+                panel(axis, names, ratios[strip, kind])
+            row[0].set_ylabel("\n".join(strip), weight="bold")
+        for axis, kind in zip(axes[0], kinds, strict=True):
+            axis.set_title(kind.replace("_", " "))
+        widths(axes, [ratio for panel in ratios.values() for ratio in panel.values()])
+        means = [ratio for strip in strips for ratio in ratios[strip, ALL].values()]
+        figure.suptitle(
+            f"Other libraries take {min(means):.2f} to {max(means):.2f} times as long as {baseline}"
+            f"\nblue: {baseline} is faster, vermilion: {baseline} is slower"
+        )
+        footer = f"Geometric means of the time over that of {baseline}. {circumstances}"
+        figure.supxlabel(textwrap.fill(footer, int(14 * size[0])), fontsize=8, color="#666666")
+        figure.savefig(path)
 
 
 def kind_of(row: Row) -> str:
@@ -96,13 +90,13 @@ def panel(axis, names: Sequence[str], ratios: dict[str, float]) -> None:
     for place, name in enumerate(names):
         if name not in ratios:
             continue
-        ratio, wide = ratios[name], length(ratios[name])
+        ratio, end = ratios[name], length(ratios[name])
         color = EVEN if NOISE[0] <= ratio <= NOISE[1] else FASTER if ratio > 1 else SLOWER
-        axis.barh(place, wide, color=color, height=0.74)
-        right = wide >= 0
+        axis.barh(place, end, color=color, height=0.74)
+        right = end >= 0
         axis.annotate(
             f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}",
-            (wide, place),
+            (end, place),
             xytext=(3 if right else -3, 0),
             textcoords="offset points",
             ha="left" if right else "right",
@@ -111,11 +105,14 @@ def panel(axis, names: Sequence[str], ratios: dict[str, float]) -> None:
             color="#333333",
         )
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(names)), names, fontsize=9.5)
+    axis.set_yticks(range(len(names)), names, fontsize=10)
     axis.set_ylim(len(names) - 0.4, -0.6)
+    without_frame(axis)
+    axis.grid(axis="y", visible=False)
+
+
+def without_frame(axis) -> None:
     axis.tick_params(length=0)
-    axis.grid(axis="x", color="#e4e4e4", linewidth=0.7)
-    axis.set_axisbelow(True)
     for side in axis.spines.values():
         side.set_visible(False)
 
@@ -124,8 +121,8 @@ def widths(axes, ratios: Sequence[float]) -> None:
     """The limits of all panels, with space for the longest bar and its label."""
     lengths = [0.0, *map(length, ratios)]
     span = max(1.0, max(lengths) - min(lengths))
-    room = 0.28 * span
+    margin = 0.28 * span
     for axis in axes.flat:
-        axis.set_xlim(min(lengths) - room, max(lengths) + room)
-        ticks = [t for t in range(-3, 4) if min(lengths) - room < t < max(lengths) + room]
+        axis.set_xlim(min(lengths) - margin, max(lengths) + margin)
+        ticks = [t for t in range(-3, 4) if min(lengths) - margin < t < max(lengths) + margin]
         axis.set_xticks(ticks, [f"{2**t}" if t >= 0 else f"1/{2**-t}" for t in ticks], fontsize=9)

@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 import normjax
 import normjax.linen
 from benchmarks import hlo
+from benchmarks.picture import in_style
 
 DEVICES = (1, 2, 4, 8)
 FEATURES = 256
@@ -229,27 +230,32 @@ def projection_table():
 
 
 def draw(path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     passes = layer_passes()
     counts = [8, 64, 512, 4096]
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for color, (name, network) in enumerate(NETWORKS.items()):
-        waits = [projected(network, devices, passes) for devices in counts]
-        axis.plot(counts, waits, "o-", color=f"C{color}", label=name)
-        axis.plot(counts, [waits[0]] * len(counts), ":", color=f"C{color}")
-    axis.axhline(STEP_MS, color="gray", lw=0.8, ls="--")
-    axis.text(counts[0], STEP_MS * 1.1, f"a step of {STEP_MS} ms", color="gray", fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel="devices", ylabel="waiting, ms a step")
-    axis.set_xticks(counts, counts)
-    axis.set_title("ResNet-50: over all devices (solid), over 8 of them (dotted)", fontsize=10)
-    axis.minorticks_off()
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    longest, groups = 0.0, []
+    with in_style():
+        figure = Figure(figsize=(8, 4.5))
+        axis = figure.subplots()
+        for color, (name, network) in enumerate(NETWORKS.items()):
+            waits = [projected(network, devices, passes) for devices in counts]
+            axis.plot(counts, waits, "o-", color=f"C{color}", label=name)
+            axis.plot(counts, [waits[0]] * len(counts), ":", color=f"C{color}")
+            longest = max(longest, *waits)
+            groups.append(waits[0])
+        axis.axhline(STEP_MS, color="gray", lw=0.8, ls="--")
+        axis.text(counts[0], STEP_MS * 1.1, f"a step of {STEP_MS} ms", color="gray")
+        axis.set(xscale="log", yscale="log", xlabel="devices", ylabel="waiting, ms a step")
+        axis.set_xticks(counts, counts)
+        axis.minorticks_off()
+        axis.legend()
+        axis.set_title("statistics over all devices (solid), over groups of 8 (dotted)")
+        figure.suptitle(
+            f"ResNet-50 waits up to {longest:.0f} ms for {counts[-1]} devices, "
+            f"at most {max(groups):.1f} ms for groups of 8"
+        )
+        figure.savefig(path)
 
 
 def report(repeats):

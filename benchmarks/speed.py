@@ -136,6 +136,8 @@ def report(measurements: Sequence[Measurement], repeats: int) -> Iterator[str]:
     yield "move (benchmarks/layers.py lists them). Every library reuses memory that is already"
     yield "allocated, as a layer in a network does, so times include no page faults."
     yield ""
+    yield f"![Time of each library over that of {BASELINE}](speed.png)"
+    yield ""
     yield from tables.ratios_table(rows, BASELINE)
     yield ""
     yield "## Everything that was measured"

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.style
 from matplotlib.figure import Figure
+
+from benchmarks.picture import in_style
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +48,7 @@ def title(found: list[Share]) -> str:
 def draw(found: list[Share]) -> Figure:
     """Draws a bar for the time and one for the memory of each model; 1 is Flax."""
     models = list(dict.fromkeys(share.model for share in found))
-    with matplotlib.rc_context():
-        matplotlib.style.use(ROOT / "docs" / "normjax.mplstyle")
+    with in_style():
         figure = Figure(figsize=(10, 0.75 * len(models) + 1.2))
         panels = figure.subplots(1, 2, sharey=True)
         for axes, dtype in zip(panels, ("float32", "bfloat16"), strict=True):

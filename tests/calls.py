@@ -1,6 +1,6 @@
-"""Random calls of every norm function beside its formula, for tests/test_random_derivatives.py.
+"""Random calls of every norm function with its formula, for tests/test_random_derivatives.py.
 
-Among them inputs that are hard on the arithmetic: constant features, large offsets, ties, one
+They include inputs that are numerically difficult: constant features, large offsets, ties, one
 valid entry, NaN under the mask, scales far below the bias.
 """
 
@@ -31,7 +31,7 @@ from tests.strategies import (
 
 SHAPES = [(2, 3, 4), (6, 4), (2, 2, 3, 4)]
 HALF = ("bfloat16", "float16")
-# An error may be this multiple of the largest change of the result by operations off by eps.
+# Largest allowed error, as a multiple of the change of the result by rounding errors of eps.
 FACTOR = 16
 
 
@@ -48,7 +48,7 @@ def elu(alpha):
 
 
 def above(y, threshold, tie=None):
-    """Where y is above, or just there if a `tie` is; a rounding that decides says nothing."""
+    """Where y > threshold, or >= if `tie`; rejects examples in which rounding decides."""
     side = (y - threshold).value
     change = abs(side - side[:1]).max(0) + 8 * EPS["float32"] * abs(y.value[0])
     clear = abs(side[0]) > FACTOR * change
@@ -66,7 +66,7 @@ def norm(name):
 
 
 class Draw:
-    """One example being drawn: what `ours` and `exact` of a norm are made of."""
+    """Draws the inputs and the options of one example."""
 
     def __init__(self, draw, name):
         self.draw, self.name, self.options = draw, name, {}
@@ -92,14 +92,14 @@ class Draw:
         return x
 
     def add(self, v, shape):
-        """An input, and its shape in the rank of x; x has the dtype of the case."""
-        narrow = self.dtype if not self.inputs or self.rng.random() < 0.3 else "float32"
-        self.inputs.append(rounded(v, "float64" if self.dtype == "float64" else narrow))
+        """Adds an input and its shape in the rank of x; x itself has the dtype of the case."""
+        dtype = self.dtype if not self.inputs or self.rng.random() < 0.3 else "float32"
+        self.inputs.append(rounded(v, "float64" if self.dtype == "float64" else dtype))
         self.shapes.append(tuple(shape))
 
     def affine(self, x, kept, names=("scale", "bias"), per_example=True):
-        """Which of the vectors there are; each of the kept axes, or with that of the examples."""
-        there = []
+        """Adds some vectors, with values for the kept axes or also each example; returns names."""
+        present = []
         for name in names:
             axes_of = kept
             if per_example and 0 not in kept and self.rng.random() < 0.2:
@@ -107,8 +107,8 @@ class Draw:
             v = vector(self.draw, self.rng, name, tuple(x.shape[a] for a in axes_of))
             if v is not None:
                 self.add(v, [n if a in axes_of else 1 for a, n in enumerate(x.shape)])
-                there.append(name)
-        return there
+                present.append(name)
+        return present
 
     def eps(self, *more):
         self.options["epsilon"] = self.pick(1e-5, 1e-3, 0.1, *more)
@@ -129,7 +129,7 @@ def negative(axes, rank):
 
 
 def batch_axes(d):
-    """A shape, its feature axes as drawn, and the rest."""
+    """A shape, its feature axes and the other axes."""
     shape = d.shape()
     rank = len(shape)
     feature = d.draw(axes(rank, lambda kept: len(kept) < rank))
@@ -139,14 +139,14 @@ def batch_axes(d):
 
 
 def running(d, shape):
-    """Running statistics, apart from what is differentiated."""
+    """Running statistics, which are not differentiated."""
     mean, var = d.rng.normal(0, 1, shape), d.rng.random(shape) * 3 + 0.1
     dtype = "float64" if d.dtype == "float64" else "float32"
     return rounded(mean, dtype), rounded(var, dtype)
 
 
 def full(mask):
-    """The mask beside the leading axes of the oracle."""
+    """The mask with the two leading axes of the oracle."""
     return None if mask is None else mask[None, None]
 
 
@@ -179,7 +179,7 @@ def batch_norm(d, train, act=None):
             y = (where(given, x, 0.0) - m) * (v + epsilon) ** -0.5 * vectors.get("scale", 1.0)
             y = y + vectors.get("bias", 0.0)
         if activated and d.dtype in HALF:
-            # Between both the derivatives have the dtype of x, as if these were two functions.
+            # Between norm and activation the derivatives are rounded to the dtype of x.
             y = y.narrowed(EPS[d.dtype] / EPS["float32"])
         return (activated(y) if activated else y,)
 
@@ -225,8 +225,8 @@ def batch_renorm(d):
     return d.case(ours, exact)
 
 
-def within(d, function, reduced, kept, shape, names=("scale", "bias"), **formula):
-    """The norms without a state: one function, and the formula over the reduced axes."""
+def stateless(d, function, reduced, kept, shape, names=("scale", "bias"), **formula):
+    """A norm without running statistics, and its formula over the reduced axes."""
     x = d.x(shape, reduced)
     names, epsilon = d.affine(x, kept, names), d.eps()
     options = dict(d.options)
@@ -250,7 +250,7 @@ def layer_norm(d, function=normjax.layer_norm, **options):
     shape = d.shape()
     axis = d.options["axis"] = d.draw(axes(len(shape)))
     reduced = canonical(axis, len(shape))
-    return within(d, function, reduced, reduced, shape, **options)
+    return stateless(d, function, reduced, reduced, shape, **options)
 
 
 @norm("rms_norm")
@@ -266,7 +266,7 @@ def group_norm(d):
     reduced = tuple(range(1, rank))
     pool = hyperdual.blocks(features, groups)
     spatial = reduced[:-1]
-    return within(d, normjax.group_norm, reduced, (rank - 1,), shape, axes=spatial, pool=pool)
+    return stateless(d, normjax.group_norm, reduced, (rank - 1,), shape, axes=spatial, pool=pool)
 
 
 @norm("instance_norm")
@@ -277,7 +277,7 @@ def instance_norm(d, function=normjax.instance_norm, **options):
     d.options["feature_axis"] = feature
     kept = canonical(feature, rank)
     reduced = tuple(a for a in range(1, rank) if a not in kept)
-    return within(d, function, reduced, kept, shape, **options)
+    return stateless(d, function, reduced, kept, shape, **options)
 
 
 @norm("filter_response_norm")
@@ -398,7 +398,7 @@ def add_layer_norm(d):
         how = dict(axes=negative(reduced, rank), epsilon=options["epsilon"], mask=full(d.mask))
         vectors = dict(zip(names, vectors, strict=True))
         total = x + residual
-        # The sum has the dtype of x, and so has what the norm asks of its derivatives.
+        # The sum and its derivatives have the dtype of x.
         normed = total.narrowed(EPS[d.dtype] / EPS["float32"]) if d.dtype in HALF else total
         return hyperdual.standardized(normed, **vectors, **how, centered=centered)[0], total
 

@@ -1,6 +1,6 @@
-"""A strict world: no silent promotion, warnings are errors (pyproject.toml), eight CPU devices.
+"""Strict settings: no silent promotion, warnings are errors (pyproject.toml), eight CPU devices.
 
-Compiled quickly, and once for all runs: tests/compiling.py.
+tests/compiling.py sets fast compilation and a cache of compiled programs.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ DEVICES = 8
 compiling.prune()
 compiling.set_up()
 for name, value in compiling.CACHE.items():
-    # A plugin of pytest may have imported JAX, which reads the environment but then.
+    # JAX reads the environment only at import, and a pytest plugin may have imported it already.
     jax.config.update(name, value)
 
 jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish():
-    """The collector passes over what is imported by now, which is most of what lives."""
+    """Garbage collection skips all objects that exist after import, which makes it faster."""
     gc.collect()
     gc.freeze()
 
@@ -46,7 +46,7 @@ def x64():
 
 @pytest.fixture
 def lenient():
-    """JAX's default promotion, which other libraries count on."""
+    """JAX's default promotion, which other libraries rely on."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.numpy_dtype_promotion("standard"))
         stack.enter_context(jax.numpy_rank_promotion("allow"))
@@ -55,7 +55,7 @@ def lenient():
 
 @pytest.fixture
 def saved_arrays():
-    """What reverse mode keeps of `function` between its two passes, as shapes and dtypes."""
+    """Shapes and dtypes of the residuals of `function` in reverse mode."""
 
     def saved(function, *args):
         # jax.ad_checkpoint prints this list and has no public way of returning it.

@@ -2,7 +2,7 @@
 
     python -m tests.cycles
 
-tests/test_compiled.py starts this: libtpu stays out of the processes of the other tests.
+tests/test_compiled.py starts it as a process, so that other tests do not load libtpu.
 """
 
 import json

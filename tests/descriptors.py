@@ -37,7 +37,7 @@ def function_call(train: bool):
 
 @cache
 def initialized(module, terms=1, **mode):
-    """Variables by arrays, also while a caller of many is traced; they do not depend on dtype."""
+    """Variables as concrete arrays, also during a trace; they do not depend on the dtype of x."""
     with jax.ensure_compile_time_eval():
         one = jnp.ones(Norm.shape, jnp.float32)
         return module.init(jax.random.key(0), *[one] * terms, **mode)
@@ -45,7 +45,7 @@ def initialized(module, terms=1, **mode):
 
 def module_call(module, **mode):
     def call(x, mask=None):
-        # Asked for by name, since Flax promotes half precision input to the parameters' dtype.
+        # Explicit, since Flax promotes half precision input to the parameters' dtype.
         dtype = jnp.asarray(x).dtype
         sized = module.clone(dtype=dtype if jnp.issubdtype(dtype, jnp.inexact) else None)
         variables = initialized(module, **mode)
@@ -66,7 +66,7 @@ def plain_normalize(x, mask=None):
 
 
 def stateful(function):
-    """A function of running statistics as one of x alone."""
+    """Passes fixed running statistics to a function; returns the output alone."""
 
     def call(x, scale, bias, **options):
         stats = normjax.BatchStats(jnp.array([1.0, 0, -1]), jnp.array([1.0, 2, 3]))
@@ -76,7 +76,7 @@ def stateful(function):
 
 
 def added(function, *vectors):
-    """The norm of a sum as one of x alone; another term would be rounded into the sum."""
+    """Passes zeros as residual; adding another residual would round x."""
 
     def call(x, mask=None):
         return function(x, jnp.zeros_like(x), *vectors, mask=mask)[0]
@@ -129,7 +129,7 @@ def spectral_call(x, mask=None):
     return normjax.spectral_norm(x, stats, train=True)[0]
 
 
-# Without a mask or a batch; test_weight.py and test_other_norms.py hold most of their laws.
+# Norms without a mask; test_weight.py and test_other_norms.py test most of their laws.
 PLAIN = {
     "weight_norm": Norm(normjax.weight_norm, unmasked_call(normjax.weight_norm, SCALE)),
     "standardize_weight": Norm(
@@ -145,8 +145,8 @@ PLAIN = {
     ),
 }
 UNMASKED = {norm.public for norm in PLAIN.values()} | {
-    getattr(room, name)
-    for room in (normjax.linen, normjax.nnx)
+    getattr(module, name)
+    for module in (normjax.linen, normjax.nnx)
     for name in (
         "DynamicTanh",
         "LocalResponseNorm",
@@ -246,6 +246,6 @@ NORMS = {
     ),
 }
 
-# A shell only hands on what a function computes, which tests/test_architecture.py holds it to: laws
-# of what it has to hand on (x and its dtype, the mask, errors) are enough.
-SHELLS = {name for name in NORMS if name.startswith(("linen.", "nnx."))}
+# Adapters contain no arithmetic (tests/test_architecture.py). They are tested for what they pass to
+# the functions: x and its dtype, the mask, errors.
+ADAPTERS = {name for name in NORMS if name.startswith(("linen.", "nnx."))}

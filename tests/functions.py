@@ -1,7 +1,7 @@
-"""Every public function with arrays of each kind that it takes, for the laws of transformations.
+"""Every public function with all of its array arguments, for the laws of transformations.
 
-tests/descriptors.py knows a norm as a function of x and a mask. A transformation meets each array:
-one may be differentiated, mapped or sharded where the others are not.
+In tests/descriptors.py a norm is a function of x and a mask. Here each array can be
+differentiated, mapped or sharded separately.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FEATURES = SHAPE[-1]
 
 @dataclass(frozen=True)
 class Function:
-    """`call(**arrays)` returns the output alone, of the shape of x; `vectors` are its arrays but x.
+    """`call(**arrays)` returns an output of the shape of x; `vectors` names the arrays besides x.
 
     A vector has a value for each feature, "residual" the shape of x, and "alpha" no axis.
     """
@@ -30,12 +30,12 @@ class Function:
     shares: bool = False
 
     def __call__(self, axis_name=None, **arrays):
-        """Statistics of the batch are shared over `axis_name`."""
+        """Shares statistics of the batch over `axis_name`."""
         return self.call(**arrays, **({"axis_name": axis_name} if self.shares else {}))
 
 
 def running(function, **options):
-    """A function of running statistics, their mean and variance two more arrays."""
+    """A function with running statistics; their mean and variance are two more arrays."""
 
     def call(x, mean, var, scale, bias, axis_name):
         stats = BatchStats(mean, var)
@@ -100,7 +100,7 @@ FUNCTIONS = {
 
 
 def arrays(name, rng, shape=SHAPE):
-    """Arguments for one of them, by name, as NumPy float32; variances are positive."""
+    """Arguments of a function by name, as NumPy float32; variances are positive."""
     sizes = {"residual": shape, "alpha": ()}
     named = {
         vector: np.float32(rng.random(sizes.get(vector, (FEATURES,))) + 0.5)

@@ -1,6 +1,6 @@
 """Inputs that break formulas for mean and variance, and errors of norms on them in units of eps.
 
-A unit is eps (1 + |mean| / s) with s = sqrt(var + epsilon), the price of rounding the mean alone.
+A unit is eps (1 + |mean| / s) with s = sqrt(var + epsilon), the error from rounding the mean alone.
 Rows of x are entries and columns are features, whatever the norm: each norm reduces the rows.
 """
 
@@ -60,11 +60,11 @@ def inputs(n: int, c: int = FEATURES) -> dict[str, np.ndarray]:
 
 
 def epsilon_of(name: str) -> float:
-    """Where the usual one would drown the data it is 0."""
+    """1e-5, or 0 where that exceeds the variance of the data."""
     return 0.0 if name == "scale 1e-12" else 1e-5
 
 
-# A running mean, from the mean of the batch and s.
+# The running mean as a function of the mean of the batch and s.
 PIVOTS: dict[str, Callable[[Any, Any], Any]] = {
     "none": lambda mean, s: None,
     "the mean": lambda mean, s: mean,
@@ -80,7 +80,7 @@ PIVOTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-# By what they ask for: one pass, the edge of one pass, a second one.
+# Pivots for which one pass is enough, just enough, or not enough (far, overflow).
 KINDS = {
     "near": ("the mean", "s / 2 off"),
     "edge": ("1.41 s off",),
@@ -90,7 +90,7 @@ KINDS = {
 
 
 class Normed(NamedTuple):
-    """y, the variance if the norm tells it, and the gradient of x."""
+    """y, the variance if the norm returns it, and the gradient of x."""
 
     y: Any
     var: Any
@@ -98,8 +98,8 @@ class Normed(NamedTuple):
 
 
 def batch(x: Any, pivot: Any, mask: Any, epsilon: Any) -> tuple[Any, Any]:
-    """Batch norm around a running mean; without running statistics where there is none."""
-    # A variance of 0 is what statistics without a valid entry keep, as the oracle has it.
+    """Batch norm with the running mean `pivot`, or without running statistics if it is None."""
+    # Features without a valid entry keep this variance, which is 0 in the oracle.
     stats = None if pivot is None else normjax.BatchStats(pivot, jnp.zeros_like(pivot.real))
     options = dict(train=True, momentum=0.0, epsilon=epsilon, mask=mask)
     y, stats = normjax.batch_norm(x, stats, **options)
@@ -186,7 +186,7 @@ def errors(
 ) -> Iterator[tuple[str, Normed]]:
     """(pivot, errors in units) of a norm on an input, for each of PIVOTS that is named."""
     x, dy, epsilon = inputs(n)[name], cotangent(n), epsilon_of(name)
-    # These are the same to the oracle.
+    # The oracle is the same for the other norms.
     want = _wanted(name, n, norm if norm in ("rms", "group") else "batch")
     mean, s = want.mean[0], np.sqrt(want.var[0] + epsilon)
     for pivot in pivots:

@@ -6,9 +6,9 @@ along t, and the mixed one through any formula without a step size and so withou
 Calculations). One evaluation with s along every input and t along one direction gives the value,
 the Jacobian, the JVP and the Hessian-vector product.
 
-With a `rounding` every operation is off by a random relative error of eps, in as many rows as
-wanted: what the result changes by is what arithmetic of that eps costs (Parker 1997, Monte Carlo
-Arithmetic). So the bounds of tests are derived for each input, however hard it is.
+With a `rounding` every operation has a random relative error of eps, in any number of rows. The
+change of the result estimates the error of arithmetic with that eps (Parker 1997, Monte Carlo
+Arithmetic), so tests can derive a bound for each input.
 """
 
 import numpy as np
@@ -28,11 +28,11 @@ class HyperDual:
         return self.parts[0]
 
     def moved(self, function):
-        """The parts in another place, as they are."""
+        """Applies `function` to each part, without rounding."""
         return HyperDual(*map(function, self.parts), self.rounding)
 
     def made(self, other, *parts):
-        """The result of an operation with `other`, rounded if one of both is."""
+        """The result of an operation with `other`, rounded if one of the two is."""
         rounding = self.rounding or other.rounding
         return HyperDual(*(map(rounding, parts) if rounding else parts), rounding)
 
@@ -109,7 +109,7 @@ def as_dual(value):
 
 
 def where(condition, yes, no):
-    """Selection by a constant; what is not selected takes no part, NaN included."""
+    """np.where with a constant condition; entries not selected have no effect, NaN included."""
     yes, no = as_dual(yes), as_dual(no)
     parts = (np.where(condition, u, v) for u, v in zip(yes.parts, no.parts, strict=True))
     return HyperDual(*parts, yes.rounding or no.rounding)
@@ -134,11 +134,11 @@ def standardized(
     mean = total(where(valid, x, 0.0)) * (1 / n) * float(centered)
     deviation = x - mean
     # The deviations sum to zero, so a constant in place of the second mean changes nothing. But a
-    # rounding of the mean is then seen in the derivatives, as in those that leave out d mean.
+    # rounding error of the mean then shows in the derivatives, as in formulas without d mean.
     squares = deviation * (x - mean.value)
     var = total(where(valid, squares, 0.0)) * (1 / n)
     if x.rounding:
-        # What a stable variance may be off by, the mean in units of the deviation.
+        # The relative error of a stable variance grows with |mean| / deviation.
         condition = 1 + abs(mean.value) / np.sqrt(var.value + epsilon)
         var = var * (1 + x.rounding(condition) - condition)
     spread = var * (n if times == "n" else times)

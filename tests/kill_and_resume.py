@@ -1,4 +1,4 @@
-"""Kills examples/multihost.py at random steps, starts it again, and compares the last bit.
+"""Kills examples/multihost.py at random steps, restarts it, and compares results bit by bit.
 
     python -m tests.kill_and_resume --times 20
 
@@ -21,7 +21,7 @@ from tests.compiling import DEFAULT_XLA, OWN_FLAGS
 
 ROOT = Path(__file__).parents[1]
 VICTIMS = ("process 0", "process 1", "launcher", "all")
-# A step that runs a few dozen times is worth some optimization, but not all.
+# Some optimization saves time, since a step runs a few dozen times.
 LEVEL = [] if DEFAULT_XLA else ["--xla_backend_optimization_level=1"]
 ENVIRONMENT = {
     **os.environ,
@@ -29,12 +29,12 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": " ".join([*OWN_FLAGS, *LEVEL]),
 }
-# Far above what a start takes, for a slow machine: it only bounds a hang.
+# Seconds, far above what a start takes on a slow machine; it only limits a hang.
 LIMIT = 600
 
 
 def start(folder, *options):
-    """The example in few steps, as the leader of a process group of its own."""
+    """Starts the example with few steps, in its own process group."""
     command = [sys.executable, "examples/multihost.py", "--smoke", "--batch-size", "256"]
     return subprocess.Popen(
         [*command, "--save-every", "1", "--checkpoints", str(folder), *options],
@@ -48,7 +48,7 @@ def start(folder, *options):
 
 
 def finish(process):
-    """Exit code and output of a process that is left alone; nothing of its group survives."""
+    """Waits for a process and returns exit code and output; kills what remains of its group."""
     try:
         output, _ = process.communicate(timeout=LIMIT)
     finally:
@@ -112,7 +112,7 @@ def kill(process, victim, workers):
 
 
 def trial(folder, step, delay, victim):
-    """Kills `victim` at `delay` seconds after the checkpoint of `step`, and starts anew.
+    """Kills `victim` `delay` seconds after the checkpoint of `step`, then restarts the example.
 
     Returns the output of the second start and the step that was saved when all had ended.
     """
@@ -124,7 +124,7 @@ def trial(folder, step, delay, victim):
         time.sleep(delay)
         kill(process, victim, workers)
         code = process.wait(LIMIT)
-        assert code != 0, "the end of a process must not pass for success"
+        assert code != 0, "a killed process must not count as success"
         # A launcher that is killed cannot stop its workers; they must see it and end.
         wait_until(lambda: not any(map(alive, workers)), "the workers to end", 60)
     finally:
@@ -147,7 +147,7 @@ def main():
         assert code == 0, output
         want = fingerprint(output)
         steps = int(re.search(r"of (\d+)\n", output).group(1))
-        print(f"left alone, {steps} steps: {want}", flush=True)
+        print(f"uninterrupted, {steps} steps: {want}", flush=True)
         for number in range(args.times):
             step, delay = int(rng.integers(0, steps)), float(rng.uniform(0, 0.5))
             victim = VICTIMS[number % len(VICTIMS)]

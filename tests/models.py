@@ -1,4 +1,4 @@
-"""Small networks for the tests of tools that must work on models which know only Flax."""
+"""Small networks for tests of tools that must work on models that use only Flax."""
 
 from functools import partial
 from typing import Any

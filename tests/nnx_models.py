@@ -1,7 +1,7 @@
-"""Three networks that import flax.nnx alone, for the tools that must work on such models.
+"""Three networks that import only flax.nnx, for the tools that must work on such models.
 
-Their norm is a field: with `nnx.BatchNorm` every tool has work to do, and with `nnx.LayerNorm`
-ConvNeXt and ViT are those of PyTorch.
+ConvNeXt and ViT take their norm as an argument: with `nnx.BatchNorm` every tool applies to them,
+and with `nnx.LayerNorm` they equal the PyTorch models.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ from flax import nnx
 
 
 class Block(nnx.Module):
-    """A residual block (He et al. 2015), with a stride a projection beside it."""
+    """A residual block (He et al. 2015), with a projection if its stride is not 1."""
 
     def __init__(self, before, features, stride, rngs):
         conv = partial(nnx.Conv, use_bias=False, rngs=rngs)
@@ -34,7 +34,7 @@ class Block(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A small one, by the names of torchvision."""
+    """A small ResNet with the names of torchvision."""
 
     def __init__(self, rngs):
         self.conv1 = nnx.Conv(3, 4, (3, 3), padding=1, use_bias=False, rngs=rngs)
@@ -51,7 +51,7 @@ class ResNet(nnx.Module):
 
 
 class ConvNeXtBlock(nnx.Module):
-    """Depthwise convolution, norm, two products, a learned scale of the branch."""
+    """Depthwise convolution, norm, MLP, and a learned scale of the branch."""
 
     def __init__(self, n, norm, rngs):
         size = dict(kernel_size=(7, 7), padding=3)
@@ -67,7 +67,7 @@ class ConvNeXtBlock(nnx.Module):
 
 
 class ConvNeXt(nnx.Module):
-    """A small one (Liu et al. 2022)."""
+    """A small ConvNeXt (Liu et al. 2022)."""
 
     def __init__(self, rngs, norm=nnx.BatchNorm):
         self.stem = nnx.Conv(3, 4, (4, 4), 4, padding="VALID", rngs=rngs)
@@ -84,7 +84,7 @@ class ConvNeXt(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Attention and two products, each behind a norm."""
+    """Attention and an MLP, each after a norm."""
 
     def __init__(self, features, heads, norm, rngs):
         self.ln1 = norm(features, rngs=rngs)
@@ -99,7 +99,7 @@ class EncoderLayer(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A small one (Dosovitskiy et al. 2021), with a norm behind the convolution of the stem."""
+    """A small ViT (Dosovitskiy et al. 2021), with a norm after the convolution of the stem."""
 
     def __init__(self, rngs, norm=nnx.BatchNorm, features=6):
         self.patches = nnx.Conv(3, features, (4, 4), 4, padding="VALID", rngs=rngs)

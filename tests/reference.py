@@ -69,7 +69,7 @@ def unbroadcast(gradient, shape):
 
 
 def batch_norm(x, scale=1.0, bias=0.0, dy=None, *, axes, mask=None, epsilon=1e-5) -> Normed:
-    """Per-feature vectors in and out, over all axes but the features."""
+    """`standardized` with one value for each feature in scale, bias and statistics."""
     x = np.asarray(x)
     features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
     scale, bias = (np.expand_dims(np.broadcast_to(v, features), axes) for v in (scale, bias))
@@ -93,12 +93,12 @@ def running(old, batch, momentum, steps=1):
 
 
 def debiased(batches, momentum):
-    """The exponential average started from nothing, divided by its total weight (Kingma, Ba)."""
+    """The exponential average started from zero, divided by its total weight (Kingma, Ba)."""
     k = len(batches)
     weights = [momentum ** (k - 1 - i) for i in range(k)]
     return sum(w * b for w, b in zip(weights, batches, strict=True)) / sum(weights)
 
 
 def condition(mean, var, epsilon):
-    """1 + |m| / s, what the error of a backward stable computation grows with."""
+    """1 + |m| / s, to which the error of a backward stable computation is proportional."""
     return 1 + np.abs(mean) / np.sqrt(var + epsilon)

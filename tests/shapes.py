@@ -9,7 +9,7 @@ SHAPES = {
     "volumes": ((2, 3, 2, 4, 5), -1),
     "two feature axes": ((6, 3, 4), (1, 2)),
     "outer and inner feature axes": ((3, 8, 4), (0, -1)),
-    "rows of one value each, many": ((2, 1), 1),
+    "two rows of one value": ((2, 1), 1),
 }
 
 

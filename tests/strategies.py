@@ -1,4 +1,4 @@
-"""What random tests draw: axes in any spelling, hard inputs; and how many examples run, and how."""
+"""Strategies for random tests: axes, difficult inputs, number of examples, eager or jit."""
 
 import contextlib
 import os
@@ -19,9 +19,9 @@ MANY = int(os.environ.get("NORMJAX_EXAMPLES", "0"))
 
 
 def examples(some, tests):
-    """`some` fixed examples; or NORMJAX_EXAMPLES new ones in all, of which this is one of `tests`.
+    """`some` fixed examples, or this test's share of NORMJAX_EXAMPLES new ones among `tests` tests.
 
-    The checks of slow and of large examples are off: the first example of each shape compiles.
+    Health checks are off, since the first example of each shape compiles.
     """
     return hypothesis.settings(
         max_examples=-(-MANY // tests) or some,
@@ -32,10 +32,10 @@ def examples(some, tests):
     )
 
 
-# One operation at a time runs the same derivative rules as a compiled program, and operations of
-# one shape are compiled once for all examples: 20 times as many examples in the same time. What
-# is fused or lowered otherwise in a program is tried now and then. Of a few examples each is a
-# program: it takes less time than all of its operations.
+# Eager execution uses the same derivative rules as jit and compiles each operation once for each
+# shape: 20 times as many examples in the same time. Some examples run under jit, which fuses and
+# lowers differently. The few fixed examples all do, since one program compiles faster than all of
+# its operations.
 how_to_run = st.sampled_from(["eager"] * 15 + ["jit"] if MANY else ["jit"])
 
 
@@ -46,7 +46,7 @@ def runs(how):
     return jax.disable_jit(), lambda f: f
 
 
-# Which axes stand together, for each rank. Few: every new selection compiles anew.
+# Sets of axes for each rank; few, since each one compiles anew.
 SELECTIONS = {
     2: [(1,), (0,), (0, 1)],
     3: [(2,), (1, 2), (1,), (0, 2)],
@@ -56,13 +56,13 @@ SELECTIONS = {
 
 
 def few(choices):
-    """All choices; the first in the fixed run of a few examples, since each compiles anew."""
+    """All choices, or the first one for the fixed examples, since each one compiles anew."""
     return choices if MANY else choices[:1]
 
 
 @st.composite
 def axes(draw, rank, allowed=lambda chosen: True):
-    """Distinct axes in any order, counted from either end; one alone may stand without a tuple."""
+    """Distinct axes in any order, counted from either end; a single one may be an integer."""
     chosen = draw(st.sampled_from(few([c for c in SELECTIONS[rank] if allowed(c)])))
     chosen = draw(st.permutations(chosen))
     spelled = tuple(a - rank if draw(st.booleans()) else a for a in chosen)
@@ -104,7 +104,7 @@ def rounded(x, dtype):
 
 
 def a_mask(draw, rng, x, reduced):
-    """None, or a mask of any broadcast shape; and x with anything where it is False."""
+    """The kind of mask; None or a mask of any broadcast shape; x with any masked values."""
     kind = draw(st.sampled_from(["none", "random", "random", "one valid", "none valid"]))
     if kind == "none":
         return kind, None, x
@@ -124,7 +124,7 @@ def a_mask(draw, rng, x, reduced):
 
 
 def vector(draw, rng, name, shape):
-    """A scale or bias: of the size of one, tiny, far, with a zero; or none."""
+    """A scale or bias of order one, tiny, big, or with zeros; or None."""
     kind = draw(st.sampled_from(["none", "normal", "normal", "tiny", "big", "with zero"]))
     if kind == "none":
         return None
@@ -140,9 +140,9 @@ def vector(draw, rng, name, shape):
 
 @dataclass(frozen=True)
 class Call:
-    """`ours(*inputs)` is a tuple of arrays, `exact` the same for hyper-dual numbers.
+    """`ours(*inputs)` returns a tuple of arrays, `exact` the same from hyper-dual numbers.
 
-    An input of the oracle has the rank of x, its shape is in `shapes`.
+    `shapes` are those of the inputs of `exact`, which have the rank of x.
     """
 
     name: str

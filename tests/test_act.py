@@ -1,4 +1,4 @@
-"""Batch norm and activation that keep their input alone; the policy that keeps inputs of norms."""
+"""batch_norm_act, which keeps only x for the backward pass, and the policy norm_inputs_saveable."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def data(rng):
 
 
 def joined(activation, **options):
-    """The loss by `batch_norm_act`, not linear in z, with its new statistics."""
+    """A loss of `batch_norm_act` that is not linear in z, with the new statistics."""
 
     def loss(x, scale, bias):
         stats = BatchStats.make(3)
@@ -47,7 +47,7 @@ def joined(activation, **options):
 
 
 def plain(activation, **options):
-    """The same by batch norm and the activation of Flax."""
+    """The same from batch norm and the activation of Flax."""
 
     def loss(x, scale, bias):
         y, stats = batch_norm(x, BatchStats.make(3), scale, bias, train=True, **options)
@@ -73,18 +73,18 @@ def test_batch_norm_act_guarantee_same_result(activation, data, x64):
         return jax.grad(lambda *v: jnp.sum(inner(*v) ** 2), (0, 1, 2))(*data)
 
     @jax.jit
-    def views(data):
-        """By `joined` and by `plain`, of each view with and without a mask."""
+    def derivatives(data):
+        """Derivatives of `joined` and of `plain`, with and without a mask."""
         return [
             [
-                view(f(activation, **options), data)
+                derivative(f(activation, **options), data)
                 for options in ({}, {"mask": mask})
-                for view in (first, pushed, second)
+                for derivative in (first, pushed, second)
             ]
             for f in (joined, plain)
         ]
 
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9), *views(data))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-9), *derivatives(data))
 
 
 # Slope of each activation in NumPy, at 0 as in JAX.
@@ -98,7 +98,7 @@ SLOPES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("activation", SLOPES)
 def test_batch_norm_act_guarantee_same_result_where_the_output_says_little(activation, dtype, rng):
-    """Saturated outputs, scales far below the bias, a scale of 0: x cannot be told from z there."""
+    """Saturated outputs, scales far below the bias, a scale of 0: z does not determine x there."""
     x, dz = (jnp.asarray(rng.normal(size=(64, 6)), dtype) for _ in range(2))
     scale = jnp.array([5.0, 10.0, 3.0, 0.01, 1e-3, 0.0])
     bias = jnp.array([0.0, 0.0, -4.0, -3.0, 1.0, 1.0])
@@ -134,8 +134,8 @@ def test_a_masked_entry_whose_output_overflows_leaves_other_gradients_finite(rng
             dx, dscale = jax.jit(jax.grad(loss, (0, 1)))(x, jnp.ones(2))
             assert np.isfinite(dx).all()
             assert np.isfinite(dscale).all()
-            apart = jax.jit(jax.grad(partial(loss, mask=mask[1:])))(x[1:], jnp.ones(2))
-            np.testing.assert_allclose(dx[1:], apart, rtol=8 * EPS[dtype], atol=64 * EPS[dtype])
+            unmasked = jax.jit(jax.grad(partial(loss, mask=mask[1:])))(x[1:], jnp.ones(2))
+            np.testing.assert_allclose(dx[1:], unmasked, rtol=8 * EPS[dtype], atol=64 * EPS[dtype])
 
 
 @pytest.mark.parametrize("activation", [LeakyReLU(), ELU(), ELU(2.0)])
@@ -175,7 +175,7 @@ def test_batch_norm_act_guarantee_light_backward(train, activation, data, saved_
 
 
 @pytest.mark.parametrize("how", ["vmap", "shard_map"])
-def test_shared_over_devices_it_equals_the_whole_batch(how, data):
+def test_sharing_over_devices_equals_the_whole_batch(how, data):
     x, scale, bias = data
     whole = jax.grad(lambda *v: joined(ELU())(*v)[0], (0, 1, 2))(x, scale, bias)
     shared = joined(ELU(), axis_name="d")
@@ -242,7 +242,7 @@ def step(model, variables, x):
 
 
 def test_norm_inputs_saveable_guarantee_same_result(rng):
-    """And a scanned stack needs less memory than with Flax's norm, by both ways of saving it."""
+    """Also, with either tool a scanned stack needs less memory than with Flax's norm."""
     x = jnp.asarray(rng.normal(size=(4, 12, 12, 8)), jnp.float32)
     models = {
         "flax": Stack(nn.BatchNorm),
@@ -260,9 +260,9 @@ def test_norm_inputs_saveable_guarantee_same_result(rng):
             np.testing.assert_allclose(*map(np.asarray, (a, b)), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler fuses other things")
-def test_a_stack_written_out_needs_less_memory_with_the_policy():
-    """One x a block: not one as it is, and beside it one that was rounded to be kept."""
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its XLA fuses differently")
+def test_an_unrolled_stack_needs_less_memory_with_the_policy():
+    """Each block keeps one array: not x and also a rounded copy of it."""
     x = jnp.ones((4, 12, 12, 8))
     flax = Stack(nn.BatchNorm, scanned=False)
     lean = Stack(normjax.linen.BatchNorm, normjax.norm_inputs_saveable, scanned=False)
@@ -303,15 +303,15 @@ def test_norm_inputs_saveable_guarantee_nothing_twice(data):
         ),
     ],
 )
-def test_bad_input_is_named(call, match):
+def test_errors_name_the_bad_argument(call, match):
     with pytest.raises((TypeError, ValueError), match=match):
         call()
 
 
 @pytest.mark.parametrize("activation", [LeakyReLU(0.1), ELU()])
 @pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd])
-def test_its_jacobians_are_those_of_norm_and_activation(rng, activation, jacobian):
-    """Many tangents beside one output."""
+def test_jacobians_equal_those_of_norm_and_activation(rng, activation, jacobian):
+    """Many tangents for one output."""
     x = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
 
     def one(x):

@@ -1,4 +1,4 @@
-"""The house stands: imports point upstream, Flax stays out, rooms stay small, shells stay thin."""
+"""Architecture: imports point upstream, normjax does not load Flax, adapters have no arithmetic."""
 
 import ast
 import re
@@ -17,8 +17,8 @@ import normjax.surgery
 
 PACKAGE = Path(__file__).parents[1] / "normjax"
 
-# The rooms in the order in which data goes through them; each imports earlier ones only.
-ROOMS = [
+# The modules and packages of normjax, from upstream to downstream; each imports only earlier ones.
+PACKAGES = [
     "_errors",
     "_core",
     "_choose",
@@ -31,7 +31,7 @@ ROOMS = [
     "nnx",
     "surgery",
 ]
-# And the files of the core.
+# The files of the core, in the same order.
 CORE = [
     "dtypes",
     "mask",
@@ -46,19 +46,19 @@ CORE = [
     "normalize",
     "standardize",
 ]
-SHELLS = ["linen", "nnx"]
+ADAPTERS = ["linen", "nnx"]
 
 
-def rooms(package=PACKAGE):
-    """The source of each room; a room is a file or a folder of files.
+def sources(folder=PACKAGE):
+    """The source of each module, and of each package as one text.
 
-    What the front door imports for type checkers alone is no import: it opens on first use.
+    Imports of `__init__` for type checkers only are left out: it imports those names on first use.
     """
-    files = {path.stem: path.read_text() for path in package.glob("*.py")}
+    files = {path.stem: path.read_text() for path in folder.glob("*.py")}
     files["__init__"] = re.sub(r"(?s)\nif TYPE_CHECKING:.*?\nelse:", "\nif 1:", files["__init__"])
-    folders = {path.parent.name for path in package.glob("*/*.py")}
+    folders = {path.parent.name for path in folder.glob("*/*.py")}
     return files | {
-        name: "\n".join(path.read_text() for path in sorted((package / name).rglob("*.py")))
+        name: "\n".join(path.read_text() for path in sorted((folder / name).rglob("*.py")))
         for name in folders
     }
 
@@ -75,23 +75,23 @@ def imports(source):
         for name in names:
             parts = name.split(".")
             if parts[0] == "normjax":
-                found.add(parts[1] if len(parts) > 1 and parts[1] in ROOMS else "__init__")
+                found.add(parts[1] if len(parts) > 1 and parts[1] in PACKAGES else "__init__")
     return found
 
 
-def back_arrows(sources):
-    """Imports of a later room, or of itself where the room is one file."""
+def downstream_imports(sources):
+    """Imports of a later module or package, or of itself where it is one file."""
     found = []
-    for room, source in sources.items():
-        allowed = ROOMS.index(room) + (PACKAGE / room).is_dir()
-        found += [(room, to) for to in imports(source) if ROOMS.index(to) >= allowed]
+    for name, source in sources.items():
+        allowed = PACKAGES.index(name) + (PACKAGE / name).is_dir()
+        found += [(name, to) for to in imports(source) if PACKAGES.index(to) >= allowed]
     return found
 
 
 def arithmetic(source):
-    """Lines of a shell with an operator other than comparison, or a call of jax.numpy or lax.
+    """Lines with an operator other than comparison, or a call of jax.numpy or lax.
 
-    jnp.asarray carries a value in, jnp.float32 and its like name a dtype.
+    jnp.asarray only converts a value, and jnp.float32 only names a dtype.
     """
     lines = []
     for node in ast.walk(ast.parse(source)):
@@ -106,23 +106,23 @@ def arithmetic(source):
     return lines
 
 
-def test_every_room_is_on_the_plan():
-    assert sorted(rooms()) == sorted(ROOMS)
+def test_every_package_is_listed():
+    assert sorted(sources()) == sorted(PACKAGES)
 
 
 def test_imports_point_upstream():
-    assert not back_arrows(rooms())
+    assert not downstream_imports(sources())
 
 
-def test_a_back_arrow_would_be_found():
-    sources = rooms()
-    for planted in (
+def test_a_downstream_import_would_be_found():
+    correct = sources()
+    for fault in (
         "from normjax._functions import batch_norm",
         "from normjax import linen",
         "import normjax.linen",
         "def f():\n    from normjax import _functions",
     ):
-        assert back_arrows({**sources, "_stats": sources["_stats"] + "\n" + planted})
+        assert downstream_imports({**correct, "_stats": correct["_stats"] + "\n" + fault})
 
 
 def core_imports(source):
@@ -133,7 +133,7 @@ def core_imports(source):
 
 
 def test_imports_within_the_core_point_upstream():
-    files = rooms(PACKAGE / "_core")
+    files = sources(PACKAGE / "_core")
     assert set(files) == {*CORE, "__init__"}
     for name in CORE:
         # A folder may import from itself.
@@ -149,7 +149,7 @@ def loads_flax(statement):
     )
 
 
-def test_importing_normjax_leaves_flax_unloaded():
+def test_importing_normjax_does_not_load_flax():
     assert not loads_flax("import normjax")
 
 
@@ -158,7 +158,7 @@ def test_loading_flax_would_be_found():
     assert loads_flax("import normjax.nnx")
 
 
-def test_the_rooms_of_flax_open_on_first_use():
+def test_modules_that_need_flax_are_imported_on_first_use():
     code = (
         "import sys, normjax\n"
         "assert {'linen', 'nnx', 'surgery'} <= set(dir(normjax)) and 'flax' not in sys.modules\n"
@@ -170,40 +170,40 @@ def test_the_rooms_of_flax_open_on_first_use():
     assert done.returncode == 0
 
 
-def test_an_unknown_name_of_the_front_door_is_an_error():
+def test_an_unknown_attribute_of_normjax_is_an_error():
     with pytest.raises(AttributeError, match="'normjax' has no attribute 'torch'"):
         normjax.torch  # noqa: B018
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_shells_hold_no_arithmetic(shell):
-    assert not arithmetic(rooms()[shell])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_adapters_contain_no_arithmetic(adapter):
+    assert not arithmetic(sources()[adapter])
 
 
 def test_arithmetic_would_be_found():
-    for planted in ("y = x * 2", "x += 1", "y = jnp.mean(x)", "y = lax.rsqrt(x)"):
-        assert arithmetic(planted)
+    for fault in ("y = x * 2", "x += 1", "y = jnp.mean(x)", "y = lax.rsqrt(x)"):
+        assert arithmetic(fault)
     assert not arithmetic("x: int | None = None\ny = jnp.asarray(x)\nz = x == y")
 
 
-def test_there_is_one_rsqrt():
-    assert [room for room, source in rooms().items() if "rsqrt(" in source] == ["_core"]
+def test_only_the_core_calls_rsqrt():
+    assert [name for name, source in sources().items() if "rsqrt(" in source] == ["_core"]
 
 
-def test_no_room_is_too_large():
+def test_no_file_is_too_large():
     sizes = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert not {path: size for path, size in sizes.items() if size > 400}
 
 
-def test_the_oracle_knows_nothing_of_jax_or_normjax():
+def test_the_oracle_imports_neither_jax_nor_normjax():
     tree = ast.parse((PACKAGE.parent / "tests" / "reference.py").read_text())
     modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert modules == {"numpy", "typing"}
 
 
-DOORS = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
-PUBLIC = {name for door in DOORS for name in door.__all__}
+PUBLIC_MODULES = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
+PUBLIC = {name for module in PUBLIC_MODULES for name in module.__all__}
 
 
 def parameters(source):
@@ -215,39 +215,42 @@ def parameters(source):
         yield function.name, [arg.arg for arg in named if arg is not None]
 
 
-def handed_down(source):
-    """Functions beside the door that are told what the user called."""
+def functions_with_called(source):
+    """Functions with a parameter `called`; only the decorator `named` may have it."""
     return [name for name, given in parameters(source) if "called" in given and name != "named"]
 
 
-def crowded(source):
-    """Private functions of more than eight parameters: what belongs together travels together."""
+def functions_of_many_parameters(source):
+    """Private functions of more than eight parameters, some of which should be one object."""
     return [name for name, given in parameters(source) if name not in PUBLIC and len(given) > 8]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_what_was_called_is_known_at_the_door_alone(room):
-    assert not handed_down(rooms()[room])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_name_of_the_called_function_is_no_parameter(package):
+    assert not functions_with_called(sources()[package])
 
 
-def test_a_name_that_is_handed_down_would_be_found():
-    assert handed_down("def mask(called, value): ...") == ["mask"]
-    assert handed_down("def door():\n    def inner(x, *, called): ...") == ["inner"]
+def test_a_parameter_called_would_be_found():
+    assert functions_with_called("def mask(called, value): ...") == ["mask"]
+    nested = "def outer():\n    def inner(x, *, called): ..."
+    assert functions_with_called(nested) == ["inner"]
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_private_functions_take_few_parameters(room):
-    assert not crowded(rooms()[room])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_private_functions_take_few_parameters(package):
+    assert not functions_of_many_parameters(sources()[package])
 
 
 def test_a_private_function_of_many_parameters_would_be_found():
-    assert crowded("def _run(a, b, c, d, /, e, f, *g, h, **i): ...") == ["_run"]
-    assert not crowded("def _run(a, b, c, d, e, f, g, h): ...")
-    assert not crowded("def batch_norm(a, b, c, d, e, f, g, h, i): ...")
+    assert functions_of_many_parameters("def _run(a, b, c, d, /, e, f, *g, h, **i): ...") == [
+        "_run"
+    ]
+    assert not functions_of_many_parameters("def _run(a, b, c, d, e, f, g, h): ...")
+    assert not functions_of_many_parameters("def batch_norm(a, b, c, d, e, f, g, h, i): ...")
 
 
 def own_calls(function):
-    """How often each function of normjax is called, by Python's own count."""
+    """How often Python calls each function of normjax."""
     found = Counter()
 
     def count(frame, event, _):
@@ -265,8 +268,8 @@ def own_calls(function):
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_a_call_by_itself_takes_few_calls_of_python(train):
-    """An option that is checked twice shows here, and arithmetic that is not compiled."""
+def test_an_eager_call_makes_few_python_calls(train):
+    """This finds options that are checked twice, and arithmetic that is not compiled."""
     x, scale, bias = jnp.ones((8, 4)), jnp.ones(4), jnp.zeros(4)
     stats = normjax.BatchStats.make(4)
 

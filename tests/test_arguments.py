@@ -1,4 +1,4 @@
-"""Whatever an argument is, it is taken as documented or refused in the name of what was called."""
+"""Every value of an argument is accepted as documented, or refused with the function's name."""
 
 import inspect
 
@@ -98,11 +98,11 @@ FUNCTIONS = {
 }
 
 
-def found(called):
-    thing = normjax
+def resolved(called):
+    result = normjax
     for name in called.split(".")[1:]:
-        thing = getattr(thing, name)
-    return thing
+        result = getattr(result, name)
+    return result
 
 
 TRAINED = dict(call=dict(x=X, train=True))
@@ -129,7 +129,7 @@ MODULES = {
 }
 
 FEATURES = dict(num_features=3)
-OF_NNX = {
+NNX_MODULES = {
     "normjax.nnx.BatchNorm": dict(fields=FEATURES, call=dict(x=X)),
     "normjax.nnx.BatchNormAct": dict(fields=FEATURES, call=dict(x=X)),
     "normjax.nnx.BatchRenorm": dict(fields=FEATURES, call=dict(x=X)),
@@ -146,7 +146,7 @@ OF_NNX = {
     "normjax.nnx.SpectralNorm": dict(fields={}, call=dict(x=X)),
     "normjax.nnx.WeightStandardized": dict(fields=dict(use_gain=True), args=(X,)),
 }
-# What is taken of VALUES, at most: the rest is refused by every function that has the argument.
+# The values that may be accepted; every function refuses the others.
 WHOLE = {"one", "zero", "NumPy whole"}
 NUMBER = WHOLE | {"half", "many", "NumPy real"}
 SWITCH = {"True", "NumPy bool"}
@@ -175,19 +175,19 @@ KINDS = {
     "collection_name": {"text"},
     "variable_filter": {"None", "nothing", "dictionary", "stats of text", "moments of text"},
 }
-TAKEN = {name: taken for names, taken in KINDS.items() for name in names.split()}
-# A module's mask is that of Flax: any nonzero counts.
+ACCEPTED = {name: accepted for names, accepted in KINDS.items() for name in names.split()}
+# As in Flax, the mask of a module may be any number, and nonzero means True.
 NONZERO = VECTOR | SWITCH | {"imaginary", "wrong dtype", "complex array"}
 
 
-def swept(called, argument, call, values, taken):
+def swept(called, argument, call, values, accepted):
     """Calls once with each value of an argument; returns the faults found."""
     faults = []
     for name in values:
         try:
             call(VALUES[name])
-            if name not in taken:
-                faults.append(f"{argument}={name}: taken")
+            if name not in accepted:
+                faults.append(f"{argument}={name}: accepted")
         except Exception as error:
             if not str(error).startswith(f"{called}:") or argument not in str(error):
                 faults.append(f"{argument}={name}: {error!r}")
@@ -195,15 +195,15 @@ def swept(called, argument, call, values, taken):
 
 
 @pytest.mark.parametrize("called", FUNCTIONS)
-def test_a_function_refuses_what_it_does_not_document_in_its_own_name(called):
-    function, good, faults = found(called), FUNCTIONS[called], []
+def test_a_function_refuses_undocumented_values_in_its_own_name(called):
+    function, good, faults = resolved(called), FUNCTIONS[called], []
 
     def sweep():
         function(**good)
         for name in inspect.signature(function).parameters:
             if name != "self":
                 call = lambda v, name=name: function(**good | {name: v})  # noqa: E731
-                faults.extend(swept(called, name, call, VALUES, TAKEN[name]))
+                faults.extend(swept(called, name, call, VALUES, ACCEPTED[name]))
 
     jax.eval_shape(sweep)
     assert not faults
@@ -214,43 +214,43 @@ FEW += ["wrong shape", "complex array"]
 
 
 @pytest.mark.parametrize("called", MODULES)
-def test_a_module_refuses_what_it_does_not_document_in_its_own_name(called):
-    kind, good, faults = found(called), MODULES[called], []
+def test_a_module_refuses_undocumented_values_in_its_own_name(called):
+    kind, good, faults = resolved(called), MODULES[called], []
     inputs, mode = good.get("args", ()), good.get("call", {})
 
     def run(fields, call):
         module, key = kind(**good.get("fields", {}) | fields), jax.random.key(0)
         variables = module.init(key, *inputs, **mode | call)
-        # Some fields play no part in init.
+        # init does not use all fields.
         module.apply(variables, *inputs, **mode | call, mutable=["batch_stats"])
 
     def sweep():
         run({}, {})
         for name in kind.__dataclass_fields__:
-            # Flax takes anything for true or false there, and knows what it put in every module.
+            # As in Flax, switches take any truth value; Flax itself checks parent and name.
             if not name.startswith(("use_", "force_", "error_")) and name not in ("parent", "name"):
                 call = lambda v, name=name: run({name: v}, {})  # noqa: E731
                 some = [n for n in FEW if n != "text" or name != "collection_name"]
-                faults.extend(swept(called, name, call, some, TAKEN[name]))
+                faults.extend(swept(called, name, call, some, ACCEPTED[name]))
         for name in set(inspect.signature(kind.__call__).parameters) - {"self", "args", "kwargs"}:
             call = lambda v, name=name: run({}, {name: v})  # noqa: E731
-            taken = NONZERO if name == "mask" else TAKEN[name]
-            faults.extend(swept(called, name, call, FEW, taken))
+            accepted = NONZERO if name == "mask" else ACCEPTED[name]
+            faults.extend(swept(called, name, call, FEW, accepted))
 
     jax.eval_shape(sweep)
     assert not faults
 
 
-# As in linen; and what NNX itself reads: metadata, keys, a filter, a function of the user.
+# As in linen, and what NNX itself checks: metadata, keys, a filter, a function of the user.
 UNCHECKED = ("use_", "error_", "promote_", "bias_m", "scale_m", "rngs", "variable_filter")
 
 
-@pytest.mark.parametrize("called", OF_NNX)
-def test_a_module_of_nnx_refuses_what_it_does_not_document_in_its_own_name(called):
-    kind, good, faults = found(called), OF_NNX[called], []
+@pytest.mark.parametrize("called", NNX_MODULES)
+def test_an_nnx_module_refuses_undocumented_values_in_its_own_name(called):
+    kind, good, faults = resolved(called), NNX_MODULES[called], []
     known = inspect.signature(kind.__init__).parameters
     inputs, mode = good.get("args", ()), good.get("call", {})
-    # What a layer inside is called with is its own.
+    # A wrapper passes its arguments on to its layer.
     given = {"self", "args", "kwargs"} | ({"x"} if "layer_instance" in known else set())
 
     def run(fields, call):
@@ -264,12 +264,12 @@ def test_a_module_of_nnx_refuses_what_it_does_not_document_in_its_own_name(calle
         for name in set(known) - {"self"}:
             if not name.startswith(UNCHECKED):
                 call = lambda v, name=name: run({name: v}, {})  # noqa: E731
-                faults.extend(swept(called, name, call, FEW, TAKEN[name]))
+                faults.extend(swept(called, name, call, FEW, ACCEPTED[name]))
         for name in set(inspect.signature(kind.__call__).parameters) - given:
             call = lambda v, name=name: run({}, {name: v})  # noqa: E731
-            # A module has a mode of its own.
-            taken = {"mask": NONZERO, "train": SWITCH | {"None"}}.get(name, TAKEN[name])
-            faults.extend(swept(called, name, call, FEW, taken))
+            # With train=None a module uses its own mode.
+            accepted = {"mask": NONZERO, "train": SWITCH | {"None"}}.get(name, ACCEPTED[name])
+            faults.extend(swept(called, name, call, FEW, accepted))
 
     jax.eval_shape(sweep)
     assert not faults

@@ -25,8 +25,8 @@ def make_mask(kind, rng, shape, axes):
     if kind == "none":
         return None
     if kind == "rows":
-        alive = np.arange(shape[axes[0]]) % 3 != 1
-        return np.expand_dims(alive, [a for a in range(len(shape)) if a != axes[0]])
+        valid = np.arange(shape[axes[0]]) % 3 != 1
+        return np.expand_dims(valid, [a for a in range(len(shape)) if a != axes[0]])
     if kind == "elements":
         return rng.random(shape) < 0.7
     return rng.random([n if a in axes else 1 for a, n in enumerate(shape)]) < 0.6
@@ -132,10 +132,10 @@ def test_complex_gradient_equals_finite_differences(rng, x64):
 
 @pytest.mark.parametrize("n", [256, 40_000])
 def test_promise_1_stable_at_the_price_of_fast(n):
-    """Errors in units of eps (1 + |m| / s), the price of rounding the mean alone; at most 16.
+    """Errors in units of eps (1 + |m| / s), the error from rounding the mean alone; at most 16.
 
-    A constant channel has s = 0, for which sqrt(epsilon) stands; where epsilon would drown the
-    data it is 0.
+    s includes epsilon, so that constant channels have a unit. epsilon is 0 where it would exceed
+    the variance of the data.
     """
     c, worst = 4, {}
     dy = np.random.default_rng(4).normal(size=(n, c)).astype(np.float32)
@@ -206,7 +206,7 @@ def test_batch_norm_guarantee_statistics_stay_finite(rng):
     _, clean = batch_norm(x, BatchStats.make(3), train=True)
     _, stats = batch_norm(poisoned, BatchStats.make(3), train=True)
     for got, new, old in zip(stats[:2], clean, BatchStats.make(3), strict=False):
-        # A platform may measure the poisoned batch in another way, for all of its features.
+        # A platform may measure the poisoned batch with another algorithm, in all of its features.
         np.testing.assert_allclose(
             got, np.where(np.arange(3) == 1, old, new), rtol=4 * EPS["float32"]
         )
@@ -232,7 +232,7 @@ def test_batch_norm_guarantee_no_gradient(rng):
 
 
 def test_batch_norm_guarantee_light_backward(saved_arrays):
-    """Promise 7: x in its own dtype, the mask as it was given, and per-feature vectors."""
+    """Promise 7: residuals are x in its own dtype, the mask as given, and per-feature vectors."""
     vector = jnp.ones(6)
     for dtype in (jnp.bfloat16, jnp.float32):
         x = jnp.ones((4, 5, 6), dtype)
@@ -259,7 +259,7 @@ def test_batch_norm_guarantee_shared_exactly(rng):
 
 @pytest.mark.parametrize("n", [3, 1000, 40_000])
 def test_batch_norm_edge_constant_feature(n):
-    # A plain sum of such constants rounds, and 1 / sqrt(epsilon) makes 300 of each digit lost.
+    # A plain sum of such constants rounds, and 1 / sqrt(epsilon) = 300 multiplies the error.
     constants = jnp.array([0.1, -7.0, 1e3 / 3, 1e6 / 7, 1e20])
     bias = jnp.arange(5.0)
     x = jnp.broadcast_to(constants, (n, 5))
@@ -383,7 +383,7 @@ def test_without_statistics_both_modes_normalize_by_the_batch(rng):
     ],
 )
 def test_promise_8_train_then_eval_is_one_act(rng, options, counted):
-    """k steps on one batch: the evaluation that the formula predicts, right at once if debiased."""
+    """Evaluation after k steps on one batch equals the formula; if debiased, from step 1 on."""
     x = rng.normal(50, 0.01, (64, 3)).astype(np.float32)
     want = reference.batch_norm(x, axes=(0,))
     stats = BatchStats.make(3, counted=counted)
@@ -399,7 +399,7 @@ def test_promise_8_train_then_eval_is_one_act(rng, options, counted):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_promise_6_every_derivative_mode(rng, x64, masked):
-    """jvp, vjp, second order in all four ways, each under vmap, jit, remat: all by the oracle."""
+    """jvp, vjp and second order in all four combinations, under jit, vmap and remat."""
     x, scale, bias, w = draw(rng, (7, 3), (0,), np.float64)
     v, u = rng.normal(size=(2, 7, 3))
     mask = rng.random((7, 3)) < 0.7 if masked else None
@@ -408,7 +408,7 @@ def test_promise_6_every_derivative_mode(rng, x64, masked):
         y, _ = batch_norm(x, None, scale, bias, train=True, mask=mask)
         return jnp.sum(w * y**2)
 
-    def forward(x):  # of the complex plane, for the complex step
+    def forward(x):  # x may be complex, for the complex step
         return (w * textbook(x, scale, bias, mask) ** 2).sum()
 
     def gradient(x):
@@ -462,7 +462,7 @@ def textbook(x, scale, bias, mask):
 
 
 def textbook_vjp(x, scale, mask, dy):
-    """Its gradient, as in the paper."""
+    """The gradient of `textbook`, as in the paper."""
     m = np.ones(x.shape) if mask is None else mask
     n = m.sum(0)
     mean = (m * x).sum(0) / n

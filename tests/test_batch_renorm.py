@@ -1,4 +1,4 @@
-"""Batch renormalization and virtual batches: the other ways of sharing between examples."""
+"""Batch renormalization and virtual batches."""
 
 import os
 from functools import partial
@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 def oracle(x, stats, scale, bias, dy, r_max, d_max, mask=None, epsilon=1e-5):
-    """Ioffe (2017), Algorithm 1: with r and d constant it is batch norm of another scale, bias."""
+    """Ioffe (2017), Algorithm 1: with constant r and d, batch norm of another scale and bias."""
     plain = reference.batch_norm(x, dy=dy, axes=(0,), mask=mask, epsilon=epsilon)
     running = np.sqrt(np.asarray(stats.var) + epsilon)
     r = np.clip(np.sqrt(plain.var + epsilon) / running, 1 / r_max, r_max)
@@ -152,7 +152,7 @@ def test_equals_keras(rng):
 
 
 @pytest.mark.usefixtures("lenient")
-def test_the_module_carries_the_same_variables_as_batch_norm(rng):
+def test_the_module_has_the_same_variables_as_batch_norm(rng):
     x = rng.normal(2, 3, (8, 3)).astype(np.float32)
     module = normjax.linen.BatchRenorm(r_max=2.0, d_max=1.0, momentum=0.9)
     variables = module.init(KEY, x, train=True)
@@ -166,7 +166,7 @@ def test_the_module_carries_the_same_variables_as_batch_norm(rng):
     np.testing.assert_allclose(updates["batch_stats"]["var"], stats.var, rtol=1e-6)
 
 
-def test_the_module_counts_for_a_schedule(rng):
+def test_the_module_counts_steps_for_a_schedule(rng):
     x = rng.normal(2, 3, (8, 3)).astype(np.float32)
     module = normjax.linen.BatchRenorm(r_max=lambda step: 1 + step, d_max=lambda step: step)
     variables = module.init(KEY, x, train=True)
@@ -177,7 +177,7 @@ def test_the_module_counts_for_a_schedule(rng):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4, 12])
-def test_virtual_batches_stand_alone(rng, size, masked):
+def test_virtual_batches_are_independent(rng, size, masked):
     x = rng.normal(2, 3, (12, 5, 4)).astype(np.float32)
     mask = rng.random((12, 5, 1)) < 0.7 if masked else None
     scale = rng.normal(1, 1, (12, 4)).astype(np.float32)
@@ -192,7 +192,7 @@ def test_virtual_batches_stand_alone(rng, size, masked):
     np.testing.assert_allclose(stats.var, want.var, rtol=1e-5)
 
 
-def test_virtual_batches_share_the_running_statistics_alone(rng):
+def test_virtual_batches_share_only_the_running_statistics(rng):
     x = rng.normal(2, 3, (4, 6, 3)).astype(np.float32)
     options = dict(train=True, momentum=0.0, virtual_batch_size=3)
     step = partial(batch_norm, stats=BatchStats.make(3), **options)
@@ -202,7 +202,7 @@ def test_virtual_batches_share_the_running_statistics_alone(rng):
 
 
 def test_virtual_batches_are_local_under_sharded_jit(rng):
-    """The share of a device as its virtual batch: the output needs no communication."""
+    """If the rows of each device are a virtual batch, the output needs no communication."""
     devices = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     x = rng.normal(2, 3, (16, 3)).astype(np.float32)
     placed = jax.device_put(x, NamedSharding(devices, P("d")))

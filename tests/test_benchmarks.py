@@ -1,4 +1,4 @@
-"""The tool that measures: its tables have their rows and columns, and its sums are right."""
+"""The benchmark tools: the rows and columns of their tables, and their arithmetic."""
 
 import importlib.util
 import sys
@@ -19,14 +19,14 @@ LAYER = layers.Layer("tiny", "layer_norm", (4, 8))
 
 @pytest.fixture(autouse=True)
 def small(lenient, monkeypatch):
-    """Layers that take no time; and the rest of the test process is left as it is."""
+    """Tiny layers; and benchmarks do not clear the caches of the test process."""
     monkeypatch.setattr(speed, "LAYERS", (layers.Layer("tiny", "batch_norm", (4, 2, 8)), LAYER))
     monkeypatch.setattr(calls, "COMPILATIONS", 1)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
 def cells(text):
-    """The table that a text begins with, as a list of lines of cells."""
+    """The rows of the table in a text, as lists of cells."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -42,11 +42,11 @@ def test_the_table_has_a_line_for_each_layer_and_mode(tmp_path, capsys):
     last = cells((tmp_path / "speed.md").read_text().split("## ")[1])
     assert last[0][-3:] == ["kept for backward, MB", "temporary, MB", "compile s"]
     assert len(last) == 2 + len(measured)
-    said = capsys.readouterr().out
-    assert "geometric mean, training step, float32: flax.linen" in said
+    output = capsys.readouterr().out
+    assert "geometric mean, training step, float32: flax.linen" in output
     has_picture = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "speed.png").exists() is has_picture
-    assert ("There is no picture" in said) is not has_picture
+    assert ("There is no picture" in output) is not has_picture
 
 
 def test_filters_leave_one_row(capsys):
@@ -59,7 +59,7 @@ def test_filters_leave_one_row(capsys):
     assert (found.mode, found.contender) == ("evaluation", "normjax")
 
 
-def test_a_layer_that_is_not_there_is_an_error_that_lists_them(capsys):
+def test_an_unknown_layer_is_an_error_that_lists_the_layers(capsys):
     with pytest.raises(SystemExit):
         speed.main(["--only", "layernorm"])
     assert "layer_norm tiny (4, 8)" in capsys.readouterr().err
@@ -81,9 +81,9 @@ def test_a_library_that_fails_or_differs_is_left_out(capsys):
     contenders = {"normjax": peers.load("normjax"), "fails": fails, "differs": differs}
     built = speed.build(contenders, LAYER, "float32", calls.MODES)
     assert {name for name, _ in built} == {"normjax"}
-    said = capsys.readouterr().out
-    assert "fails is left out of layer_norm tiny (4, 8): RuntimeError: no compiler\n" in said
-    assert "differs is left out of layer_norm tiny (4, 8) training step: off by" in said
+    output = capsys.readouterr().out
+    assert "fails is left out of layer_norm tiny (4, 8): RuntimeError: no compiler\n" in output
+    assert "differs is left out of layer_norm tiny (4, 8) training step: off by" in output
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_library_that_fails_or_differs_is_left_out(capsys):
     ids=lambda layer: layer.kind,
 )
 def test_every_library_computes_the_same(layer):
-    there = speed.installed([name for name in peers.PEERS if name != "torch.compile"])
-    built = speed.build(there, layer, "float32", calls.MODES)
-    assert set(built) == {(name, mode) for name in there for mode in calls.MODES}
+    installed = speed.installed([name for name in peers.PEERS if name != "torch.compile"])
+    built = speed.build(installed, layer, "float32", calls.MODES)
+    assert set(built) == {(name, mode) for name in installed for mode in calls.MODES}
 
 
 def test_kept_bytes_counts_what_a_pullback_keeps_once():
@@ -161,7 +161,7 @@ def test_every_adapter_is_listed():
     assert adapters == {path.stem for path in Path(folder).glob("_[a-z]*.py")}
 
 
-def test_errors_of_the_forms_are_told_with_their_place(monkeypatch):
+def test_errors_of_the_forms_are_reported_with_their_input(monkeypatch):
     monkeypatch.setattr(accuracy, "LENGTHS", (64,))
     monkeypatch.setattr(accuracy.hard, "CASES", ["layer"])
     units, quantity, *name = accuracy.worst("layer", 64).replace("(", "").split(maxsplit=2)

@@ -1,4 +1,4 @@
-"""Bad input: one clear sentence each, and nothing is harmed."""
+"""Bad input raises an error that says what was passed and what to do."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +29,7 @@ def stats(shape, **changes):
     return BatchStats.make(shape)._replace(**changes)
 
 
-# What was called with, and what the message must hold: the value got, the one expected, a remedy.
+# The call, the class of its error, and two parts of the message: what was passed, and a remedy.
 REFUSED = {
     "scalar": (lambda: call(np.float32(1)), ValueError, "x is a scalar, expected", "x[None]"),
     "rank 1": (
@@ -119,7 +119,7 @@ REFUSED = {
         "momentum=None needs stats.count",
         "counted=True",
     ),
-    "debias of nothing": (
+    "debias with momentum 1": (
         lambda: call(X, BatchStats.make(3, counted=True), momentum=1, debias=True),
         ValueError,
         "momentum=1 with debias=True",
@@ -137,13 +137,13 @@ REFUSED = {
         "mask has shape (4,), which does not broadcast to x with shape (4, 3)",
         "pass mask.reshape((4, 1))",
     ),
-    "mask with two readings": (
+    "ambiguous mask": (
         lambda: call(np.ones((3, 3), np.float32), mask=np.ones(3, bool)),
         ValueError,
         "two readings",
         "mask.reshape((3, 1)) for the first or mask.reshape((1, 3)) for the second",
     ),
-    "mask of no reading": (
+    "mask of a wrong shape": (
         lambda: call(mask=np.ones((2, 3), bool)),
         ValueError,
         "mask has shape (2, 3)",
@@ -177,13 +177,13 @@ REFUSED = {
         "stats is Moments, expected BatchStats or None",
         "BatchStats.make(features)",
     ),
-    "stats as Flax keeps them": (
+    "stats as a dictionary of Flax": (
         lambda: call(X, stats(3)._asdict(), train=False),
         TypeError,
         "stats is dict",
         'BatchStats(**variables["batch_stats"])',
     ),
-    "stats of integers to be": (
+    "BatchStats.make of integers": (
         lambda: BatchStats.make(3, int),
         TypeError,
         "normjax.BatchStats.make: dtype=int",
@@ -219,8 +219,8 @@ REFUSED = {
         "momentum=1.5",
         "from 0 to 1",
     ),
-    "momentum in words": (lambda: call(momentum="0.9"), TypeError, "'0.9'", "a number from 0 to 1"),
-    "no epsilon": (lambda: call(epsilon=None), TypeError, "epsilon is None", "at least 0"),
+    "momentum as text": (lambda: call(momentum="0.9"), TypeError, "'0.9'", "a number from 0 to 1"),
+    "epsilon None": (lambda: call(epsilon=None), TypeError, "epsilon is None", "at least 0"),
     "negative epsilon of JAX": (
         lambda: call(epsilon=jnp.float32(-5)),
         ValueError,
@@ -233,14 +233,14 @@ REFUSED = {
         "epsilon is an array of shape (3,)",
         "a finite number",
     ),
-    "x that is nothing": (lambda: call(None), TypeError, "x is NoneType", "an array"),
+    "x None": (lambda: call(None), TypeError, "x is NoneType", "an array"),
     "features in another order": (
         lambda: call(CUBE, stats((3, 5)), feature_axis=(2, 1)),
         ValueError,
         "stats.mean has shape (3, 5), expected (5, 3)",
         "keep the order that they have in x",
     ),
-    "groups of no axis": (
+    "groups without an axis": (
         lambda: call(axis_index_groups=[[0, 1]]),
         ValueError,
         "axis_index_groups=[[0, 1]] without an axis_name",
@@ -270,13 +270,13 @@ REFUSED = {
         "Number of channels (3) is not multiple of the group size (2)",
         "one of [1, 3]",
     ),
-    "both kinds of groups": (
+    "num_groups and group_size": (
         lambda: group_norm(CUBE, num_groups=1, group_size=3),
         ValueError,
         "num_groups=1 and group_size=3",
         "Pass None for the other",
     ),
-    "no kind of groups": (
+    "neither num_groups nor group_size": (
         lambda: group_norm(CUBE),
         ValueError,
         "Either `num_groups` or `group_size` should be specified. If",
@@ -289,7 +289,7 @@ REFUSED = {
         "normjax.layer_norm: axis=3 is out of range for x with shape (4, 5, 3)",
         "from -3 to 2",
     ),
-    "layer norm over nothing": (
+    "layer norm over an empty axis": (
         lambda: layer_norm(CUBE[..., :0]),
         ValueError,
         "has no element over the axes (2,)",
@@ -349,7 +349,7 @@ def test_epsilon_zero_and_momentum_at_both_ends_are_allowed():
     call(momentum=1)
 
 
-def test_errors_of_the_door_name_the_function_that_was_called():
+def test_errors_name_the_called_function():
     with pytest.raises(ValueError, match=r"^normjax.batch_norm: mask"):
         call(mask=np.ones(4, bool))
     with pytest.raises(ValueError, match=r"^normjax.measure: mask"):

@@ -1,4 +1,4 @@
-"""Axes that are not bound, groups that are none: a sentence each, before anything is computed."""
+"""Unbound axes and invalid groups raise an error that says what to do, before any computation."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import normjax
 from normjax import BatchStats, batch_norm, layer_norm, measure, synchronize
-from tests.ways import entered, mesh
+from tests.transformations import entered, mesh
 
 X = np.arange(16, dtype=np.float32).reshape(8, 2)
 CALLS = {
@@ -26,7 +26,7 @@ def mapped(call, **where):
 
 
 @every_call
-def test_an_axis_that_is_not_bound_is_named_with_those_that_are(called):
+def test_an_unbound_axis_is_named_with_the_bound_axes(called):
     with pytest.raises(
         NameError,
         match=f"{called}: axis_name='d' is not bound here; bound are: 'batch'. Bind it with jax",
@@ -37,7 +37,7 @@ def test_an_axis_that_is_not_bound_is_named_with_those_that_are(called):
 
 
 @every_call
-def test_a_typo_is_answered_by_the_nearest_name(called):
+def test_a_typo_suggests_the_nearest_name(called):
     with pytest.raises(NameError, match="'bacth' is not bound.* Did you mean 'batch'"):
         mapped(CALLS[called], axis_name="bacth")
     with pytest.raises(NameError, match=r"\('batch', 'bach'\) is not.* Did you mean 'batch'"):
@@ -51,8 +51,8 @@ def test_a_mesh_axis_given_to_plain_jit_is_not_bound(called):
         jax.jit(partial(CALLS[called], axis_name="d"))(X)
 
 
-def test_a_typo_under_shard_map_is_a_sentence_too():
-    """Not what JAX has there, an AssertionError without a word."""
+def test_a_typo_under_shard_map_suggests_the_nearest_name():
+    """JAX itself raises an AssertionError without a message there."""
     sharded = jax.shard_map(
         partial(CALLS["normjax.batch_norm"], axis_name="data_"),
         mesh=mesh(names=("data",)),
@@ -75,7 +75,7 @@ def test_a_typo_under_shard_map_is_a_sentence_too():
         ([], r"in no group: \[0, 1, 2, 3\]"),
     ],
 )
-def test_groups_that_do_not_part_the_axis_are_refused(called, groups, message):
+def test_groups_that_do_not_partition_the_axis_are_refused(called, groups, message):
     with pytest.raises(ValueError, match=f"{called}: .* does not divide the 4 devices.*{message}"):
         mapped(CALLS[called], axis_name="batch", axis_index_groups=groups)
 
@@ -91,7 +91,7 @@ def test_groups_without_an_axis_are_refused():
         batch_norm(X, None, train=True, axis_index_groups=[[0], [1]])
 
 
-def test_groups_that_jax_cannot_share_over_say_what_can():
+def test_groups_that_jax_does_not_support_are_refused_with_a_remedy():
     with pytest.raises(NotImplementedError, match="jax.vmap has no groups.*or bind two axes"):
         mapped(CALLS["normjax.batch_norm"], axis_name="batch", axis_index_groups=[[0, 1], [2, 3]])
     unequal = partial(
@@ -102,8 +102,8 @@ def test_groups_that_jax_cannot_share_over_say_what_can():
         jax.jit(sharded)(X)
 
 
-def test_devices_that_count_other_features_are_refused():
-    """Each process traces its own step: the one that has other features says so."""
+def test_devices_with_different_features_are_refused():
+    """Each process traces its own step, so the one with other features raises."""
     stats, other = BatchStats.make(2), jnp.ones((4, 3))
     with pytest.raises(ValueError, match=r"stats.mean has shape \(2,\), expected \(3,\)"):
         jax.vmap(lambda x: batch_norm(x, stats, train=True, axis_name="d")[0], axis_name="d")(

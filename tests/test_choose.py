@@ -1,4 +1,4 @@
-"""Which norm is recommended, why, and that names, options and pages exist."""
+"""choose_normalization: recommendations, their reasons, and that names and pages exist."""
 
 import inspect
 import itertools
@@ -37,7 +37,7 @@ def test_the_norm_that_the_literature_uses(task, architecture, batch_size, num_d
     assert choice.name == name
 
 
-def test_devices_count_together():
+def test_the_batch_of_all_devices_counts():
     alone = choose_normalization("detection", 4, "resnet")
     together = choose_normalization("detection", 4, "resnet", num_devices=4)
     assert alone.name == "group_norm"
@@ -82,7 +82,7 @@ def test_a_choice_reads_as_a_sentence():
         (("detection", True, "cnn"), TypeError, "batch_size=True, expected a whole number"),
     ],
 )
-def test_what_is_unknown_is_an_error_that_lists_what_is_known(arguments, error, message):
+def test_errors_say_which_values_are_expected(arguments, error, message):
     with pytest.raises(error) as raised:
         choose_normalization(*arguments)
     assert str(raised.value).startswith(f"normjax.choose_normalization: {message}")

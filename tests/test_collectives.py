@@ -1,4 +1,4 @@
-"""What the devices exchange, read from the compiled program: how often, and how many bytes."""
+"""Communication between devices, read from the compiled program: collectives and their bytes."""
 
 from collections import Counter
 from functools import partial
@@ -33,14 +33,14 @@ class Traffic(NamedTuple):
 
 
 def traffic(program, *args):
-    """Of a jitted function, counted in its optimized HLO, outside of what is seldom run."""
+    """Collectives in the optimized HLO of a jitted function, without those in rare branches."""
     found = hlo.parse(program.lower(*args).compile().as_text()).usual_collectives()
     return Traffic(dict(Counter(c.collective for c in found)), sum(c.bytes for c in found))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _a_compiler_that_combines():
-    """Reductions that are ready together are one. XLA for CPUs does so since some jaxlib > 0.7."""
+def _compiler_combines_reductions():
+    """Skips where XLA does not combine independent reductions, as for CPUs in jaxlib 0.7."""
     two = jax.shard_map(
         lambda x: (lax.psum(x, "d"), lax.psum(jnp.sin(x), "d")),
         mesh=mesh(4),
@@ -48,7 +48,7 @@ def _a_compiler_that_combines():
         out_specs=P(),
     )
     if traffic(jax.jit(two), jnp.ones((4, C))).number > 1:
-        pytest.skip("this XLA leaves reductions apart that could be one")
+        pytest.skip("this XLA does not combine reductions")
 
 
 def loss(x, scale, bias, mask, axis_name):
@@ -118,12 +118,11 @@ class Budget(NamedTuple):
     backward_bytes: int = 2 * VECTOR
 
 
-# Around running means that all devices hold two vectors: the sums of the deviations and of their
-# squares; and where types do not say that all hold the same, the bits of a hash of them. In jit on
-# a CPU three: the mean, then together the squares and what rounding lost of the mean. The
-# partitioner goes over one mesh axis after the other there; for GPUs XLA has a pass that folds the
-# two into one.
-WAYS = {
+# Around running means that all devices have, two vectors: the sums of the deviations and of their
+# squares. Where types do not prove the running means equal, also the bits of their hash. In jit on
+# a CPU three vectors: the mean, then the squares together with the rounding error of the mean. The
+# partitioner for CPUs reduces over one mesh axis after the other; for GPUs XLA merges the two.
+TRANSFORMATIONS = {
     "shard_map": (by_shard_map, Budget(1, 2 * VECTOR)),
     "pmap": (by_pmap, Budget(1, 2 * VECTOR + HASH)),
     "jit, batch": (by_jit, Budget(2, 3 * VECTOR)),
@@ -140,9 +139,9 @@ WAYS = {
 }
 
 
-def excess(way, budget, devices=4, **options):
-    """What is wrong with the traffic of a way, in words; nothing if it keeps to its budget."""
-    forward, step = (way(devices, backward, **options) for backward in (False, True))
+def excess(transformation, budget, devices=4, **options):
+    """What exceeds the budget of a transformation; empty if nothing does."""
+    forward, step = (transformation(devices, backward, **options) for backward in (False, True))
     wrong = [kind for kind in {**forward.kinds, **step.kinds} if kind != "all-reduce"]
     for name, got, most in (
         ("forward", forward, (budget.forward, budget.forward_bytes)),
@@ -157,35 +156,39 @@ def excess(way, budget, devices=4, **options):
 
 
 @pytest.mark.parametrize("devices", [4, 8])
-@pytest.mark.parametrize("way", WAYS)
-def test_a_synchronized_batch_norm_keeps_to_its_budget(way, devices):
-    assert not excess(*WAYS[way], devices)
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_a_synchronized_batch_norm_keeps_to_its_budget(transformation, devices):
+    assert not excess(*TRANSFORMATIONS[transformation], devices)
 
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize("way", ["shard_map", "pmap", "jit, batch", "jit, space", "jit, features"])
-def test_around_the_running_mean_once_is_enough(way, platform, monkeypatch):
+@pytest.mark.parametrize(
+    "transformation", ["shard_map", "pmap", "jit, batch", "jit, space", "jit, features"]
+)
+def test_one_collective_is_enough_around_a_running_mean(transformation, platform, monkeypatch):
     monkeypatch.setenv(VARIABLE, platform)
     jax.clear_caches()
-    run, budget = WAYS[way]
-    # Where features are sharded, whether to measure again.
+    run, budget = TRANSFORMATIONS[transformation]
+    # Where features are sharded, one byte says whether to measure again.
     most = min(budget.forward_bytes, 2 * VECTOR + HASH) or 1
     once = budget._replace(forward=1, forward_bytes=most)
     assert not excess(run, once)
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("way", ["shard_map", "pmap", "jit, batch"])
-def test_bytes_do_not_grow_with_the_batch_nor_shrink_the_dtype(way):
-    run, budget = WAYS[way]
+@pytest.mark.parametrize("transformation", ["shard_map", "pmap", "jit, batch"])
+def test_bytes_depend_neither_on_the_batch_nor_on_the_dtype(transformation):
+    run, budget = TRANSFORMATIONS[transformation]
     assert not excess(run, budget, rows=64)
     assert not excess(run, budget, dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize(("way", "more"), [("shard_map", 0), ("pmap", 0), ("jit, batch", 1)])
-def test_a_mask_adds_its_count(way, more):
-    """To the first of the collectives; in jit beside it, since counting in integers is exact."""
-    run, budget = WAYS[way]
+@pytest.mark.parametrize(
+    ("transformation", "more"), [("shard_map", 0), ("pmap", 0), ("jit, batch", 1)]
+)
+def test_a_mask_adds_its_count(transformation, more):
+    """In the first collective; in jit in a separate one, since the count is an integer."""
+    run, budget = TRANSFORMATIONS[transformation]
     for shape, size in (((16, 1, 1), 4), ((16, 8, C), VECTOR)):
         counted = budget._replace(
             forward=budget.forward + more, forward_bytes=budget.forward_bytes + size
@@ -193,7 +196,7 @@ def test_a_mask_adds_its_count(way, more):
         assert not excess(run, counted, mask=jnp.ones(shape, bool))
 
 
-def test_one_too_many_would_be_found():
+def test_an_additional_collective_would_be_found():
     def wasteful(devices, backward, extra=lambda x: lax.psum(x, "d")):
         sharded = jax.shard_map(
             lambda x: (synchronize(measure(x, (0, 1)), "d").mean, extra(jnp.sin(x[0, 0]))),
@@ -204,7 +207,7 @@ def test_one_too_many_would_be_found():
         )
         return traffic(jax.jit(sharded), jnp.ones((16, 8, C)))
 
-    # mean, its correction and something else; m2 is not asked for.
+    # The mean, its correction and the additional one; m2 is not used.
     assert wasteful(4, False) == ({"all-reduce": 2}, 3 * VECTOR)
     assert excess(wasteful, Budget(2, 2 * VECTOR, 0, 0))
     gather = partial(wasteful, extra=lambda x: lax.all_gather(x, "d"))
@@ -231,7 +234,7 @@ def test_a_mean_that_is_zero_by_definition_is_not_communicated():
 
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_groups_that_are_whole_on_a_device_exchange_nothing(platform, monkeypatch):
-    """But for one byte on a GPU or TPU: whether to measure again, which all decide together."""
+    """Except one byte on a GPU or TPU: the shared decision whether to measure again."""
     monkeypatch.setenv(VARIABLE, platform)
     jax.clear_caches()
     step = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(group_norm(x, num_groups=8)))))
@@ -244,8 +247,7 @@ def test_groups_that_are_whole_on_a_device_exchange_nothing(platform, monkeypatc
     jax.clear_caches()
 
 
-def test_sharded_inputs_stay_where_they_are():
-    """The output lies as the input does: nothing of its size is moved."""
+def test_outputs_keep_the_sharding_of_the_input():
     for place in (P("a", "b"), P(None, "a", "b"), P(("a", "b"))):
         x = jax.device_put(jnp.ones((16, 8, C)), NamedSharding(mesh(8, ("a", "b")), place))
         y, stats = jax.jit(partial(batch_norm, train=True))(x, BatchStats.make(C))

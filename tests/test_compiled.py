@@ -1,4 +1,4 @@
-"""What norms cost on accelerators: the bar on a described TPU, and what `make compiled` writes."""
+"""Costs of norms on accelerators: a bound on a described TPU, and the report of `make compiled`."""
 
 import importlib.util
 import json
@@ -18,8 +18,8 @@ from benchmarks.compiled_tables import BLOCK, Cost
 from benchmarks.layers import Layer
 
 ROOT = Path(__file__).parents[1]
-# Flax's cycles over ours. Two percent are for fusions that come and go with the compiler.
-BAR = 0.98
+# Least ratio of Flax's cycles to ours. Two percent allow for fusions that vary with the compiler.
+LEAST_RATIO = 0.98
 # It takes a minute; this only bounds a hang.
 LIMIT = 600
 TINY = Layer("tiny", "batch_norm", (8, 2, 2, 4))
@@ -31,19 +31,19 @@ TINY = Layer("tiny", "batch_norm", (8, 2, 2, 4))
     reason="libtpu, the compiler for TPUs, is not installed (pip install --no-deps libtpu)",
 )
 def test_no_norm_costs_more_cycles_on_a_tpu_than_that_of_flax():
-    # Of its own: the settings of tests/conftest.py are not those of a user, and libtpu does not
+    # A separate process, since tests/conftest.py changes the settings of JAX and libtpu does not
     # know the flags of a CPU.
-    alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "tests.cycles"]
     done = subprocess.run(
-        command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=LIMIT
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert len(found) == 5 * 2 + 1
     ratios = {title: flax / own for title, (own, flax) in found.items()}
-    dearer = [f"{ratio:.3f} {title}" for title, ratio in ratios.items() if ratio < BAR]
-    assert not dearer, "\n".join(["Flax's cycles over ours:", *dearer])
+    slower = [f"{ratio:.3f} {title}" for title, ratio in ratios.items() if ratio < LEAST_RATIO]
+    assert not slower, "\n".join(["Flax's cycles over ours:", *slower])
 
 
 def cost(library, value, row="layer_norm a", mode=EVALUATION, platform="gpu", **other):
@@ -93,7 +93,7 @@ def test_a_library_without_a_layer_has_a_dash():
     assert rows[3] == [rows[3][0], "", EVALUATION, "1", "1.00", "1.50", ""]
 
 
-def test_the_report_has_all_that_was_read():
+def test_the_report_has_all_costs():
     text = "\n".join(compiled_tables.report(COSTS, NAMES, ["normjax", "flax.linen"]))
     assert f"jax {jax.__version__}" in text
     line = "| layer_norm a | float32 | training step | normjax | 9.00 | 2 | 0.50 | 0 |"
@@ -109,8 +109,8 @@ def test_the_picture_is_drawn(tmp_path):
 
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("library", compiled.LIBRARIES)
-def test_what_is_compiled_runs_here(library):
-    """For the CPUs of this test, since any device may be compiled for."""
+def test_compiled_programs_run(library):
+    """Compiled for the CPUs of this test, since any device may be the target."""
     adapter = {"haiku": "haiku", "equinox": "equinox"}.get(library, "jax")
     pytest.importorskip(adapter, reason=f"{library} is not installed")
     devices = jax.devices()[: described.DEVICES]
@@ -120,7 +120,7 @@ def test_what_is_compiled_runs_here(library):
     )
     assert not evaluation.collectives
     assert dict(training.collectives)["all-reduce"] >= 2
-    # What is read and written at least.
+    # The least reads and writes.
     assert evaluation.value >= 2
     assert training.value >= 5
     program = compiled.layer_program(TINY, "float32", TRAINING, library)
@@ -148,12 +148,12 @@ def test_blocks_have_the_same_parameters_with_the_norms_of_both_libraries(row):
     assert jax.tree.structure(updates) == jax.tree.structure(programs[0].whole[1])
 
 
-def test_blocks_are_for_linen_modules_alone():
+def test_blocks_need_linen_modules():
     with pytest.raises(compiled.Missing, match=r"flax\.linen"):
         compiled.block_program(compiled.BLOCKS[0], "haiku")
 
 
-def test_splitting_the_batch_is_what_adds_collectives():
+def test_sharding_the_batch_adds_collectives():
     def total(whole, batched):
         return jnp.sum(batched) * whole
 
@@ -174,7 +174,7 @@ def test_splitting_the_batch_is_what_adds_collectives():
         (["--peers", "torch"], "no such peers: torch; there are normjax, flax.linen"),
     ],
 )
-def test_an_option_that_is_not_known_is_an_error_that_lists_those_that_are(options, words, capsys):
+def test_an_unknown_option_is_an_error_that_lists_the_known_ones(options, words, capsys):
     with pytest.raises(SystemExit):
         compiled.main(options)
     assert words in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Counts beyond the integers of 32 bits, of masks that the compiler never writes to memory.
+"""Counts beyond 32-bit integers, of masks that are never allocated.
 
-A sum over an axis along which a mask is broadcast becomes a product when compiled.
+The compiler turns the sum over a broadcast axis of a mask into a product.
 """
 
 import jax
@@ -13,7 +13,7 @@ from tests.reference import EPS
 
 
 def count_of(shape, mask, repeated):
-    """The count of a mask that is broadcast to `repeated`, for an x of `shape` that is not made."""
+    """The count of a mask broadcast to `repeated`, for an x of `shape` that is not allocated."""
 
     def count(mask):
         x = jnp.zeros(shape, jnp.bfloat16)
@@ -28,7 +28,7 @@ def count_of(shape, mask, repeated):
     ids=str,
 )
 def test_a_masked_count_does_not_wrap(rng, shape):
-    """The mask itself has so many entries, or is repeated so often."""
+    """The mask has that many entries, or is broadcast to them by `measure`."""
     mask = rng.random((1, 1, shape[2], 3)) < [0.9, 1.0, 0.5]
     mask[0, 0, 0] = True
     exact = mask.sum((0, 1, 2)).astype(np.float64) * shape[0] * shape[1]

@@ -1,4 +1,4 @@
-"""Under jax_debug_nans and jax_debug_infs: no NaN and no infinity is made of valid input."""
+"""jax_debug_nans and jax_debug_infs find no NaN and no infinity for valid input."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_but_finite_numbers_is_made_of_finite_input(name, rng):
+def test_intermediate_values_of_finite_input_are_finite(name, rng):
     """Features and examples that are constant, have no valid entry, or have one."""
     norm = CASES[name]
     x = rng.normal(1, 2, norm.shape).astype(np.float32)
@@ -53,8 +53,8 @@ def test_nothing_but_finite_numbers_is_made_of_finite_input(name, rng):
 
 
 @pytest.mark.usefixtures("strict")
-def test_nothing_but_finite_numbers_goes_into_running_statistics():
-    """A step of 1, of which a debiased average takes the logarithm of 1 - step."""
+def test_running_statistics_of_finite_input_are_finite():
+    """With momentum=0 the step is 1, and a debiased average takes the logarithm of 1 - step."""
     x, mask = np.ones((4, 3), np.float32), np.array([[True, False, True]] * 4)
     stats = normjax.BatchStats.make(3, counted=True)
     options = dict(momentum=0.0, debias=True)

@@ -14,10 +14,10 @@ import normjax.linen
 from normjax import BatchStats, batch_norm, group_norm
 from tests import reference
 from tests.reference import EPS
-from tests.ways import SIZES, WAYS, entered, mesh
+from tests.transformations import SIZES, TRANSFORMATIONS, entered, mesh
 
 SHAPE, AXES, MOMENTUM = (16, 4, 4), (0, 1), 0.9
-every_way = pytest.mark.parametrize("way", WAYS)
+every_transformation = pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 
 
 def loss(x, params, mask, dy, axis_name):
@@ -35,7 +35,7 @@ def loss(x, params, mask, dy, axis_name):
 
 
 def cases(rng):
-    """What is masked, as (x, mask)."""
+    """(x, mask) for each kind of mask."""
     x = rng.normal(3, 2, SHAPE).astype(np.float32)
     rows, entries = np.arange(16)[:, None, None], rng.random(SHAPE) < 0.6
     padded = (entries[..., :1] & (rows < 11)) | np.zeros(SHAPE, bool)
@@ -50,31 +50,31 @@ def cases(rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("devices", [SIZES[0], pytest.param(SIZES[1], marks=pytest.mark.slow)])
-@every_way
-def test_promise_3_sharing_equals_one_call_on_the_whole_batch(rng, way, devices, dtype):
+@every_transformation
+def test_promise_3_sharing_equals_one_call_on_the_whole_batch(rng, transformation, devices, dtype):
     scale, bias = rng.random((2, SHAPE[-1])).astype(np.float32) + 0.5
     dy = jnp.asarray(rng.normal(size=SHAPE), dtype)
-    run = WAYS[way](loss, devices)
+    run = TRANSFORMATIONS[transformation](loss, devices)
     # 64 entries with values up to 10: sums of 64 products round to 64 eps of 10 at the worst.
     close = partial(np.testing.assert_allclose, rtol=2e-5, atol=64 * 10 * EPS["float32"])
     half = EPS[dtype] if dtype == "bfloat16" else 0.0
     for name, (values, mask) in cases(rng).items():
         x = jnp.asarray(values, dtype)
         y, stats, (dx, dparams) = run(x, {"scale": scale, "bias": bias}, mask, dy)
-        want = reference.batch_norm(*map(widened, (x, scale, bias, dy)), axes=AXES, mask=mask)
+        want = reference.batch_norm(*map(as_float64, (x, scale, bias, dy)), axes=AXES, mask=mask)
         assert y.dtype == dx.dtype == x.dtype
-        # What comes out in half precision is rounded once more; the gradient of x is a sum of two
-        # such terms: dy scale / s, and what comes by way of the statistics.
-        term = np.abs(widened(dy) * scale / np.sqrt(want.var + 1e-5))
-        within(widened(y), want.y, half * np.abs(want.y), f"y, {name}")
-        within(widened(dx), want.dx, half * (np.abs(want.dx) + term), f"dx, {name}")
+        # Half precision outputs are rounded once more. The gradient of x is a sum of two rounded
+        # terms: dy scale / s, and the one through the statistics.
+        term = np.abs(as_float64(dy) * scale / np.sqrt(want.var + 1e-5))
+        within(as_float64(y), want.y, half * np.abs(want.y), f"y, {name}")
+        within(as_float64(dx), want.dx, half * (np.abs(want.dx) + term), f"dx, {name}")
         close(dparams["scale"], want.dscale, err_msg=name)
         close(dparams["bias"], want.dbias, err_msg=name)
         close(stats.mean, (1 - MOMENTUM) * want.mean, err_msg=name)
         close(stats.var, MOMENTUM + (1 - MOMENTUM) * want.var, err_msg=name)
 
 
-def widened(leaf):
+def as_float64(leaf):
     return np.asarray(leaf).astype(np.float64)
 
 
@@ -95,7 +95,7 @@ class Layer(nn.Module):
 
 
 class Nested(nn.Module):
-    """Two layers by nn.scan, of each of two members by nn.vmap."""
+    """Two members (nn.vmap) of two layers each (nn.scan)."""
 
     axis_name: str | None
 
@@ -118,14 +118,14 @@ def nested_loss(x, variables, mask, dy, axis_name):
     return jnp.sum(dy * y), (y[..., 0], updates)
 
 
-@every_way
-def test_modules_within_vmap_and_scan_share_as_well(rng, way):
+@every_transformation
+def test_modules_within_vmap_and_scan_share_as_well(rng, transformation):
     x = rng.normal(1, 1, SHAPE).astype(np.float32)
     dy = rng.normal(size=(*SHAPE, 2)).astype(np.float32)
     mask = np.arange(16)[:, None, None] < 13
     with jax.numpy_dtype_promotion("standard"):
         variables = Nested(None).init(jax.random.key(0), x, mask)
-    y, updates, (dx, _) = WAYS[way](nested_loss, 4)(x, variables, mask, dy)
+    y, updates, (dx, _) = TRANSFORMATIONS[transformation](nested_loss, 4)(x, variables, mask, dy)
 
     norm = partial(reference.batch_norm, axes=AXES, mask=mask)
     want_dx = 0
@@ -165,7 +165,7 @@ def test_group_norm_may_have_its_channels_sharded(rng, kind, place):
 
 
 def test_group_norm_may_have_a_group_on_several_devices(rng):
-    """Channels over a named axis: one group for each half of the devices, and for all."""
+    """Channels over named axes: one group for each half of the devices, or for all."""
     x = rng.normal(2, 3, (4, 4, 8)).astype(np.float32)
 
     def sharded(axis_name, grid):
@@ -192,7 +192,7 @@ def test_one_value_on_each_device_is_enough(rng):
     np.testing.assert_allclose(y[:, 0], reference.batch_norm(x[:, 0], axes=(0,)).y, atol=1e-5)
 
 
-def grouped(groups, way, x, dy):
+def grouped(groups, transformation, x, dy):
     """y, running variance of each device, dx, for statistics shared within groups."""
 
     def local(x, dy):
@@ -210,7 +210,7 @@ def grouped(groups, way, x, dy):
         (_, (y, var)), dx = jax.value_and_grad(local, has_aux=True)(x[0], dy[0])
         return y[None], var[None], dx[None]
 
-    if way == "pmap":
+    if transformation == "pmap":
         one = jax.pmap(lambda x, dy: body(x[None], dy[None]), "d")(x, dy)
         return [v[:, 0] for v in one]
     sharded = jax.shard_map(
@@ -218,19 +218,19 @@ def grouped(groups, way, x, dy):
         mesh=mesh(),
         in_specs=P("d"),
         out_specs=P("d"),
-        check_vma=way == "shard_map",
+        check_vma=transformation == "shard_map",
     )
     return jax.jit(sharded)(x, dy)
 
 
 @pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[3, 0], [1, 2]], [[0], [3, 1, 2]]])
-@pytest.mark.parametrize("way", ["pmap", "shard_map", "shard_map, unchecked"])
-def test_groups_share_among_themselves(rng, way, groups):
-    if way == "shard_map" and len(groups[0]) == 1:
+@pytest.mark.parametrize("transformation", ["pmap", "shard_map", "shard_map, unchecked"])
+def test_groups_share_among_themselves(rng, transformation, groups):
+    if transformation == "shard_map" and len(groups[0]) == 1:
         pytest.skip("refused, tests/test_checks_devices.py")
     x = rng.normal(5, 1, (4, 6, 3)).astype(np.float32)
     dy = rng.normal(size=x.shape).astype(np.float32)
-    y, var, dx = grouped(groups, way, x, dy)
+    y, var, dx = grouped(groups, transformation, x, dy)
     for group in groups:
         want = reference.batch_norm(x[group], dy=dy[group], axes=(0, 1))
         np.testing.assert_allclose(y[np.array(group)], want.y, atol=1e-5)
@@ -257,7 +257,7 @@ def test_a_sub_axis_is_a_group(rng):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("place", [P("a", "b"), P(None, "b"), P("a")])
 def test_features_may_be_sharded_under_jit(rng, kind, place):
-    """Statistics that lie otherwise than the batch does, as those of init do."""
+    """Also where the statistics have another sharding than the batch, as after init."""
     x = rng.normal(3, 2, (8, 4)).astype(np.float32)
     squares = mesh((2, 2), ("a", "b"), kind)
     placed = jax.device_put(x, NamedSharding(squares, place))

@@ -1,4 +1,4 @@
-"""What is written is true: every example runs, every guarantee and edge case has its test."""
+"""Documentation: every example runs, and every guarantee and edge case has a test."""
 
 import ast
 import doctest
@@ -14,8 +14,8 @@ import normjax.nnx
 import normjax.surgery
 
 ROOT = Path(__file__).parents[1]
-DOORS = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
-PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in DOORS for n in m.__all__}
+MODULES = (normjax, normjax.linen, normjax.nnx, normjax.surgery)
+PUBLIC = {f"{m.__name__}.{n}": getattr(m, n) for m in MODULES for n in m.__all__}
 FUNCTIONS = {name: f for name, f in PUBLIC.items() if not isinstance(f, type)}
 
 
@@ -57,7 +57,7 @@ def missing_tests(name, doc, known):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_guarantee_and_edge_case_has_a_test_of_its_name(name):
     doc = FUNCTIONS[name].__doc__
-    assert guarantees(doc), "a public function promises something"
+    assert guarantees(doc), "a public function documents its guarantees"
     assert not missing_tests(FUNCTIONS[name].__name__, doc, names_of_tests())
 
 
@@ -152,7 +152,7 @@ def headings(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_of_a_page_lead_somewhere(page):
+def test_links_of_a_page_exist(page):
     assert not broken_links(page, TEXTS[page])
 
 
@@ -161,9 +161,9 @@ def test_a_broken_link_would_be_found():
     assert broken_links("README.md", text) == ["docs/nowhere.md", "#no-such-heading"]
 
 
-@pytest.mark.parametrize("room", ["functions", "linen", "nnx", "surgery"])
-def test_every_public_name_is_on_a_page_of_the_reference(room):
-    module = normjax if room == "functions" else getattr(normjax, room)
-    listed = re.findall(r"^   (\w+)$", TEXTS[f"docs/api/{room}.md"], re.MULTILINE)
-    # The name before, kept until 1.0, is described where update_stats is.
+@pytest.mark.parametrize("page", ["functions", "linen", "nnx", "surgery"])
+def test_every_public_name_is_on_a_page_of_the_reference(page):
+    module = normjax if page == "functions" else getattr(normjax, page)
+    listed = re.findall(r"^   (\w+)$", TEXTS[f"docs/api/{page}.md"], re.MULTILINE)
+    # `move`, the old name of update_stats, is described there and kept until 1.0.
     assert sorted(listed) == sorted(set(module.__all__) - {"move"})

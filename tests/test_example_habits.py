@@ -1,4 +1,4 @@
-"""Examples compile a step once, and find out before they train that nothing can be written."""
+"""Examples compile a step once, and check before training that their outputs can be written."""
 
 import importlib
 import logging
@@ -22,7 +22,7 @@ def example(monkeypatch):
 
 
 class Tiny(nn.Module):
-    """What the networks of the examples are, in little."""
+    """A small network like those of the examples."""
 
     axis_name: str | None = "batch"
 
@@ -39,22 +39,22 @@ def batch():
     return images, rng.integers(0, 10, 8), np.arange(8) < 7
 
 
-def steps(example, way):
+def steps(example, name):
     """The state and the step as an example makes them."""
     digits, beside_pmap = example("digits"), example("_beside_pmap")
     devices, optimizer = jax.devices()[:4], digits.make_optimizer(10)
     model = Tiny()
     variables = model.init(jax.random.key(0), batch()[0], train=False)
     state = digits.initial_state(variables, optimizer)
-    if way == "digits":
+    if name == "digits":
         return digits.on_each_device(state, devices), digits.mapped_step(model, optimizer, devices)
     mesh = Mesh(np.array(devices), ("batch",))
-    return beside_pmap.on_mesh(state, mesh), example(way).make_step(model, optimizer, mesh)
+    return beside_pmap.on_mesh(state, mesh), example(name).make_step(model, optimizer, mesh)
 
 
-@pytest.mark.parametrize("way", ["digits", "shard_map", "sharded_jit"])
-def test_the_step_is_compiled_once(example, caplog, way):
-    state, step = steps(example, way)
+@pytest.mark.parametrize("name", ["digits", "shard_map", "sharded_jit"])
+def test_the_step_is_compiled_once(example, caplog, name):
+    state, step = steps(example, name)
     compiled = []
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -85,17 +85,17 @@ def test_fine_tuning_is_compiled_once(example, caplog):
 
 @pytest.fixture
 def unwritable(tmp_path):
-    """A folder that cannot be made, by anybody: a file is in its way."""
+    """A folder that no user can create, since its parent is a file."""
     (tmp_path / "thesis.txt").write_text("years of work")
     return tmp_path / "thesis.txt" / "out"
 
 
 @pytest.mark.parametrize("name", ["digits", "finetune"])
-def test_a_picture_that_cannot_be_written_is_said_before_training(
+def test_an_unwritable_picture_is_an_error_before_training(
     example, unwritable, monkeypatch, capsys, name
 ):
     script = example(name)
-    monkeypatch.setattr(script, "load_data", lambda seed: pytest.fail("the work has begun"))
+    monkeypatch.setattr(script, "load_data", lambda seed: pytest.fail("training has begun"))
     with pytest.raises(SystemExit):
         script.main(["--out", str(unwritable)])
     message = capsys.readouterr().err
@@ -108,7 +108,7 @@ def test_a_folder_that_can_be_written_is_left_empty(example, tmp_path):
 
 
 @pytest.mark.parametrize("below", [False, True])
-def test_checkpoints_that_cannot_be_written_are_said_before_training(example, unwritable, below):
+def test_unwritable_checkpoints_are_an_error_before_training(example, unwritable, below):
     folder = unwritable if below else unwritable.parent
     with pytest.raises(SystemExit, match=r"cannot write .*thesis.txt.*another folder with --check"):
         example("multihost").main(["--checkpoints", str(folder)])

@@ -14,7 +14,7 @@ ROOT = kill_and_resume.ROOT
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shard_map", "sharded_jit"])
 def test_the_example_ends_with_the_numbers_of_pmap(name):
-    """It asserts so itself; here it only has to come to its end."""
+    """The example compares them itself; here it only has to finish."""
     ran = subprocess.run(
         [sys.executable, f"examples/{name}.py", "--smoke"],
         cwd=ROOT,
@@ -44,8 +44,8 @@ def multihost(monkeypatch):
     return importlib.import_module("multihost")
 
 
-def says(multihost, folder, *options):
-    """Why the example does not start, and that it left the folder as it was."""
+def refusal(multihost, folder, *options):
+    """The message of an example that does not start; it must not change the folder."""
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
     with pytest.raises(SystemExit) as stopped:
         multihost.main(["--checkpoints", str(folder), *options])
@@ -53,19 +53,19 @@ def says(multihost, folder, *options):
     return str(stopped.value)
 
 
-def test_a_missing_checkpoint_is_a_sentence(multihost, tmp_path):
-    assert f"there is no checkpoint in {tmp_path} to resume" in says(
+def test_a_missing_checkpoint_is_an_error(multihost, tmp_path):
+    assert f"there is no checkpoint in {tmp_path} to resume" in refusal(
         multihost, tmp_path, "--resume"
     )
 
 
-def test_a_stale_checkpoint_is_a_sentence(multihost, tmp_path):
+def test_a_stale_checkpoint_is_an_error(multihost, tmp_path):
     args = multihost.parse(["--checkpoints", str(tmp_path), "--seed", "1"])
     multihost.note_settings(args)
-    message = says(multihost, tmp_path, "--epochs", "3")
+    message = refusal(multihost, tmp_path, "--epochs", "3")
     assert "epochs=10 there and 3 here, seed=1 there and 0 here. Nothing was overwritten" in message
 
 
 def test_a_folder_of_other_files_is_left_alone(multihost, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "holds files that are not from this script" in says(multihost, tmp_path)
+    assert "holds files that are not from this script" in refusal(multihost, tmp_path)

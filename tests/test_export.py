@@ -1,7 +1,7 @@
 """Promise 6: jax.export, for several platforms and any batch at once.
 
-All norms are one program, since it is compiling that takes the time. What is compared with is the
-call that was exported, which other tests hold to the oracle.
+All norms are one program, since compiling takes most of the time. Results are compared with those
+of the exported call, which other tests compare with the oracle.
 """
 
 from functools import partial
@@ -29,12 +29,12 @@ quickly = partial(
 
 
 newer = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="it loses symbolic sizes in functions within functions"
+    jax.__version_info__ < (0, 10), reason="it loses symbolic sizes in nested functions"
 )
 
 
 def exported(function, *arguments):
-    """Exported for any size of what is named by letters, written to bytes and read again.
+    """Exports for any size of the axes named by letters; serializes and deserializes.
 
     An argument is the shape of a float32 array as text, or a tree of arrays of fixed shapes.
     """
@@ -91,7 +91,7 @@ def test_promise_6_every_norm_exports_for_any_batch_and_every_platform(rng):
 
 @newer
 def test_promise_6_every_function_exports_with_gradients_by_all_arrays(rng):
-    """Of any spatial size too, and what has no mask."""
+    """Also for any spatial size, and functions without a mask."""
     calls = {name: lambda named, name=name: FUNCTIONS[name](**named) for name in FUNCTIONS}
     ranks = {0: "", 1: "8", 3: "2*b, h, 8"}
     given = {name: arrays(name, rng, (4, 5, 8)) for name in FUNCTIONS}
@@ -101,7 +101,7 @@ def test_promise_6_every_function_exports_with_gradients_by_all_arrays(rng):
 
 
 def test_states_are_written_and_read_by_name(rng):
-    """A step that takes and returns states is exported without a word about them."""
+    """A step that takes and returns states is exported without registering their types."""
 
     def step(x, stats, spectral, moments):
         y, stats = normjax.batch_norm(x, stats, train=True, momentum=None)

@@ -1,7 +1,7 @@
 """Where a norm of flax.linen raises, ours raises an error of the same class.
 
-Not compared are errors that reach a user of Flax from the inside of JAX or NumPy: of axes that are
-out of range, for example. Ours are ValueErrors that say what to do.
+Errors that Flax passes on from JAX or NumPy, for example of axes out of range, are not compared.
+Ours are ValueErrors that say what to do.
 """
 
 from functools import partial

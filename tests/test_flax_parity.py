@@ -1,4 +1,4 @@
-"""Drop-ins accept what Flax accepts, with its result, and say its sentences where it raises."""
+"""Modules accept what Flax accepts, with the same results; errors contain the messages of Flax."""
 
 import importlib.util
 import os
@@ -41,9 +41,9 @@ EDGES = [
 
 
 @pytest.mark.parametrize(("name", "options", "shape", "mode"), EDGES)
-def test_an_edge_that_flax_accepts_has_its_result(rng, name, options, shape, mode):
+def test_edge_cases_that_flax_accepts_have_its_results(rng, name, options, shape, mode):
     x = jnp.asarray(rng.normal(1, 2, shape), jnp.float32)
-    flax, ours = (getattr(house, name)(**options) for house in (nn, normjax.linen))
+    flax, ours = (getattr(library, name)(**options) for library in (nn, normjax.linen))
     variables = jax.tree.map(lambda v: v + np.float32(0.5), ours.init(KEY, x, **mode))
     want = flax.apply(variables, x, mutable=["batch_stats"], **mode)
 
@@ -59,7 +59,7 @@ def test_an_edge_that_flax_accepts_has_its_result(rng, name, options, shape, mod
 
 
 def test_one_example_under_vmap_is_an_example_of_the_batch(rng):
-    """Rank 1: there is no axis to reduce but that of the examples, which vmap names."""
+    """Rank 1: the only axis to reduce is that of the examples, which vmap names."""
     x = rng.normal(2, 3, (8, 3)).astype(np.float32)
     module = normjax.linen.BatchNorm(axis_name="examples", momentum=0.0)
     variables = module.init(KEY, x[0], train=True)
@@ -74,18 +74,18 @@ def test_one_example_under_vmap_is_an_example_of_the_batch(rng):
 
 
 def norm(name, *args, **options):
-    """The error of a module, by the house that it is from."""
+    """A function from library to the error message of its module."""
 
-    def raised(house):
+    def raised(library):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            getattr(house, name)(*args, **options).init(KEY, jnp.ones((2, 3, 4)))
+            getattr(library, name)(*args, **options).init(KEY, jnp.ones((2, 3, 4)))
         return str(error.value)
 
     return raised
 
 
-def spectral(house):
-    wrapped = house.SpectralNorm(nn.Conv(3, (2,)), error_on_non_matrix=True)
+def spectral(library):
+    wrapped = library.SpectralNorm(nn.Conv(3, (2,)), error_on_non_matrix=True)
     with pytest.raises(ValueError) as error:  # noqa: PT011
         wrapped.init(KEY, jnp.ones((1, 4, 2)), update_stats=False)
     return str(error.value)
@@ -105,18 +105,18 @@ RAISED = {
 
 
 @pytest.mark.parametrize("name", RAISED)
-def test_an_error_holds_the_sentence_of_flax_and_says_more(name):
-    flax, ours = (RAISED[name](house) for house in (nn, normjax.linen))
+def test_an_error_contains_the_message_of_flax_and_more(name):
+    flax, ours = (RAISED[name](library) for library in (nn, normjax.linen))
     assert ours.startswith("normjax.")
     assert flax in ours
     assert len(ours) > len(flax) + 60
 
 
-def test_two_modes_are_an_error_with_the_sentence_of_flax():
+def test_two_modes_are_an_error_with_the_message_of_flax():
     messages = []
-    for house in (nn, normjax.linen):
+    for library in (nn, normjax.linen):
         with pytest.raises(ValueError, match="Should be passed just once") as error:
-            house.BatchNorm(True).init(KEY, jnp.ones((2, 3)), True)
+            library.BatchNorm(True).init(KEY, jnp.ones((2, 3)), True)
         messages.append(str(error.value))
     assert messages[0] in messages[1]
 
@@ -125,21 +125,21 @@ def test_two_modes_are_an_error_with_the_sentence_of_flax():
 def test_weight_norm_of_no_feature_axis_is_that_of_flax(rng, axes, names):
     x = rng.normal(size=(2, 3)).astype(np.float32)
     flax, ours = (
-        house.WeightNorm(nn.Dense(2), feature_axes=axes, variable_filter=names)
-        for house in (nn, normjax.linen)
+        library.WeightNorm(nn.Dense(2), feature_axes=axes, variable_filter=names)
+        for library in (nn, normjax.linen)
     )
     variables = jax.tree.map(lambda v: v + 0.5, ours.init(KEY, x))
     want = flax.apply(variables, x)
     np.testing.assert_allclose(ours.apply(variables, x), want, rtol=16 * EPS["float32"])
 
 
-def test_training_under_spectral_norm_goes_where_it_goes_in_flax(rng):
+def test_training_with_spectral_norm_equals_that_of_flax(rng):
     """Biases of rank 2, as attention has them, start at zero and are no matrix to normalize."""
     x, target = rng.normal(size=(2, 2, 3)).astype(np.float32)
     ends = []
-    for house in (nn, normjax.linen):
+    for library in (nn, normjax.linen):
         # Kernel of shape (3, 2, 3), bias of shape (2, 3).
-        model = house.SpectralNorm(nn.DenseGeneral((2, 3)))
+        model = library.SpectralNorm(nn.DenseGeneral((2, 3)))
         variables = model.init(KEY, x, update_stats=False)
 
         @jax.jit
@@ -165,7 +165,8 @@ def test_training_under_spectral_norm_goes_where_it_goes_in_flax(rng):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), *ends)
 
 
-# Cases of flax.linen's NormalizationTest that an honest norm cannot pass, each with its proof.
+# Cases of flax.linen's NormalizationTest that an accurate norm cannot pass, and the tests that show
+# it.
 EXCEPTIONS = {"test_instance_norm3": "test_float32_far_from_zero_is_not_known_to_1e_6"}
 
 

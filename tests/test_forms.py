@@ -1,4 +1,4 @@
-"""Every platform's way of taking mean and variance, run on this CPU and held to one bar.
+"""Every platform's form of mean and variance, run on this CPU with the same error bound.
 
 Errors of y, of the variance and of the gradient of x are at most 16 units of eps (1 + |mean| / s),
 s = sqrt(var + epsilon), against the oracle in float64.
@@ -19,11 +19,11 @@ from normjax._core.lowering import CPU, KERNELS, PLATFORMS, VARIABLE
 from normjax._core.platforms import kernels
 from tests import hard, reference
 from tests.reference import EPS
-from tests.ways import mesh
+from tests.transformations import mesh
 
-BAR, EPSILON, DEVICES = 16, 1e-5, 4
+BOUND, EPSILON, DEVICES = 16, 1e-5, 4
 
-# Long reductions take time: those inputs that are the worst there.
+# Long reductions are slow, so only those inputs with the largest errors there.
 LONG = {
     256: tuple(hard.inputs(256)),
     4096: (
@@ -56,7 +56,7 @@ every_form = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
 @every_form
-def test_the_form_is_the_one_that_was_asked_for(form):
+def test_the_form_is_the_requested_one(form):
     stats = BatchStats.make(2)
     step = jax.jit(lambda x: normjax.batch_norm(x, stats, train=True)[0])
     conditionals = step.lower(jnp.ones((4, 2))).as_text().count("stablehlo.case")
@@ -68,15 +68,15 @@ def test_the_form_is_the_one_that_was_asked_for(form):
 @every_form
 @pytest.mark.parametrize("case", hard.CASES)
 @pytest.mark.parametrize("n", LONG)
-def test_the_bar(form, case, n):
+def test_errors_are_within_the_bound(form, case, n):
     """Every norm, and every kind of running mean, on every input."""
     errors = hard.errors_of_case(case, n, LONG[n])
-    beyond = {name: units for name, units in errors if not max(units) <= BAR}
+    beyond = {name: units for name, units in errors if not max(units) <= BOUND}
     assert not beyond, beyond
 
 
-def close(norm, x, mask, pivot):
-    """Units of a norm on x with the usual epsilon, and what it gave."""
+def measured(norm, x, mask, pivot):
+    """Errors in units of a norm on x with EPSILON, and its results."""
     dy = hard.cotangent(len(x))
     how = dict(norm=norm, epsilon=EPSILON)
     got, want = hard.run(x, dy, pivot, mask, **how), hard.oracle(x, dy, mask, **how)
@@ -88,25 +88,25 @@ CONSTANTS = np.array([[0.1, 1e6 / 7], [3.0, 0.0], [1e3 / 3, -7e-20], [1e15, 1e-3
 
 @every_form
 def test_constants_become_the_bias(form):
-    """Exactly, but for a running mean that is near and not the constant itself.
+    """Exactly, except for a running mean that is near the constant but not equal to it.
 
-    The sums around such a mean are rounded: within 16 units, 2e-6 for a constant of 0, y is the
-    bias. The exact second pass is taken from sqrt(2 epsilon) on.
+    The sums around such a mean are rounded: y is the bias up to 16 units, which are 2e-6 for a
+    constant of 0. The exact second pass runs from a distance of sqrt(2 epsilon) on.
     """
     root = np.float32(np.sqrt(EPSILON))
     for constants in np.repeat(CONSTANTS, 2, axis=1).astype(np.float32):
         x = np.broadcast_to(constants, (255, hard.FEATURES))
         for norm in ("batch", "layer", "instance", "group"):
-            units, got = close(norm, x, None, None)
+            units, got = measured(norm, x, None, None)
             np.testing.assert_array_equal(got.y, 0)
-            assert max(units) <= BAR
+            assert max(units) <= BOUND
         for pivot in (constants, constants + 3 * root, 0 * constants):
-            _, got = close("batch", x, None, pivot)
+            _, got = measured("batch", x, None, pivot)
             np.testing.assert_array_equal(got.y, 0)
             np.testing.assert_array_equal(got.var, 0)
         for off in (0.5, 1.41):
-            units, got = close("batch", x, None, constants + np.float32(off) * root)
-            assert max(units) <= BAR
+            units, got = measured("batch", x, None, constants + np.float32(off) * root)
+            assert max(units) <= BOUND
             if form == "cpu":
                 np.testing.assert_array_equal(got.y, 0)
 
@@ -119,14 +119,14 @@ def test_a_dead_channel_stays_at_the_bias_while_its_running_mean_decays(form):
         y, stats = normjax.batch_norm(x, stats, train=True, momentum=0.9)
         return stats, jnp.max(jnp.abs(y))
 
-    alive = BatchStats(jnp.array([1.0, -30.0]), jnp.ones(2))
-    stats, off = jax.lax.scan(step, alive, None, 300)
-    assert np.max(off) <= BAR * EPS["float32"]
+    start = BatchStats(jnp.array([1.0, -30.0]), jnp.ones(2))
+    stats, off = jax.lax.scan(step, start, None, 300)
+    assert np.max(off) <= BOUND * EPS["float32"]
     assert np.max(np.abs(stats.mean)) < 1e-11
 
 
 def sampled(n):
-    """Which rows of x a GPU's sample is taken from; the gradient of a mean tells."""
+    """The rows of x that are sampled on a GPU, from the gradient of the mean of the sample."""
     x = jnp.zeros((1, n, hard.FEATURES))
     rows = jax.grad(lambda x: jnp.sum(algorithms.sample(x, None, (1,))))(x)[0, :, 0] != 0
     rows = np.asarray(rows)
@@ -138,16 +138,16 @@ def sampled(n):
 @pytest.mark.parametrize("norm", ["instance", "group"])
 @pytest.mark.parametrize("n", [256, 1024])
 def test_a_sample_of_outliers(rng, form, norm, n):
-    """Sums around it would lose all that the others have; the guard measures x anew."""
+    """Sums around its mean would lose the digits of the other entries; x is measured again."""
     rows = sampled(n)[:, None]
     normal = rng.normal(size=(n, hard.FEATURES))
     for offset in (0, 1e4):
-        # Less and less of them: only what is sampled, and of that one in two features.
+        # Outliers in all features of the sampled rows, and in half of the features.
         for far in (rows, rows & (np.arange(hard.FEATURES) % 2 == 0)):
             for size in (30, 1e4, 1e8):
                 x = np.where(far, size, 1) * normal + offset + np.where(far, size, 0)
-                units, _ = close(norm, x.astype(np.float32), None, None)
-                assert max(units) <= BAR, (offset, size)
+                units, _ = measured(norm, x.astype(np.float32), None, None)
+                assert max(units) <= BOUND, (offset, size)
 
 
 @every_form
@@ -156,12 +156,12 @@ def test_a_sample_without_a_valid_entry(rng, form, norm):
     n = 256
     mask = np.broadcast_to(~sampled(n)[:, None], (n, hard.FEATURES))
     x = np.where(mask, rng.normal(1e4, 1, (n, hard.FEATURES)), np.nan).astype(np.float32)
-    units, _ = close(norm, x, mask, None)
-    assert max(units) <= BAR
+    units, _ = measured(norm, x, mask, None)
+    assert max(units) <= BOUND
 
 
 def masks(rng, n):
-    """One feature each: some entries, one entry, none, all; in groups of both orders."""
+    """Some entries, one, none or all are valid, by feature; groups have them in different order."""
     some, one = rng.random(n) < 0.6, np.arange(n) == n // 3
     none, every = np.zeros(n, bool), np.ones(n, bool)
     for columns in ((some, one, none, every), (one, none, every, none), (none, none, one, some)):
@@ -176,8 +176,8 @@ PIVOTED = [
 
 @every_form
 @pytest.mark.parametrize(("norm", "pivot"), PIVOTED)
-def test_masks_and_what_is_under_them(rng, form, norm, pivot):
-    """Also for one valid entry, for none at all, and where NaN is masked."""
+def test_masks_and_masked_values(rng, form, norm, pivot):
+    """Also for one valid entry, for none, and where NaN is masked."""
     n = 256
     for offset in (0, 1e4):
         for mask in masks(rng, n):
@@ -186,8 +186,8 @@ def test_masks_and_what_is_under_them(rng, form, norm, pivot):
                 want = hard.oracle(value, x, mask, norm=norm, epsilon=EPSILON)
                 center = hard.PIVOTS[pivot](want.mean[0], np.sqrt(want.var[0] + EPSILON))
                 center = None if center is None else np.float32(center)
-                units, _ = close(norm, value, mask, center)
-                assert max(units) <= BAR, offset
+                units, _ = measured(norm, value, mask, center)
+                assert max(units) <= BOUND, offset
 
 
 @every_form
@@ -205,25 +205,25 @@ def test_a_nan_that_counts_stays_in_its_feature(rng, form, norm, pivot):
     assert np.isnan(np.asarray(got.y)[:, hit]).all()
     y, dx = (np.where(hit, w, g) for g, w in ((got.y, want.y), (got.dx, want.dx)))
     others = hard.Normed(y, None, dx)
-    assert max(hard.units(others, want, dy, EPSILON)) <= BAR
+    assert max(hard.units(others, want, dy, EPSILON)) <= BOUND
 
 
 @every_form
 @pytest.mark.parametrize(("norm", "pivot"), PIVOTED)
 def test_bfloat16(rng, form, norm, pivot):
-    """Its statistics are held to the bar of float32, y and dx to what rounding them leaves."""
+    """Statistics have the bound of float32; y and dx have one rounding to bfloat16 in addition."""
     n, half = 256, EPS["bfloat16"]
     for offset in (0, 10, 300):
         x = jnp.asarray(rng.normal(offset, 1, (n, hard.FEATURES)), jnp.bfloat16)
-        wide, dy = np.asarray(x, np.float32), jnp.asarray(hard.cotangent(n), jnp.bfloat16)
-        want = hard.oracle(wide, np.asarray(dy, np.float32), None, norm=norm, epsilon=EPSILON)
+        as_float32, dy = np.asarray(x, np.float32), jnp.asarray(hard.cotangent(n), jnp.bfloat16)
+        want = hard.oracle(as_float32, np.asarray(dy, np.float32), None, norm=norm, epsilon=EPSILON)
         s = np.sqrt(want.var + EPSILON)
         center = hard.PIVOTS[pivot](want.mean[0], s[0])
         center = None if center is None else np.float32(center)
         got = hard.run(x, dy, center, None, norm=norm, epsilon=EPSILON)
         assert got.y.dtype == got.dx.dtype == jnp.bfloat16
         y, dx = (np.asarray(v, np.float64) for v in (got.y, got.dx))
-        unit = BAR * EPS["float32"] * reference.condition(want.mean, want.var, EPSILON)
+        unit = BOUND * EPS["float32"] * reference.condition(want.mean, want.var, EPSILON)
         assert np.all(np.abs(y - want.y) <= half * np.abs(want.y) + unit * (1 + np.abs(want.y)))
         # The gradient is the sum of two terms, each of which may be rounded.
         term = np.abs(np.asarray(dy, np.float64)) / s
@@ -239,7 +239,7 @@ def test_float64(rng, x64, form, norm, pivot):
     n = 256
     for offset in (0, 1e8):
         x, dy = rng.normal(offset, 1, (n, hard.FEATURES)), rng.normal(size=(n, hard.FEATURES))
-        # Exact differences: what the oracle itself loses by rounding the mean is no error of ours.
+        # With exact differences the oracle itself has no error from rounding the mean.
         x = np.round(x * 2**20) / 2**20
         want = hard.oracle(x - offset, dy, None, norm=norm, epsilon=EPSILON)
         if norm == "rms":
@@ -247,7 +247,7 @@ def test_float64(rng, x64, form, norm, pivot):
         center = hard.PIVOTS[pivot](want.mean[0] + offset, np.sqrt(want.var[0] + EPSILON))
         got = hard.run(x, dy, center, None, norm=norm, epsilon=EPSILON)
         assert got.y.dtype == np.float64
-        tolerance = BAR * EPS["float64"] * (1 + offset)
+        tolerance = BOUND * EPS["float64"] * (1 + offset)
         np.testing.assert_allclose(got.y, want.y, rtol=0, atol=4 * tolerance)
         np.testing.assert_allclose(got.dx, want.dx, rtol=0, atol=4 * tolerance)
 
@@ -261,7 +261,7 @@ COMPLEX = [
 @every_form
 @pytest.mark.parametrize(("norm", "pivot"), COMPLEX)
 def test_complex(rng, x64, form, norm, pivot):
-    """y against NumPy, dx against differences in complex128."""
+    """y against NumPy, dx against finite differences in complex128."""
     shape, groups = (64, hard.FEATURES), hard.FEATURES // 2
 
     def normalized(z):
@@ -286,7 +286,7 @@ def test_complex(rng, x64, form, norm, pivot):
     center = None if center is None else center.astype(np.complex64)
     got = hard.run(narrow, dy.astype(np.complex64), center, None, **how)
     assert got.y.dtype == np.complex64
-    np.testing.assert_allclose(got.y, normalized(narrow), rtol=0, atol=4 * BAR * EPS["float32"])
+    np.testing.assert_allclose(got.y, normalized(narrow), rtol=0, atol=4 * BOUND * EPS["float32"])
 
 
 # Running means of four devices, as offsets from the mean of the batch in units of s.
@@ -301,9 +301,9 @@ DISAGREEING = {
 }
 
 
-def on_devices(way, shared):
+def on_devices(transformation, shared):
     """`shared(x, pivot, mask, dy)` of arrays with a leading axis of devices."""
-    if way == "pmap":
+    if transformation == "pmap":
         return jax.pmap(shared, axis_name="d", devices=jax.devices()[:DEVICES])
     sharded = partial(jax.shard_map, mesh=mesh((DEVICES,)), check_vma=False)
 
@@ -314,11 +314,11 @@ def on_devices(way, shared):
 
 
 @every_form
-@pytest.mark.parametrize("way", ["pmap", "shard_map"])
-def test_devices_whose_running_means_differ(rng, form, way):
-    """They all measure anew, or all do not, and get what the whole batch has.
+@pytest.mark.parametrize("transformation", ["pmap", "shard_map"])
+def test_devices_whose_running_means_differ(rng, form, transformation):
+    """All devices measure again or none does, and results equal those of the whole batch.
 
-    Neither pmap nor shard_map with check_vma=False says in a type whether the means are equal.
+    The types in pmap and in shard_map with check_vma=False do not say whether the means are equal.
     """
     n = DEVICES * 64
 
@@ -332,13 +332,13 @@ def test_devices_whose_running_means_differ(rng, form, way):
         y, pullback, var = jax.vjp(f, x, has_aux=True)
         return y, var, pullback(dy)[0]
 
-    run = on_devices(way, shared)
+    run = on_devices(transformation, shared)
 
     def split(v):
         return v.reshape(DEVICES, -1, v.shape[-1])
 
     dy, full = hard.cotangent(n), np.ones((n, hard.FEATURES), bool)
-    # Devices that hold different parts of the data, one of them no valid entry.
+    # Devices have different data; with the second mask one of them has no valid entry.
     steps = np.repeat(np.arange(DEVICES), 64)[:, None]
     for mask in (full, (steps != 2) & (rng.random(full.shape) < 0.7)):
         for offset in (0, 1e4):
@@ -350,4 +350,4 @@ def test_devices_whose_running_means_differ(rng, form, way):
                 y, var, dx = run(split(x), pivots, split(mask), split(dy))
                 assert np.all(np.asarray(var) == np.asarray(var)[:1]), name
                 got = hard.Normed(y.reshape(x.shape), var[:1], dx.reshape(x.shape))
-                assert max(hard.units(got, want, dy, EPSILON)) <= BAR, (name, offset)
+                assert max(hard.units(got, want, dy, EPSILON)) <= BOUND, (name, offset)

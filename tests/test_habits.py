@@ -1,4 +1,4 @@
-"""What people write by habit: PyTorch's arguments, a mode by position. The answer is a sentence."""
+"""Common mistakes: arguments of PyTorch, a mode by position. The errors say what to do."""
 
 import inspect
 import pickle
@@ -26,12 +26,12 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("door", CLASSES + FUNCTIONS, ids=lambda door: door.__name__)
-def test_eps_of_pytorch_is_called_epsilon(door):
-    house = "normjax.linen" if isinstance(door, type) else "normjax"
+@pytest.mark.parametrize("function", CLASSES + FUNCTIONS, ids=lambda function: function.__name__)
+def test_eps_of_pytorch_is_called_epsilon(function):
+    module = "normjax.linen" if isinstance(function, type) else "normjax"
     with pytest.raises(TypeError, match=r"eps=1e-05.*it is called epsilon.*Pass epsilon=") as error:
-        door(eps=1e-5)
-    assert str(error.value).startswith(f"{house}.{door.__name__}: ")
+        function(eps=1e-5)
+    assert str(error.value).startswith(f"{module}.{function.__name__}: ")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_no_features_are_needed(name, options):
     ("name", "first"), [("BatchNorm", "use_running_average"), ("LayerNorm", "epsilon")]
 )
 def test_no_features_are_needed_by_position(name, first):
-    """Flax takes the 64 of LayerNorm(64) for epsilon, and divides by 8."""
+    """Flax reads the 64 of LayerNorm(64) as epsilon."""
     with pytest.raises(TypeError, match=f"got 64 as the first argument, which is {first}; no feat"):
         getattr(normjax.linen, name)(64)
 
@@ -81,7 +81,7 @@ def raised(kind, module, *args, x=X, **options):
 
 @pytest.mark.parametrize("cls", [BatchNorm, BatchNormAct, BatchRenorm])
 def test_a_mode_by_position_is_that_of_flax_and_errors_say_so(cls):
-    """`layer(x, train)` with train=False trains, as in Flax: the first evaluation says why."""
+    """`layer(x, train)` with train=False trains, as in Flax: the error in evaluation says why."""
     message = raised(ImmutableBatchStatsError, cls(), False)
     assert f"normjax.linen.{cls.__name__} at '/': use_running_average=False updates the" in message
     assert "train=True" not in message

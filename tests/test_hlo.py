@@ -1,4 +1,4 @@
-"""The reader of compiled programs: small ones, written by hand, whose figures are known."""
+"""The parser of compiled programs, on small programs written by hand with known costs."""
 
 import jax
 import jax.numpy as jnp
@@ -83,15 +83,15 @@ def test_a_kernel_reads_each_operand_once_and_writes_all_results():
     ],
 )
 def test_bytes_of_types(kind, size):
-    # Of a value that is written, and of nothing that is read.
+    # The value is written, and nothing is read.
     found = program([f'ROOT %y = {kind} custom-call(), custom_call_target="make"'])
     assert next(iter(found)).bytes == size
     assert found.traffic() == size
 
 
-def test_of_a_conditional_the_cheapest_branch_counts():
+def test_the_cheapest_branch_of_a_conditional_counts():
     branches = """
-%dear (p: f32[8]) -> f32[8] {
+%expensive (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
   %q = f32[8]{0} negate(%p), backend_config={"estimated_cycles":"50"}
   ROOT %r = f32[8]{0} negate(%q), backend_config={"estimated_cycles":"50"}
@@ -102,8 +102,8 @@ def test_of_a_conditional_the_cheapest_branch_counts():
 }
 """
     for taken in (
-        "branch_computations={%dear, %cheap}",
-        "true_computation=%cheap, false_computation=%dear",
+        "branch_computations={%expensive, %cheap}",
+        "true_computation=%cheap, false_computation=%expensive",
     ):
         line = f"ROOT %y = f32[8]{{0}} conditional(%x, %x, %x), {taken}"
         found = program([X, line], branches)
@@ -143,7 +143,7 @@ def test_calls_are_followed():
     assert called.kernels() == beside.kernels() == 1
 
 
-def test_of_what_is_only_sliced_the_slices_are_read():
+def test_slices_count_in_place_of_a_sliced_operand():
     fused = """
 %window (p: f32[64], i: s32[]) -> f32[8] {
   %p = f32[64]{0} parameter(0)
@@ -168,7 +168,7 @@ def test_of_what_is_only_sliced_the_slices_are_read():
     assert program([big, alone]).traffic() == 32 + 32
 
 
-def test_a_copy_in_two_halves_moves_its_bytes_once_and_is_no_kernel():
+def test_an_asynchronous_copy_counts_its_bytes_once_and_is_no_kernel():
     start = "%s = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)"
     found = program([X, start, "ROOT %y = f32[8]{0:S(1)} copy-done(%s)"])
     assert (found.traffic(), found.kernels()) == (64, 0)
@@ -177,7 +177,7 @@ def test_a_copy_in_two_halves_moves_its_bytes_once_and_is_no_kernel():
     assert found.kernels() == 0
 
 
-def test_what_is_only_renamed_is_free():
+def test_bitcasts_and_tuples_cost_nothing():
     lines = [
         X,
         "%b = f32[4,2]{1,0} bitcast(%x)",
@@ -190,7 +190,7 @@ def test_what_is_only_renamed_is_free():
     assert (found.traffic(), found.kernels()) == (0, 0)
 
 
-def test_cycles_are_those_of_what_runs():
+def test_cycles_inside_a_fusion_do_not_count():
     fused = """
 %inner (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -203,7 +203,7 @@ def test_cycles_are_those_of_what_runs():
     assert hlo.parse(FUSED).cycles() == 0
 
 
-def test_collectives_in_one_piece_and_in_two():
+def test_synchronous_and_asynchronous_collectives():
     lines = [
         X,
         "%r = (f32[8]{0}, f32[2]{0}) all-reduce(%x, %x), channel_id=1, to_apply=%add",

@@ -1,4 +1,4 @@
-"""The kernels of normjax-cpu: when they are called, and that they are exact where they are."""
+"""The kernels of normjax-cpu: when they are called, and how accurate they are."""
 
 import sys
 import types
@@ -18,11 +18,11 @@ from normjax._core.lowering import VARIABLE
 from normjax._core.platforms import kernels
 from tests import reference
 from tests.reference import EPS
-from tests.ways import mesh
+from tests.transformations import mesh
 
 needs_kernels = pytest.mark.skipif(kernels.plugin() is None, reason="normjax-cpu is not installed")
 
-# Sizes below, at and above those of vectors, of pieces of a row, of wide rows and of blocks.
+# Sizes below, at and above those of vectors, parts of rows, long rows and blocks in the kernels.
 ROWS = [(1, 1), (3, 7), (5, 8), (13, 31), (4, 33), (2, 1025), (67, 96), (9, 2049), (1, 5003)]
 COLUMNS = [
     (1, 2, 1), (1, 97, 3), (2, 101, 8), (3, 13, 32), (1, 700, 64), (5, 9, 97), (1, 67, 257),
@@ -52,15 +52,15 @@ def step(function, x, scale, bias, dy):
     return y, *pullback(dy)
 
 
-def inner(dtype):
-    """In which a norm of this dtype is computed."""
+def accumulation_dtype(dtype):
+    """The dtype in which a norm of this dtype is computed."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def given(rng, shape, dtype, offset=3.0):
     x, dy = (jnp.asarray(rng.normal(m, 2, shape), dtype) for m in (offset, 0))
-    number = inner(dtype)
-    scale, bias = (jnp.asarray(rng.normal(m, 1, shape[-1]), number) for m in (1, 0))
+    vector_dtype = accumulation_dtype(dtype)
+    scale, bias = (jnp.asarray(rng.normal(m, 1, shape[-1]), vector_dtype) for m in (1, 0))
     return x, scale, bias, dy
 
 
@@ -71,17 +71,17 @@ def check(function, arguments, axes, centered=True):
     got = [np.asarray(v, np.float64) for v in jax.jit(partial(step, function))(*arguments)]
     bias = bias if centered else 0 * bias
     want = reference.standardized(x, scale, bias, dy, axes=axes, centered=centered)
-    inside = EPS[np.dtype(inner(x.dtype)).name]
-    outside = EPS[x.dtype.name]
-    # Of a value its rounding, and 16 roundings inside of what it is made of.
+    accumulation_eps = EPS[np.dtype(accumulation_dtype(x.dtype)).name]
+    eps = EPS[x.dtype.name]
+    # One rounding of the result, and 16 roundings in the accumulation dtype.
     deviation = np.sqrt(want.var + 1e-5)
-    loss = 16 * inside * (1 + np.abs(want.mean) / deviation)
+    loss = 16 * accumulation_eps * (1 + np.abs(want.mean) / deviation)
     magnitude = np.abs(want.y) + np.abs(np.asarray(bias, np.float64)) + np.abs(scale)
-    assert np.all(np.abs(got[0] - want.y) <= outside * np.abs(want.y) + loss * magnitude)
+    assert np.all(np.abs(got[0] - want.y) <= eps * np.abs(want.y) + loss * magnitude)
     size = np.max(np.abs(np.asarray(dy, np.float64)) * np.abs(scale), axes, keepdims=True)
-    bound = outside * np.abs(want.dx) + 4 * loss * size / deviation
+    bound = eps * np.abs(want.dx) + 4 * loss * size / deviation
     assert np.all(np.abs(got[1] - want.dx) <= bound)
-    # A sum of n terms of the size of the largest one.
+    # Rounding errors of a sum grow with the square root of the number of its terms.
     n = np.sqrt(x.size // x.shape[-1])
     sums = (want.dscale, want.dbias) if centered else (want.dscale,)
     for value, exact in zip(got[2:], sums, strict=False):
@@ -195,7 +195,7 @@ def test_no_kernel_is_called_where_xla_partitions():
 
 @needs_kernels
 def test_no_kernel_is_written_into_an_exported_program():
-    """Who runs it may not have the kernels."""
+    """The machine that runs it may not have the kernels."""
     exported = export.export(jax.jit(grad))(X)
     assert "normjax_" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(X), grad(X), atol=1e-6)
@@ -213,12 +213,12 @@ def test_no_kernel_is_written_into_an_exported_program():
         lambda x: normjax.layer_norm(x[:0]),
     ],
 )
-def test_the_plain_form_computes_what_no_kernel_does(function):
+def test_the_plain_form_runs_where_there_is_no_kernel(function):
     assert not called(function, X)
 
 
 @needs_kernels
-def test_the_environment_variable_asks_for_the_plain_form(monkeypatch):
+def test_the_environment_variable_selects_the_plain_form(monkeypatch):
     monkeypatch.setenv(VARIABLE, "cpu")
     jax.clear_caches()
     assert not called(grad, X)
@@ -252,7 +252,7 @@ def test_nothing_of_the_size_of_x_is_allocated():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Puts another normjax-cpu in the place of the one that is installed."""
+    """Replaces the installed normjax-cpu by another one, or by none."""
 
     def install(**attributes):
         module = types.SimpleNamespace(**attributes) if attributes else None
@@ -265,7 +265,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("attributes", "said"),
+    ("attributes", "message"),
     [
         (dict(INTERFACE=99, XLA_FFI_VERSION=(0, 1)), "has interface 99, expected 1"),
         (
@@ -275,14 +275,14 @@ def installed(monkeypatch):
         (dict(INTERFACE=kernels.INTERFACE, XLA_FFI_VERSION=(9, 0)), "was built for version 9"),
     ],
 )
-def test_a_library_that_does_not_fit_is_left_alone_with_a_warning(installed, attributes, said):
+def test_an_incompatible_library_is_ignored_with_a_warning(installed, attributes, message):
     installed(**attributes)
-    with pytest.warns(UserWarning, match=said) as caught:
+    with pytest.warns(UserWarning, match=message) as caught:
         assert kernels.plugin() is None
     assert "pip install" in str(caught[0].message)
 
 
-def test_nothing_is_missed_where_it_is_not_installed(installed):
+def test_normjax_runs_without_the_kernels(installed):
     installed()
     assert kernels.plugin() is None
     jax.clear_caches()
@@ -292,12 +292,12 @@ def test_nothing_is_missed_where_it_is_not_installed(installed):
 
 
 @needs_kernels
-def test_the_module_says_what_is_loaded(monkeypatch):
-    said = "\n".join(report.lines())
-    assert f"normjax {normjax.__version__}" in said
-    assert f"jax {jax.__version__}" in said
-    assert "cpu: the kernels of normjax-cpu" in said
-    assert said.endswith(": loaded")
+def test_the_report_names_the_loaded_kernels(monkeypatch):
+    message = "\n".join(report.lines())
+    assert f"normjax {normjax.__version__}" in message
+    assert f"jax {jax.__version__}" in message
+    assert "cpu: the kernels of normjax-cpu" in message
+    assert message.endswith(": loaded")
     monkeypatch.setenv(VARIABLE, "tpu")
     assert f"{VARIABLE}=tpu: every platform computes as tpu does" in "\n".join(report.lines())
 

@@ -1,7 +1,7 @@
 """Laws that hold for every norm of the table in tests/descriptors.py.
 
-Shells are swept by the laws of what they hand on; the others are laws of the function inside. Each
-law is one compiled program for each norm where that is not its point.
+Adapters are tested for what they pass to the functions; the other laws test functions only. Where
+possible, all laws of a norm use the same compiled program.
 """
 
 from functools import cache
@@ -17,11 +17,11 @@ from jax.experimental.jet import jet
 import normjax
 import normjax.linen
 import normjax.nnx
-from tests.descriptors import NORMS, PLAIN, SHELLS, UNMASKED
+from tests.descriptors import ADAPTERS, NORMS, PLAIN, UNMASKED
 from tests.reference import EPS
 
 every_norm = pytest.mark.parametrize("name", NORMS)
-every_function = pytest.mark.parametrize("name", [n for n in NORMS if n not in SHELLS])
+every_function = pytest.mark.parametrize("name", [n for n in NORMS if n not in ADAPTERS])
 
 
 @cache
@@ -42,8 +42,8 @@ def public_norms():
     others = {"choose_normalization", "norm_inputs_saveable"}
     names = [n for n in normjax.__all__ if "norm" in n and n not in others]
     functions = [getattr(normjax, n) for n in names]
-    rooms = (normjax.linen, normjax.nnx)
-    classes = [getattr(room, n) for room in rooms for n in room.__all__ if n[0].isupper()]
+    modules = (normjax.linen, normjax.nnx)
+    classes = [getattr(m, n) for m in modules for n in m.__all__ if n[0].isupper()]
     return functions + [c for c in classes if issubclass(c, (nn.Module, nnx.Module))]
 
 
@@ -95,13 +95,13 @@ def test_promise_4_nothing_at_a_masked_entry_reaches_another(case, rng):
 @every_function
 @pytest.mark.parametrize("offset", [0, 1e2, 1e4, 1e6])
 def test_promise_1_a_large_offset_costs_its_own_rounding(name, rng, x64, offset):
-    """float32 against float64, which the tests of each norm hold to the oracle.
+    """float32 against float64, which the tests of each norm compare with the oracle.
 
     The mean of entries around m rounds by eps m, that is by eps m / s in units of the deviation,
     and scale and slope of the table are at most 2.
     """
     norm = NORMS[name]
-    # Neighbors on every axis differ by one at least, and so does any statistic deviate.
+    # Neighbors on every axis differ by at least one, so no deviation is small.
     i, j, k = np.indices(norm.shape)
     x = (offset + (i + 2 * j + 3 * k) % 5 + rng.random(norm.shape) / 4).astype(np.float32)
     exact = np.asarray(compiled(name)(x.astype(np.float64)))
@@ -111,7 +111,7 @@ def test_promise_1_a_large_offset_costs_its_own_rounding(name, rng, x64, offset)
 
 
 @every_function
-def test_a_full_mask_is_no_mask(name, case):
+def test_a_full_mask_equals_no_mask(name, case):
     _, x, mask = case
     full, none = compiled(name)(x, np.ones_like(mask)), compiled(name)(x)
     np.testing.assert_allclose(full, none, atol=64 * EPS["float32"])
@@ -160,7 +160,7 @@ def test_promise_6_scan(name, case):
 
 @every_function
 def test_promise_6_second_derivatives_of_a_scan(case):
-    """Where JAX differentiates what a derivative rule has traced, and not by a rule again."""
+    """JAX differentiates the traced derivative rule there, and applies no custom rule again."""
     call, x, mask = case
     v = np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
 
@@ -219,8 +219,8 @@ def test_promise_9_an_ambiguous_mask_is_refused_with_both_readings(name):
         call(np.ones((3, 3, 3), np.float32), np.ones((3, 3), bool))
 
 
-def test_jet_stops_at_every_derivative_rule():
-    """Why promise 6 leaves Taylor mode out: JAX's own ReLU fails as well. Take it in once this does
+def test_jet_fails_at_custom_derivative_rules():
+    """Promise 6 excludes Taylor mode, since JAX's own ReLU fails as well. Include it when this does
     not raise."""
     one = jnp.ones(3)
     for function in (jax.nn.relu, normjax.dynamic_tanh):

@@ -130,16 +130,16 @@ def test_dtype_rules_are_those_of_flax(rng, x_dtype, dtype, param_dtype):
 
     def close(a, b):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        wide = np.complex64 if jnp.iscomplexobj(a) else np.float32
+        comparable = np.complex64 if jnp.iscomplexobj(a) else np.float32
         atol = 4 * float(jnp.finfo(a.dtype).eps)
         np.testing.assert_allclose(
-            np.asarray(a).astype(wide), np.asarray(b).astype(wide), atol=4 * atol
+            np.asarray(a).astype(comparable), np.asarray(b).astype(comparable), atol=4 * atol
         )
 
     jax.tree.map(close, ours, flax)
 
 
-def test_init_needs_no_axis_and_moves_no_statistics(images):
+def test_init_needs_no_axis_and_updates_no_statistics(images):
     module = normjax.linen.BatchNorm(axis_name="unbound", axis_index_groups=[[0], [1]])
     for train in (True, False):
         y, variables = module.init_with_output(KEY, images, train=train)
@@ -154,7 +154,7 @@ def test_init_takes_a_batch_of_one():
     normjax.linen.BatchNorm().init(KEY, jnp.ones((1, 3)), train=True)
 
 
-def test_train_is_the_switch_inverted(images):
+def test_train_is_the_opposite_of_use_running_average(images):
     module = normjax.linen.BatchNorm()
     variables = module.init(KEY, images, train=False)
     apply = partial(module.apply, variables, images, mutable=["batch_stats"])
@@ -244,7 +244,7 @@ def test_ddof_debias_and_cumulative_average(options, mean, var):
 
 
 @pytest.mark.parametrize("options", [dict(debias=True), dict(momentum=None)])
-def test_a_checkpoint_without_a_count_is_not_thrown_away(images, options):
+def test_a_checkpoint_without_a_count_is_refused_in_training(images, options):
     variables = nn.BatchNorm().init(KEY, images, use_running_average=True)
     loaded = {**variables, "batch_stats": {"mean": jnp.full(2, 100.0), "var": jnp.full(2, 50.0)}}
     module = normjax.linen.BatchNorm(**options)
@@ -280,7 +280,7 @@ def test_fields_that_pick_a_less_exact_algorithm_have_no_effect(rng):
 
 
 class Twice(nn.Module):
-    """One norm, called twice: the statistics move twice."""
+    """One norm, called twice: the statistics are updated twice."""
 
     @nn.compact
     def __call__(self, x):
@@ -288,7 +288,7 @@ class Twice(nn.Module):
         return norm(norm(x, train=True) + 3, train=True)
 
 
-def test_a_reused_module_moves_its_statistics_at_each_call(rng):
+def test_a_reused_module_updates_its_statistics_at_each_call(rng):
     x = rng.normal(5, 2, (64, 2)).astype(np.float32)
     variables = Twice().init(KEY, x)
     _, updates = Twice().apply(variables, x, mutable=["batch_stats"])

@@ -29,7 +29,7 @@ def x(rng):
 
 
 def accumulate(module, variables, x, cuts, **options):
-    """All micro-batches but the last keep; the last moves. Options are cut like x."""
+    """All micro-batches keep moments; the last updates the statistics. Options are split like x."""
     pieces = list(zip(*(np.split(v, cuts) for v in (x, *options.values())), strict=True))
     for i, piece in enumerate(pieces):
         last = i == len(pieces) - 1
@@ -43,7 +43,7 @@ def accumulate(module, variables, x, cuts, **options):
 def close_to_oracle(batch_stats, want, momentum=0.9, ddof=0):
     unbiased = want.var * want.count / (want.count - ddof)
     np.testing.assert_allclose(batch_stats["mean"], (1 - momentum) * want.mean, rtol=8 * EPS)
-    # The second sum goes around a mean of 30 that is rounded once for each merge.
+    # The sum of squares is around a mean of 30, which is rounded at each merge.
     np.testing.assert_allclose(
         batch_stats["var"], momentum + (1 - momentum) * unbiased, rtol=8 * 30 * EPS
     )
@@ -72,7 +72,7 @@ def test_micro_batches_of_one_row_need_other_devices(x):
     for device in range(4):
         stats = jax.tree.map(lambda leaf, d=device: leaf[d], got["batch_stats"])
         close_to_oracle(stats, reference.batch_norm(x, axes=(0,)))
-    # After the move the kept moments are those of nothing.
+    # After the update the kept moments are empty.
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(got["batch_moments"]))
 
 
@@ -110,7 +110,7 @@ def test_neither_init_nor_evaluation_nor_a_whole_batch_leaves_moments(x):
     assert not updates.get("batch_moments")
 
 
-def test_keeping_alone_leaves_the_running_statistics(x):
+def test_keeping_moments_does_not_change_the_running_statistics(x):
     module = normjax.linen.BatchNorm()
     variables = module.init(KEY, x, train=True)
     y, updates = module.apply(variables, x, train=True, mutable=MICRO)
@@ -120,7 +120,7 @@ def test_keeping_alone_leaves_the_running_statistics(x):
 
 
 class Net(nn.Module):
-    """Two norms in layers of their own, one with a window, and a layer that is no norm."""
+    """Two norms, and a layer that is no norm."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -199,7 +199,7 @@ def test_kept_moments_go_through_a_checkpoint(x):
 
 
 class Stacked(nn.Module):
-    """A carry for nn.scan, whose norms measure what does not depend on the cut."""
+    """A carry for nn.scan, whose norms see inputs that do not depend on the split."""
 
     @nn.compact
     def __call__(self, x, _):
@@ -207,7 +207,7 @@ class Stacked(nn.Module):
         return x + 1, None
 
 
-def test_layers_of_a_scan_keep_their_own(x):
+def test_layers_of_a_scan_keep_their_own_moments(x):
     stack = nn.scan(
         Stacked,
         variable_axes={"params": 0, "batch_stats": 0, "batch_moments": 0},

@@ -41,7 +41,7 @@ def images(rng):
     return rng.normal(1, 2, (3, 4, 5, 6)).astype(np.float32)
 
 
-def wide(leaf):
+def as_float32(leaf):
     return np.asarray(leaf).astype(np.float32)
 
 
@@ -60,7 +60,7 @@ def test_fields_are_those_of_flax_in_their_order(name):
 def test_same_variables_outputs_and_gradients(images, name, options, kept):
     if name != "RMSNorm" and kept:
         kept = {**kept, "use_bias": False}
-    # With per-parameter draws, the order in which parameters are made shows.
+    # With random initial values, outputs depend on the order in which parameters are created.
     draws = {"scale_init": nn.initializers.normal(1.0)}
     draws |= {} if name == "RMSNorm" else {"bias_init": nn.initializers.normal(1.0)}
     results = []
@@ -110,7 +110,9 @@ def test_dtype_rules_are_those_of_flax(images, name, x_dtype, dtype, param_dtype
     )
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(flax), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(wide(a), wide(b), atol=8 * float(jnp.finfo(a.dtype).eps))
+        np.testing.assert_allclose(
+            as_float32(a), as_float32(b), atol=8 * float(jnp.finfo(a.dtype).eps)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +149,7 @@ def test_scale_and_bias_may_come_at_the_call(images, name, rng):
         np.testing.assert_allclose(y[i], want, atol=1e-5)
 
 
-def test_batch_norm_takes_them_too(images, rng):
+def test_batch_norm_accepts_a_scale_at_the_call(images, rng):
     scale = rng.normal(1, 1, (3, 6)).astype(np.float32)
     module = normjax.linen.BatchNorm()
     y, variables = module.init_with_output(KEY, images, train=True, scale=scale)
@@ -181,7 +183,7 @@ def test_errors_are_those_of_flax_and_say_more(images, options, words):
     for cls in pair("GroupNorm"):
         with pytest.raises(ValueError) as error:  # noqa: PT011
             cls(**options).init(KEY, images)
-        # Flax breaks its sentences into lines of source, not of text.
+        # Flax's messages contain the line breaks of its source.
         assert all(word in str(error.value).replace("`", "") for word in words)
     assert "normjax" in str(error.value)
 
@@ -193,8 +195,8 @@ def test_group_norm_has_any_feature_axis(images):
     np.testing.assert_allclose(np.moveaxis(y, 1, -1), want, atol=1e-5)
 
 
-def test_group_norm_of_unknown_leading_axes_is_right(images):
-    """Two batch axes, told by reduction_axes: each example as if it came alone."""
+def test_group_norm_takes_several_batch_axes(images):
+    """Two batch axes, given by reduction_axes: each example is normalized on its own."""
     stacked = np.stack([images, 3 * images + 1])
     module = normjax.linen.GroupNorm(num_groups=2, reduction_axes=(-3, -2, -1))
     y, variables = module.init_with_output(KEY, stacked)

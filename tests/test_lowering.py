@@ -1,4 +1,4 @@
-"""What is lowered for which platform: one traced program, and the way that each platform has."""
+"""Lowering: one traced program, and the form of each platform."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_the_variable_says_for_which_platform(lower_as, platform):
         assert lowered(1.0) == 1 + number
 
 
-def test_without_the_variable_each_platform_has_its_own(monkeypatch):
+def test_without_the_variable_each_platform_has_its_own_form(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     jax.clear_caches()
     for platform in ("cpu", "cuda", "rocm", "tpu"):
@@ -67,7 +67,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_three_ways_are_three_programs_with_one_result(lower_as, norm):
+def test_the_three_forms_are_three_programs_with_one_result(lower_as, norm):
     results, texts = [], set()
     for platform in PLATFORMS:
         lower_as(platform)
@@ -84,8 +84,8 @@ def test_one_export_serves_all_platforms():
     np.testing.assert_allclose(exported.call(X), NORMS["batch"](X), rtol=1e-6, atol=1e-6)
 
 
-def test_a_conditional_stays_one_where_devices_share(lower_as):
-    """The exact second pass is in a branch: no select, which would run it each time."""
+def test_the_second_pass_is_a_conditional(lower_as):
+    """Not a select, which would always run the second pass."""
     lower_as("tpu")
     text = jax.jit(NORMS["batch"]).lower(X).as_text()
     assert "stablehlo.case" in text or "stablehlo.if" in text

@@ -1,4 +1,4 @@
-"""What an error says: who was called, what it got, and what to do, in the caller's own words."""
+"""Error messages: the called function, what it got, and what to do, with the caller's names."""
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,11 @@ REFUSED = {
         lambda: normjax.weight_norm(W, feature_axis=5),
         "normjax.weight_norm: feature_axis=5 is out of range for w with shape (4, 3)",
     ),
-    "groups in half": (
+    "groups as a float": (
         lambda: normjax.group_norm(X, num_groups=1.0),
         "normjax.group_norm: num_groups=1.0, expected a whole number that divides the 3 features",
     ),
-    "an axis by its position": (
+    "axis_name as an integer": (
         lambda: normjax.layer_norm(X, axis_name=0),
         "normjax.layer_norm: axis_name=0, expected the name or a list of names of mapped axes",
     ),
@@ -69,24 +69,24 @@ REFUSED = {
         lambda: normjax.linen.BatchNorm().init(KEY, [X, X], train=True),
         "normjax.linen.BatchNorm: x is a list of length 2, expected an array",
     ),
-    "a schedule of one number for each of other features": (
+    "a schedule that returns a wrong shape": (
         lambda: renorm(r_max=lambda count: jnp.ones(5)),
         "normjax.batch_renorm: the schedule r_max returned an array of shape (5,), expected a "
         "number of at least 1, or one for each feature of shape (3,).",
     ),
-    "a schedule below 1": (
+    "a schedule that returns less than 1": (
         lambda: renorm(r_max=lambda count: jnp.minimum(1.0, 0.5 + count)),
         "normjax.batch_renorm: the schedule r_max returned [0.5, 0.5, 0.5], expected a number of",
     ),
-    "a schedule of nothing": (
+    "a schedule that returns None": (
         lambda: renorm(d_max=lambda count: None),
         "normjax.batch_renorm: the schedule d_max returned NoneType, expected a number of",
     ),
-    "what a module calls its axes": (
+    "axes of a module": (
         lambda: normjax.linen.LayerNorm(reduction_axes=5, feature_axes=1).init(KEY, X),
         "normjax.linen.LayerNorm: reduction_axes=5 is out of range",
     ),
-    "what a module calls its statistics": (
+    "statistics of a module": (
         lambda: normjax.linen.BatchNorm(axis=1).apply(
             {"params": {"scale": np.ones(4), "bias": np.ones(4)}, "batch_stats": STATS._asdict()},
             X,
@@ -111,7 +111,7 @@ REFUSED = {
         lambda: normjax.linen.WeightNorm(normjax.linen.LayerNorm(epsilon=-1.0)).init(KEY, X),
         "normjax.linen.LayerNorm: epsilon=-1.0",
     ),
-    "a name in place of names": (
+    "a string in place of names": (
         lambda: normjax.linen.WeightNorm(Inner(), variable_filter="kernel").init(KEY, X),
         "normjax.linen.WeightNorm: variable_filter='kernel', expected a collection of names, or "
         "None for all variables. Pass {'kernel'}.",
@@ -126,7 +126,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_the_message_begins(name):
+def test_errors_start_with_the_message(name):
     call, message = REFUSED[name]
     with pytest.raises((TypeError, ValueError)) as error:
         call()
@@ -145,7 +145,7 @@ def test_the_message_begins(name):
         )[0],
     }.items(),
 )
-def test_groups_under_vmap_are_refused_in_the_name_of_what_was_called(called, call):
+def test_groups_under_vmap_are_refused_in_the_name_of_the_called_function(called, call):
     with pytest.raises(NotImplementedError, match=f"^{called}: axis_index_groups="):
         jax.vmap(call, axis_name="i")(X)
 
@@ -165,7 +165,7 @@ def test_missing_batch_stats_are_named_with_what_to_pass(kind, name):
         rf"^normjax.linen.{kind} at '/': train=False needs 'batch_stats/{name}', which the "
         r"variables do not have.* model.apply\({'params': ..., 'batch_stats': ...}\)"
     )
-    # Of the classes that Flax raises there.
+    # Both classes that Flax raises there.
     for error in (ScopeCollectionNotFound, ScopeVariableNotFoundError):
         with pytest.raises(error, match=message):
             module.apply(variables, X, train=False)
@@ -175,14 +175,14 @@ def test_missing_batch_stats_are_named_with_what_to_pass(kind, name):
         module.apply(variables, X, train=True)
 
 
-def test_a_missing_power_iteration_is_no_missing_key():
+def test_a_missing_spectral_state_is_named():
     layer = normjax.linen.SpectralNorm(Inner())
     params = {"layer_instance": {"kernel": W}}
     with pytest.raises(ScopeCollectionNotFound, match="needs 'batch_stats/layer_instance/kernel/u"):
         layer.apply({"params": params}, X, train=False)
 
 
-def test_an_error_of_the_users_own_function_stays_what_it_was():
+def test_an_error_of_a_users_function_is_not_changed():
     def schedule(count):
         raise ValueError("mine")
 
@@ -197,8 +197,8 @@ def test_batch_renorm_edge_traced_bound_below_its_least():
     np.testing.assert_allclose(y, expected, rtol=0, atol=32 * np.finfo(np.float32).eps)
 
 
-def test_numbers_of_numpy_are_numbers_of_python():
-    """Also under strict promotion, where JAX refuses them beside arrays."""
+def test_numbers_may_be_those_of_numpy():
+    """Also under strict promotion, where JAX refuses to combine them with arrays."""
     moments = normjax.measure(X, (0, 1))
     np.testing.assert_array_equal(moments.variance(np.int64(1)), moments.variance(1))
     got = normjax.move(STATS, moments, ddof=np.int64(1))
@@ -214,7 +214,7 @@ def refuse(kind, message):
 
 
 @pytest.mark.parametrize("kind", [ValueError, ImportError, FileNotFoundError, MissingStatsError])
-def test_a_door_names_what_was_called_and_leaves_the_error_what_it_is(kind):
+def test_named_adds_the_called_function_and_keeps_the_class_of_the_error(kind):
     def inner():
         error = kind("path", "reader", "missing") if kind is MissingStatsError else None
         raise error or kind("normjax: axis=3 and axis.mean, a/axis=3")
@@ -231,7 +231,7 @@ def test_a_door_names_what_was_called_and_leaves_the_error_what_it_is(kind):
 
 
 @pytest.mark.parametrize(
-    ("message", "told"),
+    ("message", "expected"),
     [
         ("normjax: x", "normjax.tool: x"),
         ("normjax at '/': x", "normjax.tool at '/': x"),
@@ -239,10 +239,10 @@ def test_a_door_names_what_was_called_and_leaves_the_error_what_it_is(kind):
         ("x of normjax: y", "x of normjax: y"),
     ],
 )
-def test_a_tool_that_runs_a_model_leaves_the_names_of_its_errors(message, told):
+def test_a_tool_that_runs_a_model_keeps_the_names_in_its_errors(message, expected):
     with pytest.raises(TypeError) as error:
         _errors.named("normjax.tool", runs_model=True)(refuse)(TypeError, message)
-    assert str(error.value) == told
+    assert str(error.value) == expected
 
 
 def test_a_tool_names_its_own_errors_within_another_tool():

@@ -54,7 +54,7 @@ def test_half_precision_is_measured_without_a_correction(rng, dtype, entries):
         assert np.all((np.abs(got.m2 / m2.ravel() - 1) <= 16 * unit)[keep])
 
 
-def test_measure_keeps_statistics_wide():
+def test_measure_accumulates_in_float32():
     for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
         got = measure(jnp.ones((3, 2), dtype), 0)
         assert got.count.dtype == got.mean.dtype == got.m2.dtype == jnp.float32
@@ -86,7 +86,7 @@ def test_measure_guarantee_masked_out_means_out(rng):
     for derivative in (jax.jit(jax.grad(loss)), jax.jit(jax.jacfwd(loss))):
         np.testing.assert_array_equal(derivative(poisoned), derivative(x))
         assert np.all(np.asarray(derivative(x))[~mask[:, 0]] == 0)
-    # No arithmetic touches what is masked: eager NaN checks stay quiet.
+    # Masked entries enter no arithmetic, so eager NaN checks do not raise.
     placed = jnp.asarray(poisoned)
     with jax.debug_nans(True):
         measure(placed, 0, mask)
@@ -209,7 +209,7 @@ def test_any_cut_of_the_data_merges_to_the_same(cuts, seed, share):
 @pytest.mark.parametrize("value", [1e3, 123450.0, 1e8, 3.3e20])
 @pytest.mark.parametrize("pieces", [3, 7])
 def test_pieces_of_a_constant_merge_into_that_constant(value, pieces):
-    """A mean that merging rounds would leave a variance, and y = 1 where nothing varies."""
+    """Rounding the mean would give a variance above 0, and y = 1 for a constant."""
     piece = measure(jnp.full((49, 2), value, jnp.float32), 0)
     merged = merge(*[piece] * pieces)
     stacked = jax.tree.map(lambda v: jnp.broadcast_to(v, (pieces, *np.shape(v))), piece)
@@ -239,7 +239,7 @@ def test_synchronize_guarantee_shared_exactly(rng):
 def test_second_derivatives_of_the_pooled_m2(rng, x64, how, deviation):
     """m2 = sum w (x - mean)^2 has the Hessian 2 (diag(w) - w w^T / n), also cut in pieces.
 
-    At a constant as well, where m2 is 0 and a maximum(m2, 0) would have half of it.
+    Also at a constant, where m2 is 0 and maximum(m2, 0) would halve its derivatives.
     """
     x, w = rng.normal(3, deviation, 24), rng.random(24) < 0.6
     pieces, mask = (4, 6), jnp.asarray(w.reshape(4, 6))
@@ -258,12 +258,12 @@ def test_second_derivatives_of_the_pooled_m2(rng, x64, how, deviation):
 
 
 def test_every_public_name_has_one_address():
-    assert normjax.move is normjax.update_stats, "the name before, kept until 1.0"
+    assert normjax.move is normjax.update_stats, "the old name, kept until 1.0"
     for name in set(normjax.__all__) - {"move"}:
         assert getattr(getattr(normjax, name), "__name__", name) == name
 
 
-def test_what_is_no_moments_is_refused_with_a_remedy():
+def test_other_types_than_moments_are_refused_with_a_remedy():
     for call in (
         lambda: merge((1, 2, 3)),
         lambda: merge(measure(jnp.ones(3), 0), jnp.ones(3)),
@@ -276,7 +276,7 @@ def test_what_is_no_moments_is_refused_with_a_remedy():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(256, 8, 3), (1000, 4, 2), (64, 4, 8), (64, 2, 2, 8), (2048, 2)])
 def test_many_examples_of_few_positions(rng, shape, masked):
-    """A sample for the pivot takes some of the positions, and there may be few."""
+    """The sample for the pivot takes some of the positions, and there may be few."""
     x = rng.normal(30, 1, shape).astype(np.float32)
     mask = rng.random((*shape[:-1], 1)) < 0.7 if masked else None
     axes = tuple(range(len(shape) - 1))

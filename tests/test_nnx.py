@@ -1,4 +1,4 @@
-"""Modules of NNX: how their mode is set, what a frozen layer does, and what their errors say."""
+"""Modules of NNX: setting the mode, frozen layers, and error messages."""
 
 from functools import partial
 
@@ -76,8 +76,8 @@ def layer_of(net):
 
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("made", MODES, ids=lambda made: made.__name__)
-def test_the_mode_is(x, made, average):
-    """Training normalizes by the batch and moves the statistics, evaluation does neither."""
+def test_mode_selects_the_statistics(x, made, average):
+    """Training normalizes by the batch and updates the statistics, evaluation does neither."""
     net = made(average)
     layer = layer_of(net)
     layer.mean[...] = jnp.array([1.0, 2, 3])
@@ -133,7 +133,7 @@ def frozen_step(net, x, dy):
 
 @pytest.mark.parametrize("before", ["model.train()", "model.eval()", "nothing"])
 def test_a_frozen_layer_stays_frozen(rng, x, before):
-    """After model.train() too: running statistics are used and kept, parameters do not learn."""
+    """It uses running statistics and does not update them, and its parameters have no gradient."""
     net = Net(frozen=True)
     net.norm.mean[...] = jnp.array([1.0, 2, 3])
     net.norm.scale[...] = jnp.array([1.0, 2, 0.5])
@@ -169,7 +169,7 @@ def test_a_layer_may_be_frozen_and_unfrozen_later(x):
     close(net.norm.mean[...], 0.1 * x.mean(0))
 
 
-def test_a_frozen_layer_may_be_asked_to_evaluate(x):
+def test_a_frozen_layer_accepts_evaluation_mode(x):
     net = Net(frozen=True)
     for mode in ({"train": False}, {"use_running_average": True}):
         close(net(x, **mode), x / np.sqrt(1 + 1e-5))
@@ -210,7 +210,7 @@ def uncounted():
 
 
 ERRORS = {
-    "a count that was not kept from the start": (
+    "momentum=None without the variable count": (
         lambda: uncounted()(ONE),
         ValueError,
         "normjax.nnx.BatchNorm: momentum=None, debias=True and schedules need the variable count, "
@@ -228,7 +228,7 @@ ERRORS = {
         "normjax.nnx.BatchNorm: got affine=False, an argument of PyTorch; scale and bias have a "
         "switch each. Pass use_scale= and use_bias=.",
     ),
-    "a view that would keep moments for itself": (
+    "accumulate=True in a view without moments": (
         lambda: nnx.view(BatchNorm(3, rngs=rngs()), accumulate=True),
         ValueError,
         "normjax.nnx.BatchNorm: accumulate=True in a view of a layer without the variable moments, "
@@ -250,19 +250,19 @@ ERRORS = {
         "of them. A mode passed by position is use_running_average, as in Flax, the opposite of "
         "train: name it, train=... or use_running_average=...",
     ),
-    "frozen, asked to train": (
+    "frozen, train=True": (
         lambda: BatchNorm(3, frozen=True, rngs=rngs())(ONE, train=True),
         ValueError,
         "normjax.nnx.BatchNorm: train=True asks a frozen layer to train. Leave the mode out at the "
         "call, or unfreeze the layer: model.set_attributes(frozen=False).",
     ),
-    "frozen, asked to train by the name of Flax": (
+    "frozen, use_running_average=False": (
         lambda: BatchNorm(3, frozen=True, rngs=rngs())(ONE, False),
         ValueError,
         "normjax.nnx.BatchNorm: use_running_average=False asks a frozen layer to train. Leave the "
         "mode out at the call, or unfreeze the layer: model.set_attributes(frozen=False).",
     ),
-    "a mask with two readings": (
+    "an ambiguous mask": (
         lambda: BatchNorm(4, rngs=rngs())(jnp.ones((4, 4)), mask=np.ones(4, bool)),
         ValueError,
         "normjax.nnx.BatchNorm: mask has shape (4,), which has two readings for x with shape "
@@ -376,13 +376,13 @@ ERRORS = {
         "Parameters of the layer_instance "
         "should not change! Wrap the layer when it is complete.",
     ),
-    "a wrapper of no layer": (
+    "a wrapper around an integer": (
         lambda: normjax.nnx.WeightNorm(3, rngs=rngs()),
         TypeError,
         "normjax.nnx.WeightNorm: layer_instance is int, expected an instance of a flax.nnx module. "
         "Pass the layer whose weights are normalized, for example nnx.Linear(4, 3, rngs=rngs).",
     ),
-    "moments that nobody kept": (
+    "no accumulated moments": (
         lambda: normjax.nnx.move_batch_stats(BatchNorm(3, rngs=rngs())),
         ValueError,
         "normjax.nnx.move_batch_stats: no batch norm has kept moments, expected at least one that "
@@ -395,7 +395,7 @@ ERRORS = {
         "normjax.nnx.move_batch_stats: Linear has no batch norm of normjax.nnx, expected a module "
         "of flax.nnx that has at least one. Pass the whole model.",
     ),
-    "empty moments of no module": (
+    "empty moments of a dict": (
         lambda: normjax.nnx.empty_batch_moments({"mean": ONE}),
         ValueError,
         "normjax.nnx.empty_batch_moments: dict has no batch norm of normjax.nnx, expected a module "
@@ -405,7 +405,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_the_error_says(name):
+def test_error_messages(name):
     call, kind, sentence = ERRORS[name]
     with pytest.raises(kind) as error:
         call()

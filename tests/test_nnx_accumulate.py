@@ -1,4 +1,4 @@
-"""Gradient accumulation in NNX: k micro-batches give what the whole batch gives."""
+"""Gradient accumulation in NNX: k micro-batches equal the whole batch."""
 
 from functools import partial
 
@@ -35,7 +35,10 @@ def called(model, piece, options):
 
 
 def accumulate(model, x, cuts, **options):
-    """All micro-batches but the last keep; the last moves. Options are cut like x."""
+    """Accumulates in all micro-batches but the last, which updates the running statistics.
+
+    Options are split like x.
+    """
     pieces = list(zip(*(np.split(v, cuts) for v in (x, *options.values())), strict=True))
     model.set_attributes(accumulate=True)
     for i, piece in enumerate(pieces):
@@ -54,7 +57,7 @@ def test_micro_batches_give_the_running_statistics_of_the_whole(rng, x, k, maske
     close_to_oracle(stats_of(layer), reference.batch_norm(x, axes=(0,), mask=mask), ddof=1)
 
 
-def test_a_micro_batch_is_normalized_by_itself_and_leaves_the_statistics(x):
+def test_a_micro_batch_uses_its_own_moments_and_keeps_running_statistics(x):
     layer = BatchNorm(3, accumulate=True, rngs=nnx.Rngs(0))
     y = called(layer, x[:7], {})
     np.testing.assert_allclose(
@@ -64,7 +67,7 @@ def test_a_micro_batch_is_normalized_by_itself_and_leaves_the_statistics(x):
     np.testing.assert_array_equal(layer.var[...], np.ones(3))
 
 
-def test_a_second_batch_starts_anew(x):
+def test_a_second_batch_starts_with_empty_moments(x):
     layer = BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))
     accumulate(layer, x + 50, CUTS[2])
     assert not any(np.any(leaf) for leaf in layer.moments.get_value())
@@ -73,14 +76,14 @@ def test_a_second_batch_starts_anew(x):
 
 
 @pytest.mark.parametrize("options", [dict(momentum=None), dict(momentum=0.9, debias=True)])
-def test_counted_averages_count_one_step(x, options):
+def test_micro_batches_count_as_one_step(x, options):
     layer = BatchNorm(3, **options, rngs=nnx.Rngs(0))
     accumulate(layer, x, CUTS[5])
     np.testing.assert_array_equal(layer.count[...], np.ones(3))
     close_to_oracle(stats_of(layer), reference.batch_norm(x, axes=(0,)), momentum=0)
 
 
-def test_neither_evaluation_nor_a_whole_batch_leaves_moments(x):
+def test_evaluation_and_whole_batches_store_no_moments(x):
     layer = BatchNorm(3, rngs=nnx.Rngs(0))
     called(layer, x, {})
     layer.set_attributes(accumulate=True, use_running_average=True)
@@ -95,7 +98,7 @@ def test_a_frozen_layer_keeps_no_moments(x):
 
 
 class LinenNet(nn.Module):
-    """Two norms, one with a window, and a layer that is no norm."""
+    """Two batch norms and a dense layer."""
 
     @nn.compact
     def __call__(self, x):
@@ -105,7 +108,7 @@ class LinenNet(nn.Module):
 
 
 class Net(nnx.Module):
-    """The same in NNX."""
+    """The same model in NNX."""
 
     def __init__(self):
         rngs = nnx.Rngs(0)
@@ -124,7 +127,7 @@ def micro_batches(net, piece):
 
 
 def scanned(x):
-    """A model that has kept five micro-batches in a scan."""
+    """A model that accumulated the moments of five micro-batches in a scan."""
     net = Net()
     net.set_attributes(accumulate=True)
     empty_batch_moments(net)
@@ -133,20 +136,20 @@ def scanned(x):
 
 
 def test_move_batch_stats_guarantee_once(x):
-    """By each layer's own momentum and ddof, after a scan over the micro-batches."""
+    """Each layer uses its own momentum and ddof, after a scan over the micro-batches."""
     net = scanned(x)
     np.testing.assert_array_equal(net.a.mean[...], np.zeros(3))
     move_batch_stats(net)
     close_to_oracle(stats_of(net.a), reference.batch_norm(x, axes=(0,)), ddof=1)
     want = reference.batch_norm(2 * x, axes=(0,))
-    # Around a mean of 60.
+    # The mean is 60, and the values are rounded relative to it.
     close = partial(np.testing.assert_allclose, rtol=8 * 60 * EPS["float32"])
     close(net.b.mean[...], 0.2 * want.mean)
     close(net.b.var[...], 0.8 + 0.2 * want.var)
     assert not any(np.any(leaf) for leaf in net.a.moments.get_value())
 
 
-def test_a_scan_in_linen_keeps_the_same_to_the_last_bit(x):
+def test_a_scan_in_linen_accumulates_the_same_bits(x):
     net = scanned(x)
     linen = LinenNet()
     variables = linen.init(jax.random.key(0), x[:4])
@@ -172,7 +175,7 @@ def test_a_scan_in_linen_keeps_the_same_to_the_last_bit(x):
 
 
 def test_empty_batch_moments_guarantee_neutral(x):
-    """A layer that starts from them keeps what one that makes its own keeps."""
+    """Starting from empty moments equals letting the layer create them."""
     kept = []
     for start in (empty_batch_moments, lambda net: None):
         net = Net()
@@ -184,7 +187,7 @@ def test_empty_batch_moments_guarantee_neutral(x):
     jax.tree.map(np.testing.assert_array_equal, *kept)
 
 
-def test_layers_without_kept_moments_stay_as_they_are(x):
+def test_layers_without_moments_are_unchanged(x):
     net = Net()
     net.a.set_attributes(accumulate=True)
     net(x)
@@ -194,8 +197,8 @@ def test_layers_without_kept_moments_stay_as_they_are(x):
     jax.tree.map(np.testing.assert_array_equal, stats_of(net.b), before)
 
 
-def test_micro_batches_of_one_row_need_other_devices(x):
-    """Each device has a row: the micro-batch has four, the whole batch twenty."""
+def test_micro_batches_of_one_row_per_device(x):
+    """Four devices: a micro-batch has four rows, the whole batch twenty."""
     layer = BatchNorm(3, momentum=0.9, axis_name="d", accumulate=True, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
 
@@ -212,7 +215,7 @@ def test_micro_batches_of_one_row_need_other_devices(x):
         close_to_oracle(stats, reference.batch_norm(x, axes=(0,)))
 
 
-def test_no_gradient_reaches_kept_moments(x):
+def test_accumulated_moments_have_no_gradient(x):
     graph, state = nnx.split(BatchNorm(3, accumulate=True, rngs=nnx.Rngs(0)))
 
     def kept(x):

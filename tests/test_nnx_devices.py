@@ -10,15 +10,15 @@ from flax import nnx
 from normjax.nnx import BatchNorm
 from tests import reference
 from tests.reference import EPS
-from tests.test_devices import AXES, MOMENTUM, SHAPE, cases, every_way
-from tests.ways import SIZES, WAYS
+from tests.test_devices import AXES, MOMENTUM, SHAPE, cases, every_transformation
+from tests.transformations import SIZES, TRANSFORMATIONS
 
 close = partial(np.testing.assert_allclose, rtol=2e-5, atol=64 * 10 * EPS["float32"])
 
 
 @pytest.fixture(scope="module")
 def parts():
-    """A layer as (graph, params, rest); the axis name is set where it is known."""
+    """A layer as (graph, params, rest); `loss_of` sets the axis name."""
     return nnx.split(BatchNorm(SHAPE[-1], momentum=MOMENTUM, rngs=nnx.Rngs(0)), nnx.Param, ...)
 
 
@@ -35,15 +35,15 @@ def loss_of(graph, rest):
 
 
 @pytest.mark.parametrize("devices", [SIZES[0], pytest.param(SIZES[1], marks=pytest.mark.slow)])
-@every_way
-def test_promise_3_sharing_equals_one_call_on_the_whole_batch(rng, parts, way, devices):
+@every_transformation
+def test_promise_3_sharing_equals_one_call_on_the_whole_batch(rng, parts, transformation, devices):
     graph, params, rest = parts
     scale, bias = rng.random((2, SHAPE[-1])).astype(np.float32) + 0.5
     params = nnx.clone(params)
     params["scale"].set_value(jnp.asarray(scale))
     params["bias"].set_value(jnp.asarray(bias))
     dy = rng.normal(size=SHAPE).astype(np.float32)
-    run = WAYS[way](loss_of(graph, rest), devices)
+    run = TRANSFORMATIONS[transformation](loss_of(graph, rest), devices)
     for name, (x, mask) in cases(rng).items():
         y, stats, (dx, dparams) = run(x, params, mask, dy)
         want = reference.batch_norm(x, scale, bias, dy, axes=AXES, mask=mask)

@@ -1,4 +1,4 @@
-"""The example of NNX runs in its short mode, and its step is that of linen to rounding."""
+"""The NNX example runs in its short mode, and its step equals that of linen up to rounding."""
 
 import importlib
 import logging
@@ -29,7 +29,7 @@ def mesh():
 
 
 def batch(dtype):
-    """Random images, four for each device; of the last device one is real."""
+    """Random images, four for each device; three of the last device are padding."""
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(16, 8, 8, 1)).astype(dtype)
     return images, rng.integers(0, 10, 16), np.arange(16) < 13
@@ -48,7 +48,7 @@ def on_rows(mesh, given):
 
 @pytest.mark.slow
 def test_the_example_runs():
-    """It asserts what it claims; here it only has to come to its end."""
+    """The example asserts its claims itself, so it only has to finish."""
     ran = subprocess.run(
         [sys.executable, "-W", "error", "examples/nnx_digits.py", "--smoke"],
         cwd=ROOT,
@@ -65,11 +65,11 @@ def test_the_example_runs():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient", "x64")
-def test_a_step_is_that_of_linen(example, mesh):
-    """pmap with a named axis there, sharded jit without one here, from the same initial values.
+def test_a_step_equals_that_of_linen(example, mesh):
+    """linen uses pmap with a named axis, NNX a sharded jit, both with the same initial values.
 
-    A step of SGD of rate 1 moves parameters by the gradient itself. What is compared are sums over
-    at most n rows and pixels, in two orders: they differ by n eps of their terms.
+    A step of SGD with rate 1 changes parameters by the gradient. The results are sums over at most
+    n rows and pixels, in two orders: they differ by n eps of their terms.
     """
     digits, nnx_digits = example("digits"), example("nnx_digits")
     sgd = optax.sgd(1.0)
@@ -102,13 +102,13 @@ def test_a_step_is_that_of_linen(example, mesh):
 
     jax.tree_util.tree_map_with_path(compare, want, got)
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), before, got[:2])
-    assert min(jax.tree.leaves(moved)) > 1e-3, "what stays where it is compares nothing"
+    assert min(jax.tree.leaves(moved)) > 1e-3, "each parameter and statistic must change"
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("lenient")
 def test_the_step_is_compiled_once(example, mesh, caplog):
-    """For the network that goes on from a checkpoint, too; and all lies on all devices."""
+    """A second network, such as a restored one, is not compiled again; all state is replicated."""
     nnx_digits = example("nnx_digits")
     transformation = optax.adam(1e-3)
     given = on_rows(mesh, batch(np.float32))

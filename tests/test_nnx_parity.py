@@ -21,34 +21,35 @@ from tests import reference
 from tests.reference import EPS
 
 pytestmark = pytest.mark.usefixtures("lenient")
-HOUSES = (nnx, normjax.nnx)
+PACKAGES = (nnx, normjax.nnx)
 MASKED = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 WRAPPERS = ("WeightNorm", "SpectralNorm")
 every_drop_in = pytest.mark.parametrize("name", [*MASKED, *WRAPPERS])
 
 
-def built(house, name, seed=0, **options):
-    """The norm of a house for six features, or around a layer of six."""
+def built(package, name, seed=0, **options):
+    """The norm of a package for six features, or around a layer with six inputs."""
     rngs = nnx.Rngs(seed)
     layer = options.pop("layer", {})
     first = nnx.Linear(6, 4, rngs=rngs, **layer) if name in WRAPPERS else 6
     groups = {"num_groups": 3} if name == "GroupNorm" else {}
-    return getattr(house, name)(first, **groups, **options, rngs=rngs)
+    return getattr(package, name)(first, **groups, **options, rngs=rngs)
 
 
 def values(module):
-    """(type, value) of each variable by its path; arrays that are no variable by their own type."""
+    """(type, value) by path, of variables and of arrays that are not variables."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {path: (type(leaf), leaf[...]) for path, leaf in flat}
 
 
 @every_drop_in
 @pytest.mark.parametrize("method", ["__init__", "__call__"])
-def test_every_parameter_of_flax_is_there_with_its_kind_and_default(name, method):
+def test_signatures_contain_those_of_flax(name, method):
     flax, ours = (
-        inspect.signature(getattr(getattr(house, name), method)).parameters for house in HOUSES
+        inspect.signature(getattr(getattr(package, name), method)).parameters
+        for package in PACKAGES
     )
-    # The order of those that are given by name alone says nothing.
+    # The order of keyword-only parameters does not matter.
     by_position = [n for n, p in flax.items() if p.kind is not p.KEYWORD_ONLY]
     assert list(ours)[: len(by_position)] == by_position
     assert set(flax) <= set(ours)
@@ -66,13 +67,13 @@ def test_every_parameter_of_flax_is_there_with_its_kind_and_default(name, method
 
 @every_drop_in
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_states_are_those_of_flax_from_the_same_seed(name, dtype):
+def test_initial_states_equal_those_of_flax(name, dtype):
     normal = nnx.initializers.normal()
     random = {} if name in WRAPPERS else {"scale_init": normal, "bias_init": normal}
     if name == "RMSNorm":
         del random["bias_init"]
     flax, ours = (
-        values(built(house, name, seed=3, param_dtype=dtype, **random)) for house in HOUSES
+        values(built(package, name, seed=3, param_dtype=dtype, **random)) for package in PACKAGES
     )
     assert list(ours) == list(flax)
     for path, (kind, value) in flax.items():
@@ -88,29 +89,29 @@ def test_states_are_those_of_flax_from_the_same_seed(name, dtype):
 
 
 @pytest.mark.parametrize("name", MASKED)
-def test_metadata_of_parameters_are_those_of_flax(name):
-    flax, ours = (built(house, name, scale_metadata={"tag": "a"}) for house in HOUSES)
+def test_metadata_of_parameters_equal_those_of_flax(name):
+    flax, ours = (built(package, name, scale_metadata={"tag": "a"}) for package in PACKAGES)
     assert ours.scale.get_metadata() == flax.scale.get_metadata()
     assert ours.scale.tag == "a"
 
 
 @every_drop_in
-def test_no_parameters_are_none_as_in_flax(name):
-    for house in HOUSES:
-        module = built(house, name, **({} if name == "SpectralNorm" else {"use_scale": False}))
+def test_disabled_parameters_are_none_as_in_flax(name):
+    for package in PACKAGES:
+        module = built(package, name, **({} if name == "SpectralNorm" else {"use_scale": False}))
         missing = {"WeightNorm": "scales", "SpectralNorm": "error_on_non_matrix"}
         assert not getattr(module, missing.get(name, "scale"))
 
 
-def shaken(module, rng):
-    """Other values for everything, positive as variances have to be."""
+def randomized(module, rng):
+    """Random values for all variables, positive because variances have to be."""
     state = nnx.state(module)
     return jax.tree.map(lambda v: jnp.asarray(rng.random(v.shape) + 0.5, v.dtype), state)
 
 
 @every_drop_in
-def test_states_load_both_ways_and_outputs_agree(rng, name):
-    """Neighbors differ and values are small, so that Flax's fast variance loses little."""
+def test_states_load_in_both_directions_and_outputs_agree(rng, name):
+    """Neighbors differ and values are small, so that Flax's fast variance is accurate."""
     i, j, k = np.indices((4, 4, 6))
     x = ((i + 2 * j + 3 * k) % 5 - 2 + rng.random(i.shape) / 4).astype(np.float32)
     mask = (i + j + k) % 4 != 0
@@ -118,9 +119,9 @@ def test_states_load_both_ways_and_outputs_agree(rng, name):
     modes = [{}, {"use_running_average": True}] if name == "BatchNorm" else [{}]
     if name == "SpectralNorm":
         modes = [{"update_stats": True}, {"update_stats": False}]
-    for source, target in (HOUSES, HOUSES[::-1]):
+    for source, target in (PACKAGES, PACKAGES[::-1]):
         modules = built(source, name), built(target, name, seed=5)
-        nnx.update(modules[0], shaken(modules[0], rng))
+        nnx.update(modules[0], randomized(modules[0], rng))
         nnx.update(modules[1], nnx.state(modules[0]))
         assert list(values(modules[0])) == list(values(modules[1]))
         parts = [nnx.split(module) for module in modules]
@@ -143,12 +144,12 @@ def test_states_load_both_ways_and_outputs_agree(rng, name):
 
 DTYPES = ("float32", "bfloat16", "float16")
 HALF = DTYPES[1:]
-# x, dtype and param_dtype.
-ASKED = list(product(DTYPES, (None, *DTYPES), DTYPES))
+# The dtypes of x, dtype and param_dtype.
+COMBINATIONS = list(product(DTYPES, (None, *DTYPES), DTYPES))
 DIFFER = {
-    # The lengths of Flax are float32 whatever param_dtype is, and so are results.
+    # The scales of Flax are always float32, and so are the results.
     "WeightNorm": {(half, None, half) for half in HALF},
-    # Flax writes weights back in the dtype that they had, whatever dtype is.
+    # Flax stores the normalized weights in their own dtype, and ignores the argument dtype.
     "SpectralNorm": {(half, d, half) for half in HALF for d in DTYPES if d != half},
 }
 
@@ -156,29 +157,29 @@ DIFFER = {
 @every_drop_in
 @pytest.mark.filterwarnings("ignore:scatter inputs")
 def test_outputs_have_the_dtype_of_flax(name):
-    def outputs(house):
-        for x, dtype, param in ASKED:
+    def outputs(package):
+        for x, dtype, param in COMBINATIONS:
             # The layer inside of a wrapper has a dtype of its own, by default none.
             layer = {"layer": {"param_dtype": param}} if name in WRAPPERS else {}
-            module = built(house, name, dtype=dtype, param_dtype=param, **layer)
+            module = built(package, name, dtype=dtype, param_dtype=param, **layer)
             yield module(jnp.ones((4, 3, 6), x))
 
-    flax, ours = (jax.eval_shape(lambda h=house: list(outputs(h))) for house in HOUSES)
-    differ = {a for a, y, own in zip(ASKED, flax, ours, strict=True) if y.dtype != own.dtype}
+    flax, ours = (jax.eval_shape(lambda h=package: list(outputs(h))) for package in PACKAGES)
+    differ = {a for a, y, own in zip(COMBINATIONS, flax, ours, strict=True) if y.dtype != own.dtype}
     assert differ == DIFFER.get(name, set())
 
 
 def errors(outputs, want):
-    """The largest error of Flax and of ours, in the order of HOUSES."""
+    """The largest error of Flax and of ours, in the order of PACKAGES."""
     return [np.max(np.abs(np.asarray(y, np.float64) - want)) for y in outputs]
 
 
 def test_flax_rounds_running_statistics_to_the_dtype_of_the_result(rng):
-    """bfloat16 knows three digits of a mean of 100.3; x here is exact in it."""
+    """bfloat16 rounds a mean of 100.3 to three digits; x is exact in bfloat16."""
     x = jnp.asarray(rng.normal(100, 1, (8, 6)), jnp.bfloat16).astype(jnp.float32)
     outputs = []
-    for house in HOUSES:
-        norm = built(house, "BatchNorm", dtype=jnp.bfloat16, use_running_average=True)
+    for package in PACKAGES:
+        norm = built(package, "BatchNorm", dtype=jnp.bfloat16, use_running_average=True)
         norm.mean[...] = jnp.full(6, 100.3)
         outputs.append(norm(x))
     want = (np.asarray(x, np.float64) - np.float32(100.3)) / np.sqrt(1 + 1e-5)
@@ -194,7 +195,7 @@ def test_flax_groups_the_wrong_entries_with_more_leading_axes(rng):
     want = reference.standardized(cut, 1.0, 0.0, cut, axes=(2, 4), epsilon=1e-6).y
     options = {"reduction_axes": (-2, -1)}
     flax, ours = errors(
-        [built(house, "GroupNorm", **options)(x) for house in HOUSES], want.reshape(x.shape)
+        [built(package, "GroupNorm", **options)(x) for package in PACKAGES], want.reshape(x.shape)
     )
     assert flax > 0.1
     assert ours < 16 * EPS["float32"] * np.max(np.abs(want))
@@ -202,20 +203,20 @@ def test_flax_groups_the_wrong_entries_with_more_leading_axes(rng):
 
 def test_flax_overwrites_the_kernel_under_weight_norm(rng):
     x = rng.normal(size=(3, 6)).astype(np.float32)
-    for house in HOUSES:
-        module = built(house, "WeightNorm")
+    for package in PACKAGES:
+        module = built(package, "WeightNorm")
         before = np.asarray(module.layer_instance.kernel[...])
         module(x)
         kept = np.array_equal(module.layer_instance.kernel[...], before)
-        assert kept == (house is normjax.nnx)
+        assert kept == (package is normjax.nnx)
 
 
 def test_flax_has_no_gradient_for_the_lengths_of_weight_norm(rng):
     x = rng.normal(size=(3, 6)).astype(np.float32)
     dy = rng.normal(size=(3, 4)).astype(np.float32)
     found = []
-    for house in HOUSES:
-        module = built(house, "WeightNorm")
+    for package in PACKAGES:
+        module = built(package, "WeightNorm")
         kernel = np.asarray(module.layer_instance.kernel[...], np.float64)
         gradient = nnx.grad(lambda module: jnp.sum(dy * module(x)))(module)
         found.append(dict(nnx.to_flat_state(gradient)))
@@ -228,9 +229,9 @@ def test_flax_has_no_gradient_for_the_lengths_of_weight_norm(rng):
     np.testing.assert_allclose(ours[lengths][...], want, atol=64 * EPS["float32"])
 
 
-def on_devices(house, x, mask):
-    """Running statistics after a step in which each row of x is what one device has."""
-    graph, state = nnx.split(built(house, "BatchNorm", axis_name="d", momentum=0.0))
+def on_devices(package, x, mask):
+    """y and running statistics after a step in which each device has one entry of x."""
+    graph, state = nnx.split(built(package, "BatchNorm", axis_name="d", momentum=0.0))
 
     def step(x, mask):
         module = nnx.merge(graph, state, copy=True)
@@ -244,7 +245,7 @@ def test_flax_shares_a_mean_of_means_where_masks_differ(rng):
     mask = np.ones((2, 8, 1), bool)
     mask[1, 2:] = False
     want = reference.batch_norm(x, axes=(0, 1), mask=mask)
-    (_, _, flax), (y, mean, var) = (on_devices(house, x, mask) for house in HOUSES)
+    (_, _, flax), (y, mean, var) = (on_devices(package, x, mask) for package in PACKAGES)
     assert np.max(np.abs(flax[0] - want.var)) > 0.3
     close = partial(np.testing.assert_allclose, atol=64 * EPS["float32"])
     close(y, want.y)
@@ -256,7 +257,7 @@ def test_flax_shares_a_mean_of_means_where_masks_differ(rng):
 def test_flax_shares_nan_where_a_device_has_no_valid_row(rng):
     x = rng.normal(size=(2, 8, 6)).astype(np.float32)
     mask = np.arange(2)[:, None, None] < np.ones((8, 1))
-    (_, _, flax), (_, _, ours) = (on_devices(house, x, mask) for house in HOUSES)
+    (_, _, flax), (_, _, ours) = (on_devices(package, x, mask) for package in PACKAGES)
     assert np.isnan(flax).all()
     want = reference.batch_norm(x[0], axes=(0,))
     np.testing.assert_allclose(ours[0], want.var, atol=64 * EPS["float32"])
@@ -267,8 +268,8 @@ def test_flax_lets_nan_of_a_masked_entry_reach_every_gradient(rng):
     mask = np.arange(8)[:, None] < 5
     x[5:] = np.nan
     found = []
-    for house in HOUSES:
-        graph, state = nnx.split(built(house, "BatchNorm"))
+    for package in PACKAGES:
+        graph, state = nnx.split(built(package, "BatchNorm"))
 
         def loss(x, graph=graph, state=state):
             y = nnx.merge(graph, state, copy=True)(x, mask=mask)
@@ -284,7 +285,7 @@ def test_flax_lets_nan_of_a_masked_entry_reach_every_gradient(rng):
 def test_flax_statistics_of_a_feature_without_an_entry_are_nan(rng):
     x = rng.normal(size=(8, 6)).astype(np.float32)
     mask = np.arange(6) != 2
-    flax, ours = (built(house, "BatchNorm", momentum=0.9) for house in HOUSES)
+    flax, ours = (built(package, "BatchNorm", momentum=0.9) for package in PACKAGES)
     y = [module(x, mask=mask[None]) for module in (flax, ours)]
     assert np.isnan([flax.mean[2], flax.var[2], y[0][0, 2]]).all()
     # Running statistics stay at their start, 0 and 1, where nothing was measured.
@@ -299,7 +300,7 @@ def test_flax_statistics_of_an_example_without_an_entry_are_nan(rng):
     """Instance norm over no axis: a masked entry is the only one of its instance."""
     x = rng.normal(size=(4, 6)).astype(np.float32)
     mask = np.arange(6) % 2 == 0
-    flax, ours = (built(house, "InstanceNorm")(x, mask=mask[None]) for house in HOUSES)
+    flax, ours = (built(package, "InstanceNorm")(x, mask=mask[None]) for package in PACKAGES)
     assert np.isnan(np.asarray(flax)[:, ~mask]).all()
     assert np.isfinite(ours).all()
     np.testing.assert_array_equal(np.asarray(ours)[:, mask], 0)
@@ -323,12 +324,12 @@ def test_flax_group_norm_by_its_fast_variance_is_off():
     assert flax > 4 * max(ours)
 
 
-def own_suite(monkeypatch, *rooms):
-    """Runs Flax's suite with our modules in place; the names of the cases that fail."""
+def own_suite(monkeypatch, *replacements):
+    """Runs Flax's suite with our modules in place of its own; returns failures by case."""
     path = os.environ.get("NORMJAX_FLAX_NNX_TESTS")
     if not path:
-        pytest.skip("NORMJAX_FLAX_NNX_TESTS names no flax/tests/nnx/nn/normalization_test.py")
-    for flax, ours in rooms:
+        pytest.skip("NORMJAX_FLAX_NNX_TESTS is not set to flax/tests/nnx/nn/normalization_test.py")
+    for flax, ours in replacements:
         for name in ours.__all__:
             if hasattr(flax, name):
                 monkeypatch.setattr(flax, name, getattr(ours, name))
@@ -352,14 +353,14 @@ def own_suite(monkeypatch, *rooms):
 def test_flax_own_nnx_suite_passes_with_our_modules(monkeypatch):
     """`NORMJAX_FLAX_NNX_TESTS=.../flax/tests/nnx/nn/normalization_test.py`, of Flax's version.
 
-    It asks for equal bits of linen and NNX, which ours in place of both have.
+    The suite requires equal bits in linen and NNX, so our modules replace both.
     """
     failed = own_suite(monkeypatch, (nnx, normjax.nnx), (nn, normjax.linen))
     assert not failed, "\n".join(failed.values())
 
 
-# Cases in which ours in place of flax.nnx alone is not what flax.linen computes, with the proof.
-# Every other case has a mask of its own: the odd ones.
+# Cases in which our modules, in place of flax.nnx alone, differ from flax.linen, and the test that
+# shows why. The odd cases have a mask.
 DISAGREE = {
     **{
         f"batchnorm {i}": "test_flax_statistics_of_a_feature_without_an_entry_are_nan"

@@ -1,7 +1,7 @@
 """Promise 6 for normjax.nnx: every transformation of flax.nnx works, as with the norms of Flax.
 
-All norms are one model, since it is compiling that takes the time. What is compared with is Flax's
-own norm where it has one, and else the same model called by itself.
+One model contains all norms, since compilation takes most of the time. Results are compared with
+Flax's own norm if it has one, otherwise with the same model called without a transformation.
 """
 
 import copy
@@ -23,19 +23,19 @@ import normjax.linen
 import normjax.nnx as ours
 from normjax import surgery
 from tests import reference
-from tests.ways import entered, mesh
+from tests.transformations import entered, mesh
 
-# Tree mode, hijax, views and the metadata of this Flax; pmap of others does not go with this JAX.
+# Older versions of Flax lack tree mode, hijax and views, and their pmap fails with this JAX.
 NEWER = pytest.mark.skipif(not hasattr(nnx, "set_graph_mode"), reason="flax.nnx has no tree mode")
 EPS = reference.EPS["float32"]
 X = np.random.default_rng(0).normal(1, 2, (8, 3, 4)).astype(np.float32)
 DY = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
-# Whose step moves the statistics of a batch.
+# Norms with running statistics of a batch.
 BATCH = ("BatchNorm", "BatchNormAct", "BatchRenorm")
 
 
 def close(got, want, factor=64):
-    """Sums of up to 24 terms in another order, twice, on numbers of the size of the largest."""
+    """Equal up to rounding: two sums of up to 24 terms, relative to the largest value."""
     got, want = jax.tree.map(np.asarray, (got, want))
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, one), other in zip(
@@ -54,18 +54,18 @@ def values(model, *filters):
     return {path: jax.tree.map(np.asarray, leaf.get_value()) for path, leaf in flat}
 
 
-def norms(room, rngs, **options):
-    """The norms that a room has, with parameters that are not 1 and 0."""
+def norms(package, rngs, **options):
+    """The norms of a package, with scales other than 1."""
     drawn = dict(scale_init=nnx.initializers.normal(1.0), rngs=rngs)
     batch = drawn | options | dict(momentum=0.9)
     made = {
-        "BatchNorm": room.BatchNorm(4, **batch),
-        "LayerNorm": room.LayerNorm(4, **drawn),
-        "GroupNorm": room.GroupNorm(4, 2, **drawn),
-        "RMSNorm": room.RMSNorm(4, **drawn),
-        "InstanceNorm": room.InstanceNorm(4, **drawn),
+        "BatchNorm": package.BatchNorm(4, **batch),
+        "LayerNorm": package.LayerNorm(4, **drawn),
+        "GroupNorm": package.GroupNorm(4, 2, **drawn),
+        "RMSNorm": package.RMSNorm(4, **drawn),
+        "InstanceNorm": package.InstanceNorm(4, **drawn),
     }
-    if room is ours:
+    if package is ours:
         made |= {
             "BatchNormAct": ours.BatchNormAct(4, activation=normjax.ELU(), **batch),
             "BatchRenorm": ours.BatchRenorm(4, r_max=schedule, **batch),
@@ -83,11 +83,11 @@ def schedule(steps):
     return 1 + steps.astype(jnp.float32) / 10
 
 
-class Zoo(nnx.Module):
-    """Each norm of a room, on one input."""
+class AllNorms(nnx.Module):
+    """Each norm of a package, on the same input."""
 
-    def __init__(self, room, seed=0, **options):
-        made = norms(room, nnx.Rngs(seed), **options)
+    def __init__(self, package, seed=0, **options):
+        made = norms(package, nnx.Rngs(seed), **options)
         self.names = tuple(made)
         for name, norm in made.items():
             setattr(self, name, norm)
@@ -96,10 +96,10 @@ class Zoo(nnx.Module):
         return {name: getattr(self, name)(x) for name in self.names}
 
 
-def zoo(train, room=ours):
-    model = Zoo(room)
+def trained_model(train, package=ours):
+    model = AllNorms(package)
     for _ in range(2):
-        # Statistics that are not those of the start.
+        # So that the statistics are not the initial ones.
         model(2 * X)
     if train:
         model.train()
@@ -113,17 +113,17 @@ def call(model, x):
 
 
 def loss(model, x):
-    """A number of which every output is a part, and the outputs."""
+    """A scalar that depends on every output, and the outputs."""
     y = model(x)
     return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(y)), y
 
 
 @cache
 def eager(train):
-    """Outputs, variables afterwards and gradients: those of Flax where it has the norm."""
+    """Outputs, updated variables and gradients without a transformation, of Flax's norm if any."""
     found = []
-    for room in (ours, nnx):
-        model = zoo(train, room)
+    for package in (ours, nnx):
+        model = trained_model(train, package)
         (_, y), grads = nnx.value_and_grad(loss, has_aux=True)(model, jnp.asarray(X))
         found.append((jax.tree.map(np.asarray, y), values(model), flat(grads)))
     for own, of_flax in zip(*found, strict=True):
@@ -136,7 +136,7 @@ def flat(grads):
     return {path: np.asarray(leaf.get_value()) for path, leaf in nnx.to_flat_state(grads)}
 
 
-# Ways to call a model once. Each leaves the model as the call does.
+# Transformations of one call. Each updates the model as the call does.
 
 
 def by_switch(model, x):
@@ -180,7 +180,7 @@ def by_scan(model, x):
 
 
 def by_vmap(model, x):
-    """An ensemble of one."""
+    """An ensemble of one model."""
     graphdef, state = nnx.split(model)
     one = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[None], state))
     y = nnx.vmap(call)(one, x[None])
@@ -189,7 +189,7 @@ def by_vmap(model, x):
 
 
 def by_split(model, x):
-    """Variables in and out of plain jax.jit."""
+    """Passes variables through plain jax.jit."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     @jax.jit
@@ -236,7 +236,7 @@ def by_copy(model, x, copied):
     return y
 
 
-WAYS = {
+TRANSFORMATIONS = {
     "jit": nnx.jit(call),
     "jit, donated": nnx.jit(call, donate_argnums=0),
     "remat": nnx.jit(nnx.remat(call)),
@@ -258,22 +258,22 @@ WAYS = {
 }
 
 
-def where(ways, *new):
-    """Ways, of which some are new in Flax."""
-    return [pytest.param(way, marks=NEWER if way in new else ()) for way in ways]
+def marked(names, *new):
+    """Parameters of a test, of which `new` need a recent Flax."""
+    return [pytest.param(name, marks=NEWER if name in new else ()) for name in names]
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("way", where(WAYS, "tree mode", "view"))
-def test_promise_6_every_way_is_the_call(way, train):
-    model = zoo(train)
-    y = WAYS[way](model, jnp.asarray(X))
+@pytest.mark.parametrize("transformation", marked(TRANSFORMATIONS, "tree mode", "view"))
+def test_promise_6_every_way_is_the_call(transformation, train):
+    model = trained_model(train)
+    y = TRANSFORMATIONS[transformation](model, jnp.asarray(X))
     want, after, _ = eager(train)
     close(y, want)
     close(values(model), after)
 
 
-# Ways to differentiate by the parameters. Each moves the statistics, as the call does.
+# Derivatives by the parameters. Each updates the statistics as the call does.
 
 
 def by_grad(model, x):
@@ -281,7 +281,7 @@ def by_grad(model, x):
 
 
 def by_diff_state(model, x):
-    """Of the second argument, the parameters alone."""
+    """Differentiates by the parameters of the second argument."""
     params = nnx.DiffState(1, nnx.Param)
     grads, y = nnx.grad(lambda x, model: loss(model, x), argnums=params, has_aux=True)(x, model)
     return grads, (None, y)
@@ -295,7 +295,7 @@ def by_jax_grad(model, x):
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
     def split_loss(params):
-        # A copy, since variables may change in the trace alone in which they are made.
+        # A copy, since variables may only change in the trace that created them.
         model = nnx.merge(graphdef, params, rest, copy=True)
         value, y = loss(model, x)
         return value, (y, nnx.state(model, nnx.Not(nnx.Param)))
@@ -316,13 +316,13 @@ def by_vjp(model, x):
 GRADS = {"grad": by_grad, "DiffState": by_diff_state, "remat": by_remat, "jax.grad": by_jax_grad}
 
 
-@pytest.mark.parametrize("way", where([*GRADS, "vjp"], "vjp"))
+@pytest.mark.parametrize("transformation", marked([*GRADS, "vjp"], "vjp"))
 @pytest.mark.parametrize("train", [True, False])
-def test_promise_6_gradients_by_every_way(way, train):
-    """As those of Flax, and the statistics move as they do without a gradient."""
-    model, x = zoo(train), jnp.asarray(X)
-    # Flax has no vjp within the graph mode of its jit.
-    run = by_vjp if way == "vjp" else nnx.jit(GRADS[way])
+def test_promise_6_gradients_by_every_way(transformation, train):
+    """Gradients equal those of Flax, and the statistics are updated as without a gradient."""
+    model, x = trained_model(train), jnp.asarray(X)
+    # Flax has no vjp in the graph mode of nnx.jit.
+    run = by_vjp if transformation == "vjp" else nnx.jit(GRADS[transformation])
     grads, (_, y) = run(model, x)
     want, after, want_grads = eager(train)
     close(y, want)
@@ -333,7 +333,7 @@ def test_promise_6_gradients_by_every_way(way, train):
 @NEWER
 def test_promise_6_forward_mode_agrees_with_reverse_mode():
     made = norms(ours, nnx.Rngs(0))
-    # What counts its steps in whole numbers has no tangents of the type of its variables.
+    # Without norms that count steps: the tangent of an integer has another dtype.
     model = nnx.Dict(**{name: made[name] for name in ("BatchNorm", "WeightNorm", "SpectralNorm")})
     modes = dict(graph=False, graph_updates=False)
 
@@ -341,36 +341,36 @@ def test_promise_6_forward_mode_agrees_with_reverse_mode():
         return sum(jnp.sum(jnp.sin(norm(x))) for norm in model.values())
 
     x, dx = jnp.asarray(X), jnp.asarray(DY)
-    still, same = jax.tree.map(jnp.zeros_like, nnx.clone(model)), nnx.clone(model)
-    _, tangent = nnx.jvp(value, (model, x), (still, dx), **modes)
+    zeros, same = jax.tree.map(jnp.zeros_like, nnx.clone(model)), nnx.clone(model)
+    _, tangent = nnx.jvp(value, (model, x), (zeros, dx), **modes)
     gradient = nnx.grad(value, argnums=1)(same, x)
     # The sum of 96 products on each side.
     close(tangent, np.sum(np.asarray(gradient) * DY), factor=256)
     close(values(model), values(same))
 
 
-# Many models, many layers, many devices.
+# Ensembles, scanned layers, devices.
 
 
 class Block(nnx.Module):
-    def __init__(self, room, rngs, **options):
+    def __init__(self, package, rngs, **options):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
-        self.norms = nnx.Dict(**norms(room, rngs, **options))
+        self.norms = nnx.Dict(**norms(package, rngs, **options))
 
     def __call__(self, x):
-        # The first comes twice: its statistics move twice in a call.
+        # BatchNorm runs twice, so a call updates its statistics twice.
         for name in ["BatchNorm", *sorted(self.norms)]:
             x = self.norms[name](self.linear(x)) + x
         return x
 
 
-def members(room, number=3):
-    """The models of an ensemble, one by one."""
-    return [Block(room, nnx.Rngs(key)) for key in jax.random.split(jax.random.key(0), number)]
+def members(package, number=3):
+    """The models of an ensemble as a list."""
+    return [Block(package, nnx.Rngs(key)) for key in jax.random.split(jax.random.key(0), number)]
 
 
-def created(room, number=3):
-    create = nnx.vmap(lambda key: Block(room, nnx.Rngs(key)))
+def created(package, number=3):
+    create = nnx.vmap(lambda key: Block(package, nnx.Rngs(key)))
     return create(jax.random.split(jax.random.key(0), number))
 
 
@@ -378,27 +378,27 @@ def stack(models):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *map(values, models))
 
 
-@pytest.mark.parametrize("room", [ours, nnx])
-def test_promise_6_ensembles(room):
-    """Each member as by itself; parameters along the first axis, the statistics along another."""
-    alone, xs = members(room), np.stack([X, X + 1, 2 * X])
+@pytest.mark.parametrize("package", [ours, nnx])
+def test_promise_6_ensembles(package):
+    """Each member equals a single model. Statistics are stacked along another axis."""
+    alone, xs = members(package), np.stack([X, X + 1, 2 * X])
     want = [model(x) for model, x in zip(alone, xs, strict=True)]
-    model = created(room)
+    model = created(package)
     last = nnx.All(nnx.BatchStat, nnx.Any(nnx.PathContains("mean"), nnx.PathContains("var")))
     moved = jax.tree.map(jnp.transpose, nnx.state(model, last))
     nnx.update(model, moved)
     axes = nnx.StateAxes({last: 1, ...: 0})
     y = nnx.jit(nnx.vmap(call, in_axes=(axes, 0)))(model, xs)
-    # Twelve norms one after the other.
+    # Twelve norms in sequence.
     close(y, np.stack(want), factor=1024)
     nnx.update(model, jax.tree.map(jnp.transpose, nnx.state(model, last)))
     close(values(model), stack(alone), factor=1024)
 
 
-@pytest.mark.parametrize("room", [ours, nnx])
-def test_promise_6_scanned_blocks(room):
-    """Parameters and statistics of layers along an axis, with remat and gradients."""
-    alone = members(room)
+@pytest.mark.parametrize("package", [ours, nnx])
+def test_promise_6_scanned_blocks(package):
+    """Parameters and statistics are stacked over layers; with remat and gradients."""
+    alone = members(package)
 
     def by_loop(models, x):
         for model in models:
@@ -409,7 +409,7 @@ def test_promise_6_scanned_blocks(room):
         x = nnx.scan(nnx.remat(call), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(model, x)
         return jnp.sum(jnp.sin(x)), x
 
-    x, model = jnp.asarray(X), created(room)
+    x, model = jnp.asarray(X), created(package)
     want_grads, (_, want) = by_gradient(by_loop, nnx.List(alone), x)
     grads, (_, y) = nnx.jit(partial(by_gradient, scanned))(model, x)
     close(y, want, factor=4096)
@@ -424,14 +424,16 @@ def by_gradient(function, model, x):
     return nnx.value_and_grad(function, has_aux=True)(model, x)[::-1]
 
 
-def shared(way, model):
-    """A call on the whole batch, shared by four devices."""
+def shared(transformation, model):
+    """A call on the whole batch, split over four devices."""
     copies, split = nnx.StateAxes({...: None}), jnp.reshape
-    if way == "shard_map":
+    if transformation == "shard_map":
         state = nnx.StateSharding({...: P()})
         specs = dict(in_specs=(state, P("d")), out_specs=P("d"))
         return nnx.shard_map(call, mesh=mesh(), **specs)
-    mapped = (nnx.pmap if way == "pmap" else nnx.vmap)(call, in_axes=(copies, 0), axis_name="d")
+    mapped = (nnx.pmap if transformation == "pmap" else nnx.vmap)(
+        call, in_axes=(copies, 0), axis_name="d"
+    )
 
     def run(model, x):
         y = mapped(model, split(x, (4, 2, *x.shape[1:])))
@@ -440,8 +442,8 @@ def shared(way, model):
     return run
 
 
-@pytest.mark.parametrize("way", where(["vmap", "pmap", "shard_map"], "pmap"))
-def test_promise_3_sharing_equals_the_whole_batch(way):
+@pytest.mark.parametrize("transformation", marked(["vmap", "pmap", "shard_map"], "pmap"))
+def test_promise_3_sharing_equals_the_whole_batch(transformation):
     def make(**options):
         made = norms(ours, nnx.Rngs(0), **options)
         return BatchNorms({name: made[name] for name in BATCH})
@@ -452,8 +454,8 @@ def test_promise_3_sharing_equals_the_whole_batch(way):
 
     x, whole, model = jnp.asarray(X), make(), make(axis_name="d")
     want = by_gradient(partial(loss, call), whole, x)
-    # The name is bound within the call alone.
-    got = by_gradient(partial(loss, shared(way, model)), model, x)
+    # Only the call binds the axis name.
+    got = by_gradient(partial(loss, shared(transformation, model)), model, x)
     close(got[1], want[1])
     close(values(model), values(whole))
     close(flat(got[0]), flat(want[0]))
@@ -468,7 +470,7 @@ class BatchNorms(nnx.Module):
 
 
 def test_promise_6_one_norm_at_two_places():
-    """Weights and statistics are one, in the program too."""
+    """Weights and statistics stay shared, also in a compiled program."""
 
     class Tied(nnx.Module):
         def __init__(self, norm):
@@ -479,7 +481,7 @@ def test_promise_6_one_norm_at_two_places():
         def __call__(self, x):
             return self.second(2 * self.bare(self.normed(self.first(x))))
 
-    models = [Tied(room.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))) for room in (ours, nnx)]
+    models = [Tied(package.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))) for package in (ours, nnx)]
     y, want = nnx.jit(call)(models[0], X), models[1](X)
     close(y, want)
     close(values(models[0]), values(models[1]))
@@ -487,7 +489,7 @@ def test_promise_6_one_norm_at_two_places():
     assert models[0].normed.layer_instance is models[0].bare
 
 
-# What is compiled, and how often.
+# The number of compilations.
 
 
 def traced(count):
@@ -503,12 +505,12 @@ def test_promise_6_a_program_is_compiled_once_for_each_mode():
     count = []
     step = traced(count)
     for _ in range(2):
-        model = Zoo(ours)
+        model = AllNorms(ours)
         for mode in (model.train, model.eval) * 2:
             mode()
             step(model, X)
             step(model, X)
-    # Of the second model, which is made anew, with the initializers, nothing is compiled.
+    # The second model, which has new initializers, is not compiled again.
     assert len(count) == 2
 
 
@@ -526,7 +528,7 @@ LISTS = [
 
 @pytest.mark.parametrize(("norm", "options"), LISTS)
 def test_promise_6_axes_may_be_lists(norm, options):
-    """A definition of a graph is hashed: by jax.jit as a static argument, by a dict as a key."""
+    """A graph definition must be hashable, for a static argument of jax.jit or a key of a dict."""
     features = np.prod([X.shape[i] for i in options.get("axis", options.get("feature_axes", [2]))])
     model, same = (norm(int(features), **options, rngs=nnx.Rngs(0)) for _ in range(2))
     assert hash(nnx.graphdef(model)) == hash(nnx.graphdef(same))
@@ -557,12 +559,12 @@ def test_feature_axes_of_a_wrapper_may_be_lists():
         close(by_static_graphdef(model, X), same(X))
 
 
-# Without values: shapes, tables, views.
+# Shapes, tables and views.
 
 
 def test_promise_6_eval_shape():
-    model = nnx.eval_shape(lambda: Zoo(ours))
-    made = zoo(True)
+    model = nnx.eval_shape(lambda: AllNorms(ours))
+    made = trained_model(True)
     want = jax.tree.map(jax.typeof, nnx.state(made))
     assert jax.tree.map(lambda leaf: leaf.shape, nnx.state(model)) == jax.tree.map(
         lambda leaf: leaf.shape, want
@@ -573,8 +575,8 @@ def test_promise_6_eval_shape():
     jax.tree.map(np.testing.assert_array_equal, values(made), before)
 
 
-def test_models_are_shown(capsys):
-    model = zoo(True)
+def test_models_are_displayed(capsys):
+    model = trained_model(True)
     table = nnx.tabulate(model, X, console_kwargs={"width": 300})
     nnx.display(model)
     for text in (table, repr(model), capsys.readouterr().out):
@@ -582,20 +584,20 @@ def test_models_are_shown(capsys):
 
 
 @NEWER
-def test_a_view_shares_variables_and_says_what_it_sets():
-    model = zoo(True)
+def test_a_view_shares_variables_and_documents_its_arguments():
+    model = trained_model(True)
     view, before = nnx.view(model, use_running_average=True), values(model)
     close(view(X), eager(False)[0])
     jax.tree.map(np.testing.assert_array_equal, values(model), before)
     assert view.BatchNorm.mean is model.BatchNorm.mean
-    info, of_flax = nnx.view_info(model), nnx.view_info(zoo(True, nnx)).splitlines()
+    info, of_flax = nnx.view_info(model), nnx.view_info(trained_model(True, nnx)).splitlines()
     for name in (*BATCH, "SpectralNorm"):
         assert f"{name}:\n  use_running_average: bool | None = None\n    if True, the" in info
     assert of_flax[1] in info
     assert "  accumulate: bool | None = None\n    if True, training keeps moments" in info
 
 
-# Between frameworks, and to and from the disk.
+# Bridges between frameworks, optimizers, checkpoints and export.
 
 
 def of_linen(variables):
@@ -606,7 +608,7 @@ def of_linen(variables):
 def test_a_module_within_linen(name):
     """nnx.bridge.to_linen, within a model of linen, under jax.jit and jax.grad."""
 
-    class Of(nnx.Module):
+    class Inner(nnx.Module):
         def __init__(self, rngs):
             self.norm = norms(ours, rngs)[name]
 
@@ -616,16 +618,16 @@ def test_a_module_within_linen(name):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nnx.bridge.to_linen(Of, name="of")(x)
+            return nnx.bridge.to_linen(Inner, name="of")(x)
 
     variables = Net().init(jax.random.key(0), X)
     y, moved = jax.jit(partial(Net().apply, mutable=["batch_stats"]))(variables, X)
-    alone = Of(nnx.Rngs(0))
+    alone = Inner(nnx.Rngs(0))
     params = nnx.state(alone, nnx.Param)
     nnx.replace_by_pure_dict(params, variables["params"]["of"])
     nnx.update(alone, params)
     if name == "SpectralNorm":
-        # The vector that the iteration starts from is drawn.
+        # The initial vector of the iteration is random.
         stats = nnx.state(alone, nnx.BatchStat)
         nnx.replace_by_pure_dict(stats, variables["batch_stats"]["of"])
         nnx.update(alone, stats)
@@ -634,17 +636,17 @@ def test_a_module_within_linen(name):
     close(moved.get("batch_stats", {}).get("of", {}), stats)
 
 
-def test_collections_of_linen_have_the_names_of_those_of_nnx():
-    """Moments as well: what normjax.linen keeps, normjax.nnx goes on with, and the other way."""
+def test_linen_and_nnx_share_the_names_of_collections():
+    """Also for moments: normjax.nnx continues with the moments of normjax.linen."""
     x = X.reshape(-1, 4)
     bridge = nnx.bridge.to_linen(ours.BatchNorm, 4, accumulate=True, momentum=0.9)
     module = normjax.linen.BatchNorm(momentum=0.9)
     moments = ["batch_moments"]
     variables = module.init(jax.random.key(0), x, train=True)
     _, kept = module.apply(variables, x, train=True, mutable=moments)
-    there = bridge.init(jax.random.key(0), x)
-    _, kept_there = bridge.apply(there, x, mutable=moments)
-    close(of_linen(kept_there), of_linen(kept))
+    bridged = bridge.init(jax.random.key(0), x)
+    _, kept_bridged = bridge.apply(bridged, x, mutable=moments)
+    close(of_linen(kept_bridged), of_linen(kept))
     _, twice = bridge.apply({**variables, **kept}, x, mutable=moments)
     assert np.all(twice["batch_moments"]["moments"].count == 48)
 
@@ -652,15 +654,15 @@ def test_collections_of_linen_have_the_names_of_those_of_nnx():
 @pytest.mark.parametrize("name", ["BatchNorm", "LayerNorm", "GroupNorm", "SpectralNorm"])
 def test_a_module_of_linen_within_nnx(name):
     made = {
-        "BatchNorm": lambda room: room.BatchNorm(use_running_average=False, momentum=0.9),
-        "LayerNorm": lambda room: room.LayerNorm(),
-        "GroupNorm": lambda room: room.GroupNorm(2),
-        "SpectralNorm": lambda room: room.SpectralNorm(nn.Dense(4)),
+        "BatchNorm": lambda package: package.BatchNorm(use_running_average=False, momentum=0.9),
+        "LayerNorm": lambda package: package.LayerNorm(),
+        "GroupNorm": lambda package: package.GroupNorm(2),
+        "SpectralNorm": lambda package: package.SpectralNorm(nn.Dense(4)),
     }[name]
     options = dict(update_stats=True) if name == "SpectralNorm" else {}
     found = []
-    for room in (normjax.linen, nn):
-        model = nnx.bridge.ToNNX(made(room), rngs=nnx.Rngs(0))
+    for package in (normjax.linen, nn):
+        model = nnx.bridge.ToNNX(made(package), rngs=nnx.Rngs(0))
         nnx.bridge.lazy_init(model, X, **options)
 
         def step(model, x):
@@ -683,7 +685,7 @@ def test_weight_decay_is_for_kernels():
     nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))(model, optimizer, zeros)
     for path, value in values(model).items():
         if "gains" not in path:
-            # The length of a normalized weight has the path of that weight for a name.
+            # The scale of a normalized weight is named by the path of that weight.
             decays = "batch_stats" not in path and "kernel" in str(path[-1])
             want = jax.tree.map(lambda v, by=0.9 if decays else 1.0: v * by, before[path])
             jax.tree.map(partial(np.testing.assert_allclose, rtol=4 * EPS), value, want)
@@ -692,10 +694,10 @@ def test_weight_decay_is_for_kernels():
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.filterwarnings("ignore")
 def test_orbax_restores_a_model(tmp_path):
-    """Into the shapes of one that was never made, moments and vectors of iterations included."""
+    """Into an abstract model, including moments and the vectors of spectral norm."""
     ocp = pytest.importorskip("orbax.checkpoint", reason="Orbax is not installed")
-    model = zoo(True)
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Zoo(ours)))
+    model = trained_model(True)
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: AllNorms(ours)))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "kept", nnx.state(model))
         checkpointer.wait_until_finished()
@@ -705,11 +707,11 @@ def test_orbax_restores_a_model(tmp_path):
 
 
 @pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="it loses symbolic sizes in functions within functions"
+    jax.__version_info__ < (0, 10), reason="older JAX loses symbolic sizes in nested functions"
 )
 def test_promise_6_a_served_model_is_exported():
-    """For any batch and several platforms; the variables are constants of the program."""
-    model = zoo(False)
+    """For any batch size and several platforms; variables are constants of the program."""
+    model = trained_model(False)
     x = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3, 4"), jnp.float32)
     program = jax.export.export(jax.jit(lambda x: model(x)), platforms=("cpu", "cuda", "tpu"))(x)
     served = jax.export.deserialize(program.serialize()).call
@@ -729,8 +731,8 @@ def test_parameters_are_sharded_by_their_metadata(kind):
     with entered(grid):
         x = jax.device_put(X, NamedSharding(grid, P("batch", None, "model")))
         found = []
-        for room in (ours, nnx):
-            make = partial(room.BatchNorm, 4, momentum=0.9, **options)
+        for package in (ours, nnx):
+            make = partial(package.BatchNorm, 4, momentum=0.9, **options)
             model = nnx.jit(lambda make=make: make(rngs=nnx.Rngs(0)))()
             specs = nnx.get_partition_spec(nnx.state(model))
             assert [specs[name].get_value() for name in ("scale", "bias")] == [P("model")] * 2
@@ -741,7 +743,7 @@ def test_parameters_are_sharded_by_their_metadata(kind):
             assert y.sharding.spec == P("batch", None, "model")
         close(*found)
         if kind == AxisType.Auto:
-            # Eagerly too, which Flax's own does as well.
+            # The eager call of Flax's norm.
             close(make(rngs=nnx.Rngs(0))(x), found[0][0])
     alone = ours.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))
     close(found[0], (alone(X), values(alone)))
@@ -749,7 +751,7 @@ def test_parameters_are_sharded_by_their_metadata(kind):
 
 @NEWER
 def test_metadata_of_initializers_and_of_fields():
-    """An axis that nnx.vmap adds is named in both."""
+    """Both name an axis that nnx.vmap adds."""
     meta = dict(eager_sharding=False)
 
     @partial(nnx.vmap, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -768,8 +770,8 @@ def test_metadata_of_initializers_and_of_fields():
 # Moments over micro-batches.
 
 
-def test_accumulation_within_programs():
-    """One program for each mode; a variable that appears in the first call is one more."""
+def test_accumulation_under_jit():
+    """One program for each mode, and one because the first call creates a variable."""
     count, model = [], ours.BatchNorm(4, momentum=0.9, rngs=nnx.Rngs(0))
     step = traced(count)
     for _ in range(2):
@@ -833,24 +835,24 @@ def test_wrappers_within_wrappers():
     assert np.any(values(models[0])["layers", 0, "layer_instance", "batch_stats", ("kernel", "u")])
 
 
-@pytest.mark.parametrize("moves", [True, False])
-def test_spectral_norm_moves_within_a_program_when_asked(moves):
-    models = [Zoo(ours).SpectralNorm for _ in range(2)]
+@pytest.mark.parametrize("update", [True, False])
+def test_spectral_norm_updates_under_jit_if_requested(update):
+    models = [AllNorms(ours).SpectralNorm for _ in range(2)]
     before = values(models[0], nnx.BatchStat)
-    step = nnx.jit(lambda model, x: model(x, update_stats=moves))
+    step = nnx.jit(lambda model, x: model(x, update_stats=update))
     for _ in range(2):
-        close(step(models[0], X), models[1](X, update_stats=moves))
+        close(step(models[0], X), models[1](X, update_stats=update))
     close(*map(values, models))
     changed = [
         not np.array_equal(v, before[k]) for k, v in values(models[0], nnx.BatchStat).items()
     ]
-    assert changed == [moves, moves]
+    assert changed == [update, update]
 
 
 @pytest.mark.parametrize("name", ["WeightNorm", "WeightStandardized", "SpectralNorm"])
-def test_a_layer_that_a_program_closes_over(name):
-    """Flax's own raise here: they write to the layer. These leave it as it is, to the last bit."""
-    model = getattr(zoo(False), name)
+def test_wrappers_work_in_a_closure(name):
+    """Flax's own raise an error, since they write to the layer. Ours do not change it."""
+    model = getattr(trained_model(False), name)
     before, want = values(model), model(X)
 
     def evaluated(x):
@@ -864,9 +866,9 @@ def test_a_layer_that_a_program_closes_over(name):
 
 
 @pytest.mark.parametrize("name", [*BATCH, "SpectralNorm"])
-def test_training_a_model_that_a_program_closes_over_is_an_error(name):
-    """As in Flax: its statistics would be values of a trace that has ended."""
-    model = getattr(zoo(True), name)
+def test_training_a_model_in_a_closure_is_an_error(name):
+    """As in Flax: its statistics would be tracers of a trace that has ended."""
+    model = getattr(trained_model(True), name)
     before = values(model)
     with pytest.raises(TraceContextError, match="Cannot mutate BatchStat"):
         jax.jit(lambda x: model(x))(X)
@@ -874,7 +876,7 @@ def test_training_a_model_that_a_program_closes_over_is_an_error(name):
 
 
 @pytest.mark.parametrize("run", [call, nnx.jit(call)], ids=["eager", "jit"])
-def test_a_layer_that_raises_has_its_weights_back(run):
+def test_weights_are_restored_if_the_layer_raises(run):
     model = ours.WeightNorm(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     before = model.layer_instance.kernel.get_raw_value()
     with pytest.raises(TypeError, match="dot_general"):
@@ -905,16 +907,16 @@ def test_a_weight_may_be_stored_in_another_form(kind):
         np.testing.assert_array_equal(inner.kernel.get_raw_value()[...], before)
 
 
-# Variables that JAX itself carries.
+# Hijax variables.
 
 
 @NEWER
-@pytest.mark.parametrize("name", Zoo(ours).names)
+@pytest.mark.parametrize("name", AllNorms(ours).names)
 def test_hijax_variables(name):
-    """jax.jit on modules, whose variables change in place; most of Flax's norms raise here."""
-    want = getattr(Zoo(ours), name)
+    """jax.jit on modules, whose variables change in place; most of Flax's norms raise an error."""
+    want = getattr(AllNorms(ours), name)
     with nnx.var_defaults(hijax=True):
-        model = getattr(Zoo(ours), name)
+        model = getattr(AllNorms(ours), name)
         y = jax.jit(call)(model, X)
     close(y, want(X))
     close(values(model), values(want))

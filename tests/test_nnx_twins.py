@@ -1,4 +1,4 @@
-"""Modules of NNX and of linen are twins: same variables, same numbers to the last bit."""
+"""Modules of NNX and linen have the same variables and compute the same bits."""
 
 from dataclasses import dataclass, field
 
@@ -53,8 +53,8 @@ BATCH = {
     "no scale": Case("BatchNorm", {"use_scale": False}, TRAIN),
     "no parameters": Case("BatchNorm", {"use_scale": False, "use_bias": False}, TRAIN),
     "half precision": Case("BatchNorm", {"dtype": jnp.bfloat16}, TRAIN),
-    "and an activation": Case("BatchNormAct", {"activation": normjax.ELU()}, TRAIN),
-    "and an activation, in evaluation": Case("BatchNormAct", {}, EVALUATE),
+    "with an activation": Case("BatchNormAct", {"activation": normjax.ELU()}, TRAIN),
+    "with an activation, in evaluation": Case("BatchNormAct", {}, EVALUATE),
     "renorm": Case("BatchRenorm", {"r_max": 1.1, "d_max": 0.2}, TRAIN),
     "renorm by a schedule": Case("BatchRenorm", {"r_max": schedule, "d_max": 0.5}, TRAIN),
 }
@@ -90,9 +90,9 @@ WEIGHTS = {
 CASES = BATCH | WITHIN | WEIGHTS
 
 
-def twins(case):
+def both_modules(case):
     """The module of linen and that of NNX."""
-    linen, ours = (getattr(room, case.kind) for room in (normjax.linen, normjax.nnx))
+    linen, ours = (getattr(package, case.kind) for package in (normjax.linen, normjax.nnx))
     if case in WEIGHTS.values():
         rngs, features = nnx.Rngs(0), case.features[0]
         layer = nnx.Linear(features, 4, rngs=rngs)
@@ -103,7 +103,7 @@ def twins(case):
 
 
 def perturbed(leaf, rng):
-    """Values that no initializer would give; counts stay whole."""
+    """Values other than the initial ones; counts stay integers."""
     if jnp.issubdtype(leaf.dtype, jnp.integer):
         return jnp.full_like(leaf, 3)
     return jnp.asarray(rng.random(leaf.shape) + 0.5, leaf.dtype)
@@ -114,7 +114,7 @@ def name_of_linen(path):
 
 
 def name_of_nnx(path):
-    """The last part of the path; beside the weights of a layer the whole path is the last key."""
+    """The last part of the path. Wrappers of weights store a whole path as the last key."""
     stored = {"scales": "scale", "gains": "gain"}
     return stored.get(path[0]) or (path[-1][-1] if isinstance(path[-1], tuple) else path[-1])
 
@@ -136,7 +136,7 @@ def step_of_linen(module, case):
             y, updates = module.apply(
                 {"params": params, **state}, *given["x"], mutable=["batch_stats"], **options
             )
-            return weighed(y, dy), (y, of_linen({**state, **updates}))
+            return weighted_sum(y, dy), (y, of_linen({**state, **updates}))
 
         (_, aux), (params, dgiven) = jax.value_and_grad(loss, (0, 1), has_aux=True)(
             variables.get("params", {}), given
@@ -154,7 +154,7 @@ def step_of_nnx(module, case):
             options = case.mode | ({"mask": mask} if case.masked else {}) | given["named"]
             module = nnx.merge(graph, params, state, copy=True)
             y = module(*given["x"], **options)
-            return weighed(y, dy), (y, of_nnx(nnx.state(module, nnx.BatchStat)))
+            return weighted_sum(y, dy), (y, of_nnx(nnx.state(module, nnx.BatchStat)))
 
         (_, aux), (params, dgiven) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, given)
         return *aux, of_nnx(params), dgiven
@@ -162,12 +162,12 @@ def step_of_nnx(module, case):
     return jax.jit(step)
 
 
-def weighed(y, dy):
+def weighted_sum(y, dy):
     return sum(jnp.sum(dy[..., : leaf.shape[-1]] * leaf) for leaf in jax.tree.leaves(y))
 
 
 def assert_same(got, want):
-    """By name; NNX holds several feature axes as one."""
+    """Compares by name; NNX flattens several feature axes."""
     assert got.keys() == want.keys()
     for name in want:
         assert got[name].dtype == want[name].dtype, name
@@ -175,10 +175,10 @@ def assert_same(got, want):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_twins_agree_to_the_last_bit(rng, name):
-    """Output, gradients of everything and the statistics of the step, without a mask and with."""
+def test_linen_and_nnx_agree_to_the_last_bit(rng, name):
+    """Outputs, all gradients and updated statistics, with and without a mask."""
     case = CASES[name]
-    linen, ours = twins(case)
+    linen, ours = both_modules(case)
     x = rng.normal(2, 3, (case.inputs, *case.shape)).astype(np.float32)
     dy = rng.normal(size=(*case.shape[:-1], 8)).astype(np.float32)
     vectors = rng.normal(1, 1, (2, case.shape[0], *case.features)).astype(np.float32)
@@ -204,11 +204,11 @@ def test_twins_agree_to_the_last_bit(rng, name):
         assert bool(moved) == (case.mode == TRAIN)
 
 
-def modules(room, base):
-    public = {name: getattr(room, name) for name in room.__all__}
+def modules(package, base):
+    public = {name: getattr(package, name) for name in package.__all__}
     return {n for n, kind in public.items() if isinstance(kind, type) and issubclass(kind, base)}
 
 
-def test_every_module_has_a_twin():
+def test_linen_and_nnx_have_the_same_modules():
     linen, ours = modules(normjax.linen, nn.Module), modules(normjax.nnx, nnx.Module)
     assert linen == ours == {case.kind for case in CASES.values()}

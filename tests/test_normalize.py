@@ -1,4 +1,4 @@
-"""The affine map by given moments, and its derivative rule."""
+"""Normalization by given moments, and its derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_normalize_guarantee_float32_inside(rng, dtype):
 
 
 def test_normalize_guarantee_offset_costs_nothing():
-    # 2^23 + 1 and 2^23 + 2 are neighbors in float32; x * a + b would see no difference.
+    # 2^23 + 1 and 2^23 + 2 are neighbors in float32; x * a + b would round them to the same value.
     x = jnp.array([2.0**23 + 1, 2.0**23 + 2], jnp.float32)
     np.testing.assert_array_equal(normalize(x, 2.0**23, 1.0, epsilon=0.0), [1, 2])
 
@@ -60,7 +60,7 @@ def test_normalize_guarantee_light_backward(saved_arrays):
     # Where only x is differentiated, its derivative is a vector and x is not needed at all.
     kept = saved_arrays(lambda x: normalize(x, c, c, c, c), x)
     assert not [k for k in kept if k.size >= x.size]
-    # Where x itself is not differentiated, no array of zeros stands in for its tangent.
+    # Where x is not differentiated, no array of zeros replaces its tangent.
     kept = saved_arrays(lambda *a: normalize(x, *a), c, c, c, c)
     assert [k for k in kept if k.size >= x.size] == [jax.ShapeDtypeStruct(x.shape, x.dtype)]
 
@@ -80,7 +80,7 @@ def test_normalize_edge_masked_nan_or_infinity():
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e15])
 def test_gradients_stay_in_range_for_any_unit_of_x(rng, size):
-    # var^(-3/2) is 1e36 and 1e-45 at the ends, beyond what float32 holds.
+    # var^(-3/2) is 1e36 and 1e-45, at and beyond the ends of the range of float32.
     x = (rng.normal(size=(64,)) * size).astype(np.float32)
     exact = x.astype(np.float64)
     mean, var = exact.mean(), exact.var()

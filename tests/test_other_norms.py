@@ -33,7 +33,7 @@ def torch():
 @pytest.mark.parametrize(
     ("fused", "plain"), [(add_layer_norm, layer_norm), (add_rms_norm, rms_norm)]
 )
-def test_the_sum_and_its_norm(rng, fused, plain):
+def test_the_norm_of_a_sum(rng, fused, plain):
     x, residual = rng.normal(size=(2, 3, 8)).astype(np.float32)
     scale = rng.normal(size=8).astype(np.float32)
     y, total = fused(x, residual, scale, epsilon=0.1)
@@ -41,21 +41,21 @@ def test_the_sum_and_its_norm(rng, fused, plain):
     np.testing.assert_array_equal(y, plain(x + residual, scale, epsilon=0.1))
 
 
-def kept_of_sum(fused, saved_arrays):
+def saves_the_sum_alone(fused, saved_arrays):
     x = jnp.ones((4, 16, 8), jnp.bfloat16)
     kept = saved_arrays(lambda x, r, s: fused(x, r, s), x, x, jnp.ones(8))
     return [(k.size, k.dtype) for k in kept if k.size >= x.size] == [(x.size, x.dtype)]
 
 
 def test_add_layer_norm_guarantee_light_backward(saved_arrays):
-    assert kept_of_sum(add_layer_norm, saved_arrays)
+    assert saves_the_sum_alone(add_layer_norm, saved_arrays)
 
 
 def test_add_rms_norm_guarantee_light_backward(saved_arrays):
-    assert kept_of_sum(add_rms_norm, saved_arrays)
+    assert saves_the_sum_alone(add_rms_norm, saved_arrays)
 
 
-def test_terms_of_unequal_kind_are_refused():
+def test_a_residual_of_another_shape_or_dtype_is_an_error():
     x = jnp.ones((3, 4))
     with pytest.raises(ValueError, match=r"residual has shape \(4,\), expected \(3, 4\)"):
         add_layer_norm(x, jnp.ones(4))
@@ -64,7 +64,7 @@ def test_terms_of_unequal_kind_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm"])
-def test_modules_of_sums_carry_the_variables_of_the_plain_ones(rng, kind):
+def test_fused_modules_have_the_variables_of_the_plain_ones(rng, kind):
     x, residual = rng.normal(size=(2, 3, 8)).astype(np.float32)
     fused, plain = getattr(normjax.linen, f"Add{kind}")(), getattr(normjax.linen, kind)()
     variables = plain.init(KEY, x)
@@ -180,7 +180,7 @@ def test_local_response_norm_guarantee_float32_inside(rng):
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=EPS["float16"])
 
 
-def test_a_window_of_nothing_is_refused():
+def test_local_response_norm_error_messages():
     with pytest.raises(ValueError, match="size=0, expected a whole number"):
         local_response_norm(jnp.ones(3), size=0)
     with pytest.raises(ValueError, match="k=0.0, expected a number above 0"):
@@ -211,8 +211,8 @@ def test_l2_normalize_edge_zeros():
     assert np.isfinite(pullback(jnp.ones((2, 3)))[0]).all()
 
 
-def test_a_stored_gamma_is_reached_by_the_initializer(rng):
-    """scale = 1 + gamma: the parameter drawn around zero, one added where it is drawn."""
+def test_an_initializer_may_add_one_to_gamma(rng):
+    """scale = 1 + gamma: the initializer draws gamma around zero and adds 1."""
     x = rng.normal(size=(3, 8)).astype(np.float32)
 
     def one_plus(key, shape, dtype):
@@ -223,8 +223,8 @@ def test_a_stored_gamma_is_reached_by_the_initializer(rng):
     assert abs(float(scale.mean()) - 1) < 0.2
 
 
-def kept_of_half_precision(saved_arrays, rng, function, vectors):
-    """What is kept where every argument moves, of the size of x at least."""
+def large_saved_dtypes(saved_arrays, rng, function, vectors):
+    """The dtypes of saved arrays that are at least as large as x."""
     x = jnp.asarray(rng.normal(size=(6, 4, 3)), jnp.bfloat16)
     kept = saved_arrays(function, x, *(jnp.asarray(v, jnp.float32) for v in vectors))
     return [k.dtype for k in kept if k.size >= x.size]
@@ -232,12 +232,12 @@ def kept_of_half_precision(saved_arrays, rng, function, vectors):
 
 def test_dynamic_tanh_guarantee_light_backward(rng, saved_arrays):
     vectors = 0.5, *rng.normal(size=(2, 3))
-    assert kept_of_half_precision(saved_arrays, rng, dynamic_tanh, vectors) == ["bfloat16"]
+    assert large_saved_dtypes(saved_arrays, rng, dynamic_tanh, vectors) == ["bfloat16"]
 
 
 def test_filter_response_norm_guarantee_light_backward(rng, saved_arrays):
     vectors = rng.normal(size=(3, 3))
-    assert kept_of_half_precision(saved_arrays, rng, filter_response_norm, vectors) == ["bfloat16"]
+    assert large_saved_dtypes(saved_arrays, rng, filter_response_norm, vectors) == ["bfloat16"]
 
 
 def lrn(x, alpha=0.5, beta=0.75, k=1.0):
@@ -245,7 +245,7 @@ def lrn(x, alpha=0.5, beta=0.75, k=1.0):
 
 
 def test_local_response_norm_guarantee_light_backward(rng, saved_arrays):
-    assert kept_of_half_precision(saved_arrays, rng, lrn, (0.5, 0.75)) == ["bfloat16"]
+    assert large_saved_dtypes(saved_arrays, rng, lrn, (0.5, 0.75)) == ["bfloat16"]
 
 
 def numpy_tanh(x, alpha, scale, bias):
@@ -271,8 +271,8 @@ RECOMPUTED = {
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_derivatives_computed_anew_are_those_of_the_formula(name, rng, x64):
-    """Of all arguments: forward mode, reverse mode, and forward over reverse by differences."""
+def test_recomputed_derivatives_equal_the_formula(name, rng, x64):
+    """By all arguments: forward mode, reverse mode, and second derivatives by differences."""
     function, formula, shapes = RECOMPUTED[name]
     args = rng.normal(size=(2, 4, 3)), *(1 + 0.5 * rng.random(shape) for shape in shapes)
     moves = tuple(rng.normal(size=np.shape(a)) for a in args)
@@ -308,7 +308,7 @@ def test_derivatives_computed_anew_are_those_of_the_formula(name, rng, x64):
 
 
 def test_filter_response_norm_edge_y_at_the_threshold(torch):
-    """The tie of a maximum, where zeros are common: x = 0, bias = 0, threshold = 0."""
+    """A tie of the maximum, which is common for zeros: x = 0, bias = 0, threshold = 0."""
     x, zero = jnp.zeros((1, 2, 1)), jnp.zeros(1)
     options = dict(epsilon=1.0)
     dx, d_floor = jax.grad(
@@ -320,7 +320,7 @@ def test_filter_response_norm_edge_y_at_the_threshold(torch):
     np.testing.assert_array_equal(d_floor, [floor.grad.sum()])
 
 
-def test_whole_numbers_of_numpy_are_taken(rng):
+def test_integers_of_numpy_are_accepted(rng):
     x = jnp.asarray(rng.normal(size=(4, 3, 6)), jnp.float32)
     stats = normjax.SpectralStats(jnp.ones((1, 6)), jnp.ones(()))
     for call in (
@@ -343,7 +343,7 @@ def test_whole_numbers_of_numpy_are_taken(rng):
     ],
 )
 def test_a_gradient_of_half_precision_is_rounded_once(rng, function):
-    """It comes from the statistics and from the division; each rounded, their sum would be off."""
+    """It is a sum of two parts. If each were rounded, the error would exceed the bound."""
     x, dy = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.bfloat16)
     (got,) = jax.vjp(function, x)[1](dy)
     (want,) = jax.vjp(function, x.astype(np.float32))[1](dy.astype(np.float32))
@@ -359,7 +359,7 @@ def test_the_gradient_of_a_threshold_is_summed_in_its_own_dtype(dtype):
     np.testing.assert_array_equal(pullback(jnp.ones_like(y))[0], [70_000])
 
 
-def test_the_gradient_of_a_narrow_threshold_is_rounded_once(rng):
+def test_the_gradient_of_a_half_precision_threshold_is_rounded_once(rng):
     x, dy = jnp.zeros((8, 6, 4, 3), jnp.bfloat16), rng.normal(size=(8, 6, 4, 3))
     dy, threshold = jnp.asarray(dy, x.dtype), jnp.ones(3, x.dtype)
     _, pullback = jax.vjp(lambda t: filter_response_norm(x, threshold=t), threshold)

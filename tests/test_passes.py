@@ -1,4 +1,4 @@
-"""Passes over memory: nothing of the size of x is written but the results; maps are linear."""
+"""Passes over memory: no temporaries of the size of x, and gradients are rounded once."""
 
 from functools import partial
 
@@ -23,10 +23,10 @@ NORMS = {
 
 
 @pytest.mark.skipif(kernels.plugin() is None, reason="normjax-cpu is not installed")
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="its compiler fuses other things")
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="older XLA fuses other operations")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_training_step_writes_nothing_of_the_size_of_x_but_its_results(norm, dtype):
+def test_a_training_step_has_no_temporaries_of_the_size_of_x(norm, dtype):
     shape, function = NORMS[norm]
 
     def step(x, dy, scale, bias):
@@ -56,14 +56,14 @@ def test_the_sum_is_rounded_once_and_differentiates_like_a_sum(rng):
         jnp.stack([expected] * 2),
     )
     cotangent = jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16)
-    wide = cotangent.astype(jnp.float32)
+    unrounded = cotangent.astype(jnp.float32)
     whole, row, column = jax.vjp(total, *terms)[1](cotangent)
-    np.testing.assert_array_equal(whole, wide)
-    np.testing.assert_allclose(row, wide.sum(0, keepdims=True), rtol=1e-6)
-    np.testing.assert_allclose(column, wide.sum(1, keepdims=True), rtol=1e-6)
-    # With one term held fast the others keep theirs.
+    np.testing.assert_array_equal(whole, unrounded)
+    np.testing.assert_allclose(row, unrounded.sum(0, keepdims=True), rtol=1e-6)
+    np.testing.assert_allclose(column, unrounded.sum(1, keepdims=True), rtol=1e-6)
+    # The other terms may be constants.
     np.testing.assert_array_equal(
-        jax.vjp(lambda t: total(t, *terms[1:]), terms[0])[1](cotangent)[0], wide
+        jax.vjp(lambda t: total(t, *terms[1:]), terms[0])[1](cotangent)[0], unrounded
     )
 
 
@@ -86,7 +86,7 @@ ROUNDED = {
 
 @pytest.mark.parametrize("norm", ROUNDED)
 def test_a_half_precision_gradient_is_rounded_once(norm, rng):
-    """What two passes send back to x meets in float32: not beyond half a unit in the last place."""
+    """Parts of the gradient are added in float32: the error is half a unit in the last place."""
     function, options = ROUNDED[norm]
     x, dy = (jnp.asarray(rng.normal(size=(65, 4, 9)), jnp.bfloat16) for _ in range(2))
     got = jax.vjp(function, x)[1](dy)[0]

@@ -1,4 +1,4 @@
-"""Other libraries as oracles where they are right, and shown to be wrong where we are right."""
+"""Comparison with PyTorch, and errors of Flax that normjax does not have."""
 
 from functools import partial
 
@@ -90,7 +90,7 @@ def our_variance_on_devices(x, mask):
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("last", [1, 0])
 def test_flax_averages_the_means_of_unequal_devices(rng, last):
-    """google/flax#2417: a mean of means, and NaN everywhere once a device has no valid row."""
+    """google/flax#2417: a mean of means, and NaN on all devices if one has no valid row."""
     x = (rng.normal(size=(4, 8, 1)) + np.arange(4).reshape(4, 1, 1)).astype(np.float32)
     mask = np.arange(8).reshape(1, 8, 1) < np.array([8, 2, 5, last]).reshape(4, 1, 1)
     want = x[mask].astype(np.float64).var()
@@ -109,20 +109,20 @@ def test_flax_lets_a_masked_nan_into_every_gradient():
     def by_flax(x):
         return norm.apply(variables, x, mask=mask, mutable=["batch_stats"])[0]
 
-    def by_us(x):
+    def by_normjax(x):
         return batch_norm(x, None, train=True, mask=mask)[0]
 
-    for norm_of, fine in ((by_flax, False), (by_us, True)):
+    for norm_of, finite in ((by_flax, False), (by_normjax, True)):
 
         def loss(x, f=norm_of):
             return jnp.sum(jnp.where(mask, f(x), 0) ** 3)
 
         grad = jax.jit(jax.grad(loss))(x)
-        assert np.isfinite(grad[:4]).all() == fine
+        assert np.isfinite(grad[:4]).all() == finite
 
 
 @pytest.mark.usefixtures("lenient")
-def test_one_nan_poisons_the_running_statistics_of_flax(rng):
+def test_one_nan_in_x_stays_in_the_running_statistics_of_flax(rng):
     x = rng.normal(size=(8, 2)).astype(np.float32)
     x[0, 0] = np.nan
     norm = nn.BatchNorm(use_running_average=False)

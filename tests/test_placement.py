@@ -1,8 +1,7 @@
-"""Wherever arrays lie: nothing of the size of the input moves, and each gradient is right.
+"""Sharded arrays: no communication of the size of the input, and correct gradients.
 
-All functions of tests/functions.py are one program for each way, since it is compiling that takes
-the time. What is compared with is the same function on one device, which other tests hold to the
-oracle.
+One program for each placement contains all functions of tests/functions.py, since compilation takes
+most of the time. It is compared with one device, which other tests compare with the oracle.
 """
 
 from functools import cache, partial
@@ -16,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
 from tests.functions import FUNCTIONS, arrays
-from tests.ways import entered
+from tests.transformations import entered
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 SHAPE = (16, 8, 8)
 
-# What the devices exchange is decided before machine code is made, which need not be fast.
+# Communication is decided before code generation, so the machine code need not be fast.
 jit = partial(
     jax.jit,
     compiler_options={
@@ -32,7 +31,7 @@ jit = partial(
 # Sums in float32 over 1024 entries of up to 10, in another order.
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3)
 
-# How the axes of a mesh of (4, 2) are typed, and where x lies on it.
+# The axis types of a mesh of (4, 2), and the placement of x.
 PLACES = {
     "auto": ((AUTO, AUTO), P("a", None, "b")),
     "explicit": ((EXPLICIT, EXPLICIT), P("a", None, "b")),
@@ -49,9 +48,9 @@ def inputs():
 
 
 def results(given, dy, *, alone, axis_name=None, axes=None):
-    """Of every function the output, and the gradients by all arrays or by each array alone.
+    """The output of every function, and the gradients by all arrays or by each array alone.
 
-    Under vmap over `axes` of the arrays if they are given.
+    If `axes` of the arrays are given, functions are mapped over them.
     """
     found = {}
     for name, named in given.items():
@@ -79,7 +78,7 @@ def on_one_device():
 
 @cache
 def placed(case, alone):
-    """The compiled program of jit over arrays that lie so, and what it is called with."""
+    """The program compiled for a placement, and its arguments."""
     kinds, place = PLACES[case]
     grid = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
 
@@ -92,35 +91,35 @@ def placed(case, alone):
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_nothing_of_the_size_of_the_input_moves(case):
+def test_no_communication_of_the_size_of_the_input(case):
     program, (given, dy) = placed(case, case == "explicit")
     share = dy.addressable_shards[0].data.size
-    moved = [
+    large = [
         collective
         for collective in hlo.parse(program.as_text()).collectives()
         if max(shape.size for shape in collective.shapes) >= share
-        # A window of neighboring features reaches over what another device has of them.
+        # Its window contains features of other devices.
         and "local_response_norm" not in collective.op_name
     ]
-    assert not moved
+    assert not large
     for y, grads in program(given, dy).values():
         assert y.sharding.is_equivalent_to(dy.sharding, 3)
         assert grads["x"].sharding.is_equivalent_to(dy.sharding, 3)
 
 
 @pytest.mark.parametrize("case", ["explicit", "explicit and auto"])
-def test_each_gradient_is_that_of_one_device(case):
+def test_gradients_equal_those_of_one_device(case):
     program, given = placed(case, case == "explicit")
     jax.tree.map(close, program(*given), on_one_device())
 
 
 def halves(v):
-    """What two devices have of x, along a new first axis."""
+    """Splits x over two devices, along a new first axis."""
     return v.reshape(2, -1, *v.shape[1:]) if v.ndim == len(SHAPE) else v
 
 
 def on_two_devices(given, dy):
-    """Each half by itself but for shared statistics, mapped by vmap; parameters sum their parts."""
+    """Each half by vmap with shared statistics; gradients of parameters are summed."""
     axes = jax.tree.map(lambda v: 0 if v.ndim == len(SHAPE) else None, given)
     body = partial(results, alone=False, axis_name="a")
     found = jax.vmap(body, (axes, 0), axis_name="a")(*jax.tree.map(halves, (given, dy)))
@@ -134,8 +133,8 @@ def on_two_devices(given, dy):
     }
 
 
-def test_each_gradient_within_shard_map():
-    """With check_vma=True, which types what differs between devices."""
+def test_gradients_within_shard_map():
+    """With check_vma=True, which tracks what differs between devices."""
     given, dy = inputs()
     grid = jax.make_mesh((2,), ("a",), axis_types=(AUTO,))
     place = jax.tree.map(lambda v: P("a") if v.ndim == len(SHAPE) else P(), (given, dy))
@@ -151,7 +150,7 @@ def test_each_gradient_within_shard_map():
 
 
 def test_vmap_over_an_axis_that_is_explicitly_sharded():
-    """Many batches by the same parameters, whose gradients sum over all of them."""
+    """Several batches share parameters, whose gradients are sums over the batches."""
     given, dy = inputs()
     axes = jax.tree.map(lambda v: 0 if v.ndim == len(SHAPE) else None, given)
     grid = jax.make_mesh((4,), ("a",), axis_types=(EXPLICIT,))

@@ -1,4 +1,4 @@
-"""Promise 3 across processes: they hold the numbers of one process, and die together."""
+"""Promise 3 across processes: results equal those of one, and all stop if one is killed."""
 
 import os
 import signal
@@ -15,12 +15,21 @@ import pytest
 
 from tests import reference
 from tests.kill_and_resume import ENVIRONMENT
-from tests.worker import AXES, CASES, DTYPES, HEARTBEAT, MOMENTUM, WAYS, make_inputs, results
+from tests.worker import (
+    AXES,
+    CASES,
+    DTYPES,
+    HEARTBEAT,
+    MOMENTUM,
+    TRANSFORMATIONS,
+    make_inputs,
+    results,
+)
 
-# Far above the ten seconds that it takes, for a slow machine: it only bounds a hang.
+# Usually they take ten seconds. The limit only ends a hang, also on a slow machine.
 LIMIT = 600
 NAMES = ("y", "dx", "dscale", "dbias", "mean", "var")
-EVERYWHERE = NAMES[2:]
+REPLICATED = NAMES[2:]
 
 
 def free_port():
@@ -31,7 +40,7 @@ def free_port():
 
 @contextmanager
 def started(count, folder):
-    """`count` processes that find each other on loopback; none of them outlives the block."""
+    """Starts `count` processes connected on loopback, and kills them after the block."""
     address = f"127.0.0.1:{free_port()}"
     root = Path(__file__).parents[1]
     environment = {**ENVIRONMENT, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
@@ -65,12 +74,12 @@ def wait_until(condition, seconds, folder):
 
 
 def assemble(count, folder):
-    """One set of arrays from what all processes wrote; what all hold must be equal in each."""
+    """Joins the arrays that the processes wrote; replicated ones must be equal."""
     parts = [dict(np.load(folder / f"part{index}.npz")) for index in range(count)]
     whole = {}
     for key in parts[0]:
         held = [part[key] for part in parts]
-        if key.split("/")[-1] in EVERYWHERE:
+        if key.split("/")[-1] in REPLICATED:
             for other in held[1:]:
                 np.testing.assert_array_equal(held[0], other, f"processes disagree on {key}")
             whole[key] = held[0]
@@ -86,7 +95,7 @@ def one_process():
 
 @cache
 def expected(case, dtype):
-    """What the oracle says, and how far rounding may lead from it."""
+    """The results of the oracle, and tolerances for rounding."""
     x, scale, bias, mask, dy = make_inputs(case, dtype)
     x, dy = x.astype(np.float64), dy.astype(np.float64)
     want = reference.batch_norm(x, scale, bias, dy, axes=AXES, mask=mask)
@@ -98,8 +107,8 @@ def expected(case, dtype):
         mean=(1 - MOMENTUM) * want.mean,
         var=MOMENTUM + (1 - MOMENTUM) * want.var,
     )
-    # Sums of 40 products of values up to 10 round to 40 eps of 10 at the worst. Rows of y and dx
-    # are rounded to their own dtype besides, dx as the sum of two parts that may cancel.
+    # A sum of 40 products of values up to 10 has an error of at most 40 eps of 10. y and dx are
+    # also rounded to their own dtype; dx is the sum of two parts that may cancel.
     fine = 40 * 10 * reference.EPS["float32"]
     coarse = 0 if dtype == "float32" else reference.EPS[dtype]
     direct = np.abs(dy * scale / np.sqrt(want.var + 1e-5)).max()
@@ -109,21 +118,21 @@ def expected(case, dtype):
 
 
 def compare(found, count):
-    for way in WAYS:
+    for transformation in TRANSFORMATIONS:
         for case in CASES:
             for dtype in DTYPES:
                 want, slack = expected(case, dtype)
                 for name in NAMES:
-                    key = f"{way}/{case}/{dtype}/{name}"
+                    key = f"{transformation}/{case}/{dtype}/{name}"
                     options = dict(rtol=2e-5, atol=slack[name])
-                    says = f"{key} of {count} processes"
-                    np.testing.assert_allclose(found[key], want[name], err_msg=says, **options)
+                    label = f"{key} of {count} processes"
+                    np.testing.assert_allclose(found[key], want[name], err_msg=label, **options)
                     alone = one_process()[key]
-                    np.testing.assert_allclose(found[key], alone, err_msg=says, **options)
+                    np.testing.assert_allclose(found[key], alone, err_msg=label, **options)
 
 
 @pytest.mark.slow
-def test_two_processes_hold_the_numbers_of_one(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     with started(2, tmp_path) as workers:
         for worker in workers:
             assert worker.wait(LIMIT) == 0, logs(tmp_path)
@@ -131,14 +140,14 @@ def test_two_processes_hold_the_numbers_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_hold_the_numbers_of_one_and_a_death_ends_them_all(tmp_path):
+def test_four_processes_equal_one_and_all_stop_if_one_is_killed(tmp_path):
     (tmp_path / "continue").touch()
     with started(4, tmp_path) as workers:
         wait_until(lambda: len(list(tmp_path.glob("done*"))) == 4, LIMIT, tmp_path)
         compare(assemble(4, tmp_path), 4)
         workers[2].send_signal(signal.SIGKILL)
         start = time.monotonic()
-        # Twice the heartbeat: once to notice, once to tell the others and go.
+        # One heartbeat to detect the death, and one to stop the other processes.
         codes = [worker.wait(2 * HEARTBEAT + 10) for worker in workers]
         print(f"the others stopped {time.monotonic() - start:.1f} s after it")
     assert codes[2] == -signal.SIGKILL

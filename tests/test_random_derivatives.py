@@ -1,7 +1,7 @@
-"""Random calls, hard ones among them: value and every derivative against NumPy float64.
+"""Random calls, some ill-conditioned: value and every derivative against NumPy float64.
 
-The value, the JVP, the VJP and the Hessian-vector product (forward over reverse) of every norm
-function. tests/calls.py draws the calls, tests/hyperdual.py differentiates the formulas.
+Compares the value, the JVP, the VJP and the Hessian-vector product (forward over reverse) of every
+norm function. tests/calls.py draws the calls, tests/hyperdual.py differentiates the formulas.
 """
 
 import hypothesis
@@ -15,13 +15,13 @@ from tests.hyperdual import HyperDual
 from tests.reference import EPS
 from tests.strategies import examples, rounded, runs
 
-# How often the formula is evaluated with operations that are off by eps. Of six changes of the
-# result hardly ever all are small.
+# How often the formula is evaluated with operations that are off by up to eps. The changes of the
+# result are rarely small in all six evaluations.
 PERTURBED = 6
 
 
 def derivatives(case, cotangents):
-    """Outputs, their JVP, the VJP of all inputs, and how that changes along the directions."""
+    """Outputs, their JVP, the VJP of all inputs, and the derivative of the VJP along directions."""
     inputs, directions, cotangents = jax.tree.map(
         jnp.asarray, (case.inputs, case.directions, cotangents)
     )
@@ -39,7 +39,7 @@ def derivatives(case, cotangents):
 
 
 def exact_derivatives(case, cotangents, rng):
-    """The same in float64 in the first row; in the others with every operation off by eps."""
+    """The same in float64. Except in the first row, every operation is off by up to eps."""
     eps = EPS["float64" if case.inputs[0].dtype == np.float64 else "float32"]
 
     def rounding(v):
@@ -63,8 +63,8 @@ def exact_derivatives(case, cotangents, rng):
     outputs = [y.spread(case.shapes[0]) for y in outputs]
     weights = [w.astype(float) for w in cotangents]
 
-    def owed(part):
-        """Of the derivatives along every input, what the cotangents ask of them."""
+    def pulled_back(part):
+        """The derivatives by every input, multiplied by the cotangents and summed."""
         across = tuple(range(-rank, 0))
         sums = sum(
             rounding(w * y.parts[part]).sum(across) for w, y in zip(weights, outputs, strict=True)
@@ -79,11 +79,11 @@ def exact_derivatives(case, cotangents, rng):
             for y in outputs
         ]
 
-    return along(0), along(2), owed(1), owed(3)
+    return along(0), along(2), pulled_back(1), pulled_back(3)
 
 
 def check(case):
-    """Compares everything, each within the error that rounding explains."""
+    """Compares all results within the errors that rounding explains."""
     dtype = case.inputs[0].dtype
     rng = np.random.default_rng(case.seed + 1)
     cotangents = tuple(
@@ -105,13 +105,13 @@ def check(case):
 
 
 def close(what, case, got, rows, eps):
-    """An error is `FACTOR` times what operations off by eps change, and a rounding of the result.
+    """Allows `FACTOR` times the change by operations off by eps, and a rounding of the result.
 
-    Of a group that shares statistics the largest change counts for all of its entries.
+    The largest change in a group that shares statistics counts for all of its entries.
     """
     own = EPS[str(got.dtype)]
     want = rows[0]
-    # Rounded, the formula may have no value at all: the root of what should have been zero.
+    # With rounding the formula may be NaN: the root of a number below 0 that should be 0.
     change = np.nan_to_num(abs(rows[1:] - want), nan=np.inf).max(0)
     size = abs(np.where(np.isfinite(want), want, 0))
     if want.shape == case.shapes[0]:
@@ -120,7 +120,7 @@ def close(what, case, got, rows, eps):
     info = jnp.finfo(got.dtype)
     bound = FACTOR * change + 4 * own * abs(want) + FACTOR * eps * size
     bound = bound + 2 * float(info.smallest_normal)
-    # What has the dtype of x, as the cotangent between norm and activation, has a least step.
+    # Values in the dtype of x, as the cotangent between norm and activation, may be denormal.
     x = case.inputs[0]
     bound = bound + x.size * float(jnp.finfo(x.dtype).smallest_subnormal)
     got = got.reshape(want.shape).astype(np.float64)
@@ -134,7 +134,7 @@ def close(what, case, got, rows, eps):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_every_derivative_is_that_of_the_formula(name):
+def test_every_derivative_equals_that_of_the_formula(name):
     @examples(2, tests=len(NORMS))
     @hypothesis.given(cases(name))
     def compare(case):

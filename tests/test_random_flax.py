@@ -1,8 +1,8 @@
-"""Random layers and inputs: the norms of flax.linen and ours side by side.
+"""Random layers and inputs: compares the norms of flax.linen and normjax.linen.
 
-Same fields, same variables, two training steps, evaluation, gradients. The data keep every
-statistic well conditioned, so that what differs is a difference of meaning;
-tests/test_random_derivatives.py has the data that are hard on the arithmetic.
+Both have the same fields and variables, and run two training steps with gradients and an
+evaluation. All statistics are well conditioned, so that rounding does not explain a difference;
+tests/test_random_derivatives.py has ill-conditioned data.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ ROUNDINGS = 16
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of both libraries by its fields, and what it is called with."""
+    """The fields of a layer in both libraries, and its arguments."""
 
     name: str
     fields: dict[str, Any]
     x: np.ndarray
     mask: Any
     how: str
-    # Over what statistics are taken: x -> the squared deviation and the size of each group.
+    # The axes of the statistics.
     reduced: tuple[int, ...]
     groups: int = 1
     weight: dict[str, Any] | None = None
@@ -53,7 +53,7 @@ class Case:
 
 
 class Weight(nn.Module):
-    """A layer that returns what it got as its parameters."""
+    """A layer that returns its parameters."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -66,7 +66,7 @@ class Weight(nn.Module):
 
 
 def spread(shape, seed):
-    """Neighbors along every axis differ by 0.75 at least, and so every statistic deviates."""
+    """Neighbors along every axis differ by at least 0.75, so that no variance is close to 0."""
     steps = sum((1 + a % 3) * i for a, i in enumerate(np.indices(shape)))
     return steps % 5 - 1.6 + np.random.default_rng(seed).random(shape) / 4
 
@@ -77,7 +77,7 @@ def normal(key, shape, dtype):
 
 @st.composite
 def masks(draw, shape, reduced, x):
-    """Of any shape that broadcasts, and any kind of number; each statistic keeps what deviates."""
+    """Masks of any broadcastable shape and several dtypes. No variance becomes close to 0."""
     if draw(st.booleans()):
         return None
     of = tuple(n if draw(st.booleans()) else 1 for n in shape)
@@ -89,10 +89,10 @@ def masks(draw, shape, reduced, x):
         var = (valid * (x - mean) ** 2).sum(reduced, keepdims=True) / np.maximum(count, 1)
     if (var < 0.1).any():
         mask = valid | (var < 0.1)
-    if draw(st.booleans()):  # without the leading axes that it shares
+    if draw(st.booleans()):  # without leading axes of size 1
         whole = next((a for a, n in enumerate(mask.shape) if n != 1), len(shape) - 1)
         short = mask.reshape(mask.shape[whole:])
-        # One that fits the leading axes too has two readings: ours says so, Flax takes the last.
+        # A mask that also fits the leading axes is ambiguous: an error in normjax, not in Flax.
         if any(m not in (1, n) for m, n in zip(short.shape, shape, strict=False)):
             mask = short
     return mask.astype(draw(st.sampled_from([bool, np.int32, np.float32])))
@@ -122,7 +122,7 @@ def cases(draw, name):
         fields["momentum"] = draw(st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]))
         fields["axis"] = draw(axes(rank, lambda kept: len(kept) < rank))
         reduced = tuple(a for a in every if a not in canonical(fields["axis"], rank))
-        # One value alone has no variance to train by: ours says so, Flax returns zeros.
+        # One value has no variance to train with: an error in normjax, zeros in Flax.
         hypothesis.assume(np.prod([shape[a] for a in reduced]) > 1)
     elif name in ("LayerNorm", "RMSNorm"):
         fields["reduction_axes"] = draw(axes(rank))
@@ -159,13 +159,13 @@ def cases(draw, name):
 
 @st.composite
 def weights(draw, name, fields, how):
-    """A layer around another one's weight, of rank 2 or 3."""
+    """A wrapper around a layer with a weight of rank 2 or 3."""
     shape = draw(st.sampled_from([(5, 4), (3, 2, 4)]))
     weight = dict(shape=shape, dtype=draw(st.sampled_from(DTYPES)))
     reduced = ()
     if name == "SpectralNorm":
-        # Ours adds it to lengths of vectors whose largest entry is 1, so that a small weight is
-        # normalized as well; that of Flax is the same where it is negligible.
+        # normjax adds it to lengths of vectors whose largest entry is 1, so that a small weight is
+        # normalized too. The results agree with Flax if it is negligible.
         fields["epsilon"] = 1e-12
         fields["n_steps"] = draw(st.integers(0, 3))
         fields["collection_name"] = draw(st.sampled_from(["batch_stats", "spectral"]))
@@ -174,7 +174,7 @@ def weights(draw, name, fields, how):
         fields["scale_init"] = normal
         names = draw(st.sampled_from([["kernel"], ["bias"], None, []]))
         fields["variable_filter"] = names
-        # Axes that a bias has as well, if it is normalized.
+        # Axes that exist in a bias too, if it is normalized.
         of_all = st.sampled_from([None, -1, (-1,)])
         kept = draw(axes(len(shape)) | st.none() if names == ["kernel"] else of_all)
         fields["feature_axes"] = kept
@@ -185,7 +185,7 @@ def weights(draw, name, fields, how):
 
 
 def grouped(x, reduced, groups):
-    """x with the groups on an axis of their own, and what is reduced then."""
+    """x with the groups on a separate axis, and the reduced axes of that shape."""
     return x.reshape(*x.shape[:-1], groups, -1), (*reduced[:-1], x.ndim)
 
 
@@ -194,13 +194,13 @@ def build(library, case):
     if case.weight:
         fields["layer_instance"] = Weight(**case.weight, name="layer")
     elif library is nn:
-        # The fast one is a difference of large numbers; ours is exact whatever this says.
+        # Flax's fast variance is a difference of large numbers; normjax is accurate in both cases.
         fields["use_fast_variance"] = False
     return getattr(library, case.name)(**fields)
 
 
 def modes(case, train):
-    """How the layer is told the mode."""
+    """The arguments that set the mode."""
     if case.name == "BatchNorm":
         return dict(use_running_average=not train)
     return dict(update_stats=train) if case.name == "SpectralNorm" else {}
@@ -215,8 +215,8 @@ def called_with(case, library):
     return dict(mask=case.mask)
 
 
-def life(library, case):
-    """Init, two training steps with gradients, evaluation."""
+def train_and_evaluate(library, case):
+    """Initializes, trains two steps with gradients, and evaluates."""
     layer, given = build(library, case), called_with(case, library)
     second = case.x[::-1] * case.x.dtype.type(1.5)
     dy = spread(case.x.shape, 11).astype(np.float32)
@@ -258,8 +258,8 @@ def lenient():
 def bounds(case, start):
     """Bounds on the error of outputs, gradients and statistics, from the eps of all dtypes.
 
-    A deviation rounds by eps |x|, which is eps |x| / s in units of the standard deviation s; an
-    output is that times the scale, a gradient that times 1 / s and once more the deviations.
+    A deviation has an error of eps |x|, or eps |x| / s in units of the standard deviation s. An
+    output multiplies it by the scale; a gradient also by 1 / s and by a deviation.
     """
     out = {case.fields["param_dtype"], case.fields["dtype"] or "float32"}
     out.add(case.weight["dtype"] if case.weight else str(case.x.dtype))
@@ -282,7 +282,7 @@ def bounds(case, start):
     centered = case.name != "RMSNorm"
     var = (mask * (x - centered * mean) ** 2).sum(axes, keepdims=True) / count
     steep = float((1 / np.sqrt(var + case.fields["epsilon"])).max())
-    # Of one value alone nothing is rounded: it is its own mean.
+    # The mean of one value is exact.
     alone = count.max() == 1 and centered
     span = 1 if alone else 1 + 1.5 * float(abs(x).max()) * steep
     return eps * gain * span, eps * gain * steep * span**2, 64 * EPS["float32"]
@@ -291,20 +291,20 @@ def bounds(case, start):
 def close(case, got, want, bound):
     a, b = (np.asarray(v, np.float64) for v in (got, want))
     assert np.all(abs(a - b) <= bound * (1 + abs(b))), (
-        f"{abs(a - b).max():.3g} apart, bound {bound:.3g}: {a.ravel()[:8]} for {b.ravel()[:8]}"
+        f"error {abs(a - b).max():.3g}, bound {bound:.3g}: {a.ravel()[:8]} for {b.ravel()[:8]}"
     )
     assert got.shape == want.shape
 
 
 def check(case):
     with lenient():
-        start, flax = life(nn, case)
-    own_start, ours = life(normjax.linen, case)
+        start, flax = train_and_evaluate(nn, case)
+    own_start, ours = train_and_evaluate(normjax.linen, case)
     of_y, of_grads, of_stats = bounds(case, start)
     assert jax.tree.structure(own_start) == jax.tree.structure(start)
     for a, b in zip(*map(jax.tree.leaves, (own_start, start)), strict=True):
         assert a.dtype == b.dtype, "initialized"
-        # The wrappers of weights store in init what they have normalized.
+        # The wrappers of weights store the normalized weights in init.
         close(case, a, b, of_y if case.weight else 0)
     assert jax.tree.structure(ours) == jax.tree.structure(flax)
     for when in ("first", "second"):
@@ -315,7 +315,7 @@ def check(case):
                 assert a.dtype == b.dtype, (when, part)
                 close(case, a, b, bound)
     for a, b in zip(*map(jax.tree.leaves, (ours["stats"], flax["stats"])), strict=True):
-        # Flax turns u of half precision into float32 when the weight is; ours stays.
+        # Flax converts u of half precision to float32 if the weight is float32; normjax does not.
         assert a.dtype == b.dtype or case.name == "SpectralNorm"
         close(case, a, b, of_stats)
     for a, b in zip(*map(jax.tree.leaves, (ours["evaluated"], flax["evaluated"])), strict=True):
@@ -326,7 +326,7 @@ def check(case):
 
 
 def check_given_at_call(case, params, ours, bound):
-    """scale and bias at the call, for all examples or for each, stand in for the parameters."""
+    """scale and bias as arguments, for all examples or for each, replace the parameters."""
     layer = build(normjax.linen, case)
     axes_of = next((case.fields[k] for k in ("feature_axes", "axis") if k in case.fields), -1)
     how = {**modes(case, False), **called_with(case, normjax.linen)}
@@ -346,7 +346,7 @@ def check_given_at_call(case, params, ours, bound):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_any_layer_is_that_of_flax(name):
+def test_any_layer_agrees_with_flax(name):
     @examples(2, tests=len(NORMS))
     @hypothesis.given(cases(name))
     def compare(case):

@@ -11,7 +11,7 @@ from normjax import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from tests import reference
 from tests.reference import EPS
 
-# name: function with its options, shape, axes reduced after `grouped`, shape of scale, groups
+# name: function with its options, shape, axes reduced after `split`, shape of scale, groups
 CASES = {
     "layer, rows": (partial(layer_norm), (6, 5), (-1,), (5,), None),
     "layer, sequence": (partial(layer_norm), (3, 4, 6), (-1,), (6,), None),
@@ -59,7 +59,7 @@ EPSILON = 1e-3
 
 
 def feature_axes(function):
-    """Where the scale lies, read off the options of the case."""
+    """The axes of scale, from the options of the case."""
     options = function.keywords
     return options.get(
         "feature_axis", options.get("axis", -1) if "group" not in str(function.func) else -1
@@ -67,7 +67,7 @@ def feature_axes(function):
 
 
 def placed(vector, function, rank):
-    """A vector of features in the rank of x."""
+    """A vector of features, reshaped to the rank of x."""
     kept = np.atleast_1d(feature_axes(function)) % rank
     shape = [1] * rank
     for axis, n in zip(sorted(kept), vector.shape, strict=True):
@@ -202,7 +202,7 @@ FAMILY = {
 
 
 def masked_out(function, rng):
-    """Values and derivatives where NaN stands under the mask, and where 0 does."""
+    """Values and derivatives do not change if masked entries are NaN, infinite or 0."""
     x, dy = rng.normal(1, 2, (2, 3, 6, 4)).astype(np.float32)
     mask = rng.random((3, 6, 4)) < 0.7
 
@@ -277,7 +277,7 @@ def test_layer_norm_edge_example_with_every_entry_masked():
     np.testing.assert_allclose(y[0], [1 / 0.5 + 1, 2 / 0.5 + 1])
 
 
-# Of 100 entries, of which 1.8e19 / sqrt(n) is 1.8e18.
+# For n = 100 entries, 1.8e19 / sqrt(n) is 1.8e18.
 SIGNS = np.tile([1.0, -1.0], 50)
 SIZES = [(1.8e18, True), (1.9e18, False), (1e20, False)]
 
@@ -289,8 +289,8 @@ def test_layer_norm_edge_deviations_beyond_1_8e19_sqrt_n(size, inside):
 
 
 @pytest.mark.parametrize("far", [0, 1], ids=["scattered", "constant"])
-def test_squares_beyond_the_range_are_infinite_and_no_nan(rng, far):
-    """So y is the bias, and a feature that is not constant loses nothing else."""
+def test_squares_beyond_the_range_are_infinite_and_not_nan(rng, far):
+    """Since the variance is infinite, y is the bias, here 0."""
     x = 1e30 * (far + (1 - far) * rng.normal(size=(3, 40, 8)))
     x = jnp.asarray(x / 7, jnp.float32)
     for norm in (
@@ -311,7 +311,7 @@ def test_rms_norm_edge_x_beyond_1_8e19_sqrt_n(size, inside):
 
 
 def through_the_variance(norm, centered, rng):
-    """dx within the range and beyond it, against the formula with and without that part."""
+    """For a small dy, the part of dx through the variance is 0; the formula is used without it."""
     x, dy = rng.normal(size=(2, 2, 40))
     x, dy = (1e15 * x).astype(np.float32), dy + x / 1e15
     _, pullback = jax.vjp(norm, x)

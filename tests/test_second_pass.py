@@ -1,4 +1,4 @@
-"""What benchmarks/second_pass.py counts is what compiled programs do."""
+"""The counts of benchmarks/second_pass.py match compiled programs."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ from benchmarks import second_pass
 
 
 class Net(nn.Module):
-    """Three layers, with channels that die."""
+    """Three layers, with channels that become 0."""
 
     norm: object
 
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def run(norm, steps, shift):
-    """Momentum 0.5 and inputs that move by `shift` in every fifth step."""
+    """A run with momentum 0.5, whose inputs move by `shift` in every fifth step."""
     model = Net(norm)
 
     def loss(params, stats, x, alive):
@@ -66,7 +66,7 @@ def instance(x):
 
 
 def combed(x):
-    """All that a sample takes is far from the rest, in one layer of three."""
+    """In one of three layers, all sampled entries are far from the others."""
     rows, columns = (jnp.arange(n) for n in x.shape[1:3])
     hit = (rows % 4 == 2)[:, None, None] & (columns % 2 == 1)[:, None]
     return normjax.linen.InstanceNorm()(x + 30.0 * hit if x.shape[-1] == 6 else x)
@@ -74,7 +74,7 @@ def combed(x):
 
 @pytest.fixture
 def branches(monkeypatch):
-    """For a form: a list, in which each decision is put."""
+    """A function that records the decisions of a form in a list."""
 
     def watch(form):
         found = []
@@ -95,7 +95,7 @@ def branches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "norm", "shift", "some"),
+    ("form", "norm", "shift", "mixed"),
     [
         ("tpu", batch, 2.0, True),
         ("gpu", batch, 2.0, True),
@@ -104,10 +104,10 @@ def branches(monkeypatch):
         ("tpu", group, 3.0, True),
     ],
 )
-def test_the_count_is_that_of_the_program(branches, lenient, form, norm, shift, some):
+def test_counts_match_the_compiled_program(branches, lenient, form, norm, shift, mixed):
     found, steps, layers = branches(form), 20, 3
     trained = run(norm, steps, shift)._replace(platform=form)
-    # Those of init.
+    # The decisions during init.
     jax.effects_barrier()
     found.clear()
     _, seen = trained.train()
@@ -115,10 +115,10 @@ def test_the_count_is_that_of_the_program(branches, lenient, form, norm, shift, 
     assert len(found) == steps * layers
     taken = np.stack([guard.excess for guard in seen.values()]) > second_pass.LIMIT
     assert taken.sum() == found.count(False)
-    assert bool(0 < taken.sum() < taken.size) is some
+    assert bool(0 < taken.sum() < taken.size) is mixed
 
 
-def test_conditionals_are_one_a_layer(lenient):
+def test_one_conditional_per_layer(lenient):
     given = run(batch, 1, 0.0)
     assert [given.conditionals(form) for form in ("cpu", "gpu", "tpu")] == [0, 3, 3]
     given = run(instance, 1, 0.0)
@@ -145,8 +145,8 @@ def test_the_table(lenient):
 
 
 @pytest.mark.parametrize("name", second_pass.RUNS)
-def test_every_run_can_be_had(lenient, name):
-    """Its loss is one number, and its layers are found."""
+def test_every_run_can_be_created(lenient, name):
+    """The loss is a scalar, and all layers are found."""
     layers = {"digits": 6, "deep": 20, "finetune": 6, "unet": 10}
     first = next(second_pass.RUNS[name](0.01))
     (batch,) = first.batches(1)

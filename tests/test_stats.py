@@ -20,7 +20,7 @@ def moved(stats, moments, momentum=0.9, debias=False, ddof=0):
     return update_stats(stats, moments, momentum=momentum, debias=debias, ddof=ddof)
 
 
-def test_make_starts_where_flax_starts():
+def test_make_returns_the_initial_statistics_of_flax():
     stats = BatchStats.make((3, 2))
     np.testing.assert_array_equal(stats.mean, np.zeros((3, 2)))
     np.testing.assert_array_equal(stats.var, np.ones((3, 2)))
@@ -60,7 +60,7 @@ def test_debiased_average(rng, momentum):
         stats = moved(stats, batch(means[k], variances[k]), momentum, debias=True)
         want = reference.debiased(list(means[: k + 1]), momentum)
         np.testing.assert_allclose(stats.mean, want, atol=8 * EPS["float32"])
-        # Variances far below one: a trace of the initial one would show here.
+        # The variances are far below 1, so that a remainder of the initial 1 would be visible.
         want = reference.debiased(list(variances[: k + 1]), momentum)
         np.testing.assert_allclose(stats.var, want, rtol=16 * EPS["float32"])
 
@@ -74,7 +74,7 @@ def test_update_stats_guarantee_pieces_are_a_whole(rng):
     np.testing.assert_allclose(stats.var, 0.9 + 0.1 * want.var, rtol=8 * EPS["float32"])
 
 
-def test_update_stats_is_the_step_of_a_batch_norm_by_default(rng):
+def test_update_stats_has_the_defaults_of_batch_norm(rng):
     stats = update_stats(BatchStats.make(2), batch([1, 2], [3, 4]))
     np.testing.assert_allclose(stats.mean, [0.01, 0.02], rtol=4 * EPS["float32"])
     np.testing.assert_allclose(stats.var, [1.02, 1.03], rtol=4 * EPS["float32"])
@@ -89,7 +89,7 @@ def test_update_stats_edge_momentum_0():
     )
 
 
-def test_update_stats_takes_in_nothing_from_the_moments_of_nothing():
+def test_update_stats_ignores_moments_of_zero_elements():
     start = BatchStats(jnp.array([5.0, 6.0]), jnp.array([7.0, 8.0]))
     jax.tree.map(np.testing.assert_array_equal, update_stats(start, Moments.make(2)), start)
     made = Moments.make((2, 3), jnp.complex64)
@@ -115,7 +115,7 @@ def test_update_stats_takes_in_nothing_from_the_moments_of_nothing():
         (ValueError, BatchStats.make(2), Moments.make(2), dict(debias=True), "needs stats.count"),
     ],
 )
-def test_update_stats_says_what_is_wrong(error, stats, moments, options, message):
+def test_update_stats_error_messages(error, stats, moments, options, message):
     with pytest.raises(error, match=f"normjax.update_stats: .*{message}"):
         update_stats(stats, moments, **options)
 
@@ -154,8 +154,8 @@ def test_update_stats_guarantee_no_gradient():
 
 
 def test_statistics_take_the_wider_dtype(x64):
-    wide = Moments(jnp.float64(4), jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float64))
-    assert moved(BatchStats.make(2), wide).var.dtype == jnp.float64
+    in_float64 = Moments(jnp.float64(4), jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float64))
+    assert moved(BatchStats.make(2), in_float64).var.dtype == jnp.float64
     half = BatchStats(jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16))
     assert moved(half, batch([1, 2], [1, 1])).mean.dtype == jnp.float32
 
@@ -168,7 +168,7 @@ def test_statistics_and_count_are_never_half_precision():
 
 
 @pytest.mark.parametrize("options", [dict(momentum=0.0), dict(momentum=None), dict(debias=True)])
-def test_nothing_is_kept_of_an_old_value_that_has_no_weight(options):
+def test_old_values_of_weight_zero_are_discarded(options):
     poisoned = BatchStats(jnp.array([jnp.nan]), jnp.array([jnp.inf]), jnp.zeros(1))
     stats = moved(poisoned, batch([2], [3]), **options)
     np.testing.assert_array_equal(stats.mean, [2])
@@ -184,14 +184,14 @@ def test_momentum_may_be_traced():
     np.testing.assert_array_equal(debiased(0.75), [1])
 
 
-def test_counting_goes_on_beside_a_plain_momentum():
+def test_count_increases_with_a_plain_momentum():
     stats = moved(BatchStats.make(1, counted=True), batch([1], [1]))
     np.testing.assert_array_equal(stats.count, [1])
 
 
 @pytest.mark.parametrize("options", [dict(momentum=None), dict(debias=True), dict()])
 def test_update_stats_edge_a_count_at_the_end_of_its_dtype(options):
-    """From 2^24 on a float32 plus one is itself; 2^31 - 1 is where int32 ends, and it stays."""
+    """A float32 count would stop at 2^24. An int32 count stays at its maximum, 2^31 - 1."""
     counts = jnp.array([2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1], jnp.int32)
     start = BatchStats(jnp.zeros(4), jnp.ones(4), counts)
     stats = moved(start, batch([1] * 4, [1] * 4), **options)
@@ -201,8 +201,8 @@ def test_update_stats_edge_a_count_at_the_end_of_its_dtype(options):
         np.testing.assert_allclose(stats.mean, weight, rtol=4 * EPS["float32"])
 
 
-def test_a_count_of_floating_numbers_is_taken_and_keeps_its_dtype():
-    """That of an old checkpoint, or of states averaged over devices: fit for scan and jit."""
+def test_a_floating_point_count_keeps_its_dtype():
+    """Such as that of an old checkpoint, or of states averaged over devices."""
     for dtype in (jnp.float32, jnp.int32):
         start = BatchStats(jnp.zeros(1), jnp.ones(1), jnp.ones(1, dtype))
 
@@ -220,7 +220,7 @@ def test_a_count_of_floating_numbers_is_taken_and_keeps_its_dtype():
     np.testing.assert_array_equal(again.count, [4])
 
 
-def test_a_count_of_a_wrong_shape_or_kind_is_refused():
+def test_a_count_of_a_wrong_shape_or_dtype_is_an_error():
     x, stats = jnp.ones((4, 3)), BatchStats.make(3, counted=True)
     with pytest.raises(ValueError, match=r"stats.count has shape \(2,\), expected \(3,\)"):
         normjax.batch_norm(x, stats._replace(count=jnp.zeros(2, jnp.int32)), train=True)

@@ -18,7 +18,7 @@ def message(function, *args):
 
 
 def variables(heads=2, of_head=2, features=4, bias=True, of_key=4):
-    """What MultiHeadDotProductAttention of these sizes has."""
+    """The variables of MultiHeadDotProductAttention."""
     rng = np.random.default_rng(0)
 
     def inner(n_in):
@@ -54,12 +54,12 @@ def test_attention_agrees_with_pytorch(bias):
         np.testing.assert_array_equal(state[name], tensor.numpy(), strict=True)
 
 
-def test_attention_goes_there_and_back():
+def test_attention_round_trip():
     for bias in (True, False):
-        there = surgery.export_torch(variables(heads=3, bias=bias), RULES)
-        assert there["attention.in_proj_weight"].shape == (18, 4)
-        back = surgery.import_torch(variables(heads=3, bias=bias), there, RULES)
-        jax.tree.map(np.testing.assert_array_equal, back, variables(heads=3, bias=bias))
+        exported = surgery.export_torch(variables(heads=3, bias=bias), RULES)
+        assert exported["attention.in_proj_weight"].shape == (18, 4)
+        imported = surgery.import_torch(variables(heads=3, bias=bias), exported, RULES)
+        jax.tree.map(np.testing.assert_array_equal, imported, variables(heads=3, bias=bias))
 
 
 def test_attention_of_other_shapes_is_an_error():
@@ -82,16 +82,16 @@ def test_attention_of_other_shapes_is_an_error():
 
 
 def test_attention_agrees_with_keras():
-    there = surgery.export_keras(variables(heads=3), RULES)
-    assert there["attention/attention_output/kernel"].shape == (3, 2, 4)
-    back = surgery.import_keras(variables(heads=3), there, RULES)
-    jax.tree.map(np.testing.assert_array_equal, back, variables(heads=3))
+    exported = surgery.export_keras(variables(heads=3), RULES)
+    assert exported["attention/attention_output/kernel"].shape == (3, 2, 4)
+    imported = surgery.import_keras(variables(heads=3), exported, RULES)
+    jax.tree.map(np.testing.assert_array_equal, imported, variables(heads=3))
 
 
 def test_einsum_dense_of_any_rank():
     kernel = np.random.default_rng(0).normal(size=(4, 2, 3))
-    there = surgery.export_keras({"params": {"kernel": kernel}}, [("", "d", "einsum_dense")])
-    np.testing.assert_array_equal(there["d/kernel"], kernel)
+    exported = surgery.export_keras({"params": {"kernel": kernel}}, [("", "d", "einsum_dense")])
+    np.testing.assert_array_equal(exported["d/kernel"], kernel)
 
 
 def test_bare_parameters_of_any_shape():
@@ -100,18 +100,18 @@ def test_bare_parameters_of_any_shape():
         ("token", "cls", "parameter"),
         ("encoder/{name}", "enc.{name}", "parameter"),
     ]
-    there = surgery.export_torch({"params": params}, rules)
-    assert {name: array.shape for name, array in there.items()} == {
+    exported = surgery.export_torch({"params": params}, rules)
+    assert {name: array.shape for name, array in exported.items()} == {
         "cls": (1, 1, 3),
         "enc.scale": (),
         "enc.pos": (3,),
     }
-    back = surgery.import_torch({"params": params}, there, rules)
-    jax.tree.map(np.testing.assert_array_equal, back, {"params": params})
+    imported = surgery.import_torch({"params": params}, exported, rules)
+    jax.tree.map(np.testing.assert_array_equal, imported, {"params": params})
     rules = [("token", "cls", "parameter"), ("encoder/{name}", "enc/{name}", "parameter")]
-    there = surgery.export_keras({"params": params}, rules)
-    assert sorted(there) == ["cls", "enc/pos", "enc/scale"]
-    text = message(surgery.import_keras, {"params": params}, {**there, "cls": np.ones(3)}, rules)
+    exported = surgery.export_keras({"params": params}, rules)
+    assert sorted(exported) == ["cls", "enc/pos", "enc/scale"]
+    text = message(surgery.import_keras, {"params": params}, {**exported, "cls": np.ones(3)}, rules)
     assert "cls gives (3,) for params/token of (1, 1, 3), expected (1, 1, 3)" in text
 
 
@@ -124,15 +124,15 @@ def test_a_bare_parameter_can_be_kept():
     assert (filled["params"]["a"]["bias"] == 1).all()
 
 
-def test_a_kernel_is_no_bare_parameter():
-    """A square one would be taken without its transpose."""
+def test_a_kernel_is_not_a_bare_parameter():
+    """A square one would be imported without its transpose."""
     kernel = {"params": {"a": {"kernel": np.zeros((3, 3))}}}
     text = message(
         surgery.import_torch, kernel, {"a.weight": np.ones((3, 3))},
         [("a/kernel", "a.weight", "parameter")],
     )  # fmt: skip
     assert "variables without a rule: params/a/kernel" in text
-    # Nor does a pattern of bare names keep what layers hold.
+    # A pattern of bare names does not match the parameters of layers either.
     rules = [("{module}/{name}", "old", "keep"), ("a", "a", "linear")]
     text = message(surgery.import_torch, kernel, {"a.weight": np.ones((3, 3))}, rules)
     assert "rules that match nothing: ('{module}/{name}', 'old', 'keep')" in text

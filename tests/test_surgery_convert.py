@@ -1,4 +1,4 @@
-"""Batch norm to group norm: what comes out for typical examples, and under which names."""
+"""Batch norm to group norm: outputs for typical examples, and names of the new layers."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ EPS = np.finfo(np.float32).eps
 
 
 def typical(mean, var, rng, shape=(3, 6, 6)):
-    """Examples each of which has these moments in each channel, exactly."""
+    """Examples that have exactly these moments in each channel."""
     z = rng.normal(size=(*shape, len(mean)))
     z = (z - z.mean((1, 2), keepdims=True)) / z.std((1, 2), keepdims=True)
     return mean + np.sqrt(var) * z
@@ -49,7 +49,7 @@ def test_convert_guarantee_typical_examples_come_out_as_before(groups, kind, rng
 
 
 def test_convert_takes_a_whole_model():
-    """The factory pattern: one model, its norm is a field."""
+    """The norm of the model is a field."""
 
     class Net(nn.Module):
         norm: type
@@ -135,7 +135,7 @@ def test_convert_edge_layers_stacked_by_scan_or_vmap():
     np.testing.assert_allclose(new["params"]["bn"]["bias"], [[0.5, -1], [0, 0]], rtol=4 * EPS)
 
 
-def test_convert_words_what_is_wrong():
+def test_convert_error_messages():
     with pytest.raises(ValueError, match=r"at 'a'.*\(3\) does not divide.*\[1, 2, 4\]"):
         surgery.convert(numbered("a"), num_groups=3)
     with pytest.raises(ValueError, match="Give the layers names"):
@@ -159,7 +159,7 @@ def of_channels(**channels):
     [(7, 1), (32, 32), (35, 7), (50, 25), (252, 28)],
 )
 def test_convert_edge_channels_that_32_does_not_divide(channels, groups, rng):
-    """DenseNet and DABNet have such channels; the model is given the number of the warning."""
+    """DenseNet and DABNet have such channels; the warning contains the number of groups."""
     mean, var = rng.normal(0, 3, channels), rng.uniform(0.5, 4, channels)
     variables = {"batch_stats": {"bn": {"mean": jnp.asarray(mean), "var": jnp.asarray(var)}}}
     if groups == 32:
@@ -178,7 +178,7 @@ def test_convert_edge_channels_that_32_does_not_divide(channels, groups, rng):
     np.testing.assert_allclose(new["params"]["bn"]["scale"], deviation / s, rtol=1e-5, atol=atol)
 
 
-def test_a_number_of_groups_that_does_not_fit_names_all_layers():
+def test_the_error_of_a_wrong_number_of_groups_names_all_layers():
     variables = of_channels(a=50, b=64, c=35, d=50)
     with pytest.raises(ValueError, match="does not divide") as error:
         surgery.convert(variables, num_groups=32)

@@ -1,4 +1,4 @@
-"""Batch norms that do not extend Flax's: met like the others, or named; nothing is passed over."""
+"""Batch norms that do not extend Flax's are handled or reported, never skipped."""
 
 import weakref
 from functools import partial
@@ -26,7 +26,7 @@ def statistics(module, features, collection="batch_stats"):
 
 
 def normalized(module, x, mean, var, running, train):
-    """What all of these copies do, in the way that Flax did years ago."""
+    """The computation of all copies, as in old versions of Flax."""
     if train:
         axes = tuple(range(x.ndim - 1))
         batch_mean = x.mean(axes)
@@ -52,7 +52,7 @@ def by_field_or_argument(module, x, average):
 
 
 class FieldCopy(nn.Module):
-    """The fields and names of Flax's, without extending it (flaxmodels, ports of EfficientNet)."""
+    """The fields and names of Flax's, without inheritance (flaxmodels, ports of EfficientNet)."""
 
     use_running_average: bool | None = None
     axis: int = -1
@@ -95,7 +95,7 @@ class Rewritten(nn.BatchNorm):
 
 
 class Observations(nn.Module):
-    """Running statistics of inputs: a mean and a var, and nothing that says which mode."""
+    """Running mean and variance of inputs, without an argument for the mode."""
 
     collection: str = "batch_stats"
 
@@ -124,7 +124,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (16, 3)), jnp.float32)
 
 
 def made(other):
-    """A model, and variables whose statistics are those of no new layer."""
+    """A model, and variables whose statistics are not the initial ones."""
     model = Mixed(other)
     variables = model.init(jax.random.key(0), X, False)
     moved = jax.tree.map(lambda leaf: leaf + 0.5, variables["batch_stats"])
@@ -155,14 +155,14 @@ def test_freeze_guarantee_copies_too(copy):
     surgery.guard(frozen)(variables, X, True)
 
 
-def test_init_of_a_model_of_copies_alone_runs_as_it_is():
+def test_init_of_a_model_of_copies_is_unchanged():
     init = surgery.freeze(FieldCopy(use_running_average=True).init)
     assert "batch_stats" in jax.eval_shape(init, jax.random.key(0), X)
 
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_guard_edge_copy_of_batch_norm(copy):
-    """The norm of Flax is in evaluation, and the copy alone would train."""
+    """Only the copy would run in training mode."""
     mode = {"train": True} if copy is TrainCopy else {"use_running_average": False}
 
     class Backbone(nn.Module):
@@ -178,7 +178,7 @@ def test_guard_edge_copy_of_batch_norm(copy):
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_copies_are_measured(copy):
-    """By one batch, against float64; the report has both layers."""
+    """One batch, against float64; the report has both layers."""
     model, variables = made(copy)
     new = surgery.recompute(call_of(model), variables, [X[:8], X[8:]], at="own")
     x = np.asarray(X, np.float64)
@@ -187,7 +187,7 @@ def test_copies_are_measured(copy):
     new = surgery.recompute(call_of(model), variables, [X])["batch_stats"]["other"]
     own = reference.batch_norm(x, 1.0, 0.0, axes=(0,))
     seen = np.maximum(own.y, 0) + 1
-    # Behind one norm in float32 with values of a few deviations: a hundred eps.
+    # The input is the output of a float32 norm, up to a few deviations: a hundred eps.
     np.testing.assert_allclose(new["mean"], seen.mean(0), rtol=100 * EPS)
     np.testing.assert_allclose(new["var"], seen.var(0), rtol=100 * EPS)
 
@@ -201,7 +201,7 @@ def test_copies_are_synchronized():
     parts, _ = jax.vmap(lambda x: apply(variables, x, True), axis_name="d")(X.reshape(4, 4, 3))
     own = reference.batch_norm(np.asarray(X, np.float64), 1.0, 0.0, axes=(0,)).y
     whole = reference.batch_norm(np.maximum(own, 0) + 1, 1.0, 0.0, axes=(0,)).y
-    # The copy takes E[x^2] - E[x]^2 in float32.
+    # The copy computes E[x^2] - E[x]^2 in float32.
     np.testing.assert_allclose(parts.reshape(16, 3), whole, atol=500 * EPS)
     model, variables = made(TrainCopy)
     with pytest.raises(ValueError, match="TrainCopy at 'other' has no field axis_name"):
@@ -238,7 +238,7 @@ def test_freeze_edge_unrecognized_module_with_statistics(collection):
     assert new["batch_stats"]["own"]["mean"][0] != 1
 
 
-def test_a_module_of_nnx_inside_of_linen_is_named():
+def test_a_module_of_nnx_inside_of_linen_is_an_error():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -289,24 +289,24 @@ def test_models_in_place_of_a_call_are_an_error(tool):
         tool(lambda v, x, train, mutable: (x, v), variables, [X])
 
 
-def test_an_edit_does_not_outlive_its_model():
-    """A function without batch norms is an error, whatever had its id before."""
+def test_a_freed_model_leaves_no_edit():
+    """A function without batch norms is an error, even if it has the id of a frozen one."""
     norm = nn.BatchNorm(use_running_average=True)
     bound = partial(norm.apply, norm.init(jax.random.key(0), X))
     frozen, alive, address = surgery.freeze(bound), weakref.ref(bound), id(bound)
     frozen(X)
     del bound, frozen
     assert alive() is None
-    # The memory of what was freed last is given out first, sooner or later.
+    # One of these functions reuses the freed memory.
     plain = [partial(jnp.add, 1.0) for _ in range(1000)]
     again = [function for function in plain if id(function) == address]
-    assert again, "the id was not given out again"
+    assert again, "no function has the old id"
     with pytest.raises(ValueError, match="no module of flax.linen ran"):
         surgery.freeze(again[0])(X)
 
 
 def test_freeze_edge_at_inside_of_nn_jit():
-    """Equal blocks under nn.jit share a trace: the first one's path must not decide for all."""
+    """Equal blocks under nn.jit share a trace: the path of the first must not be used for all."""
 
     class Block(nn.Module):
         @nn.compact
@@ -327,7 +327,7 @@ def test_freeze_edge_at_inside_of_nn_jit():
     surgery.freeze(model.apply, at="stem")(variables, X, mutable=["batch_stats"])
 
 
-def test_synchronize_words_a_name_that_is_none():
+def test_synchronize_error_messages():
     model, _ = made(FieldCopy)
     for wrong in (0, ("d", 1)):
         with pytest.raises(TypeError, match=r"axis_name=.*expected the name of a mapped axis"):
@@ -340,7 +340,7 @@ def test_frozen_mask_without_params_is_an_error():
         surgery.frozen_mask(stats)
 
 
-def test_layers_of_normjax_are_no_copies():
+def test_layers_of_normjax_are_not_copies():
     """A subclass that calls its parent is measured once."""
 
     class Shifted(normjax.linen.BatchNorm):

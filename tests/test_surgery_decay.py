@@ -1,4 +1,4 @@
-"""Weight decay: on what multiplies an input, on nothing that is added or that scales a norm."""
+"""Weight decay: applies to kernels, not to biases or to the scales of norms."""
 
 import flax.linen as nn
 import flax.nnx as nnx
@@ -93,7 +93,7 @@ TORCH = {
     "normed2.parametrizations.weight.original0": (shape(4, 1), True),
     "layer_scale.gamma": (shape(4), False),
     "logit_scale": (shape(), False),
-    # Attention biases, positions and tokens of torch models, and kernels with such words.
+    # Attention biases, positions and tokens of torch models, and kernels with such names.
     "levit.attention_biases": (shape(8, 49), False),
     "conformer.pos_bias_u": (shape(4, 16), False),
     "t5.relative_attention_bias.weight": (shape(32, 8), False),
@@ -249,7 +249,7 @@ def test_decay_mask_edge_empty_tree():
 
 @pytest.mark.usefixtures("lenient")
 def test_in_optax():
-    """A step of zero gradients moves what decays, by the rate, and nothing else."""
+    """A step with zero gradients changes only the parameters that decay, by the rate."""
     optax = pytest.importorskip("optax", reason="optax is not installed")
     tree = {"Dense_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "scale": jnp.ones(3)}
     optimizer = optax.adamw(0.5, weight_decay=0.5, mask=surgery.decay_mask)
@@ -260,6 +260,6 @@ def test_in_optax():
     assert not updates["scale"].any()
 
 
-def test_what_is_no_array_is_an_error():
+def test_a_leaf_that_is_not_an_array_is_an_error():
     with pytest.raises(TypeError, match=r"surgery.decay_mask: Dense_0/kernel is str, expected"):
         surgery.decay_mask({"Dense_0": {"kernel": "large"}})

@@ -1,4 +1,4 @@
-"""Each failure is planted, and the report names it; a model that is well has a clean report."""
+"""The report names each injected fault; a healthy model has a clean report."""
 
 from functools import partial
 
@@ -26,8 +26,8 @@ def call(variables, batch, *, train, mutable=False):
 
 
 @pytest.fixture(scope="module")
-def well():
-    """Variables of a network that was trained to tell the sign of the first channel's mean."""
+def healthy():
+    """Variables of a network trained to classify images by the mean of their first channel."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return train()
 
@@ -56,9 +56,9 @@ def train():
 
 
 @pytest.fixture(scope="module")
-def report(well):
+def report(healthy):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return surgery.diagnose(call, well, BATCHES)
+        return surgery.diagnose(call, healthy, BATCHES)
 
 
 def kinds(report, path=None):
@@ -86,9 +86,9 @@ def test_diagnose_guarantee_healthy_is_clean(report):
     report.raise_if_serious()
 
 
-def test_the_numbers_are_those_of_float64(well, report):
+def test_the_numbers_equal_those_of_float64(healthy, report):
     """The first layer's input is a convolution of the images, in NumPy."""
-    kernel = np.asarray(well["params"]["stem"]["kernel"], np.float64)
+    kernel = np.asarray(healthy["params"]["stem"]["kernel"], np.float64)
     x = np.concatenate([np.asarray(b, np.float64) for b in BATCHES])
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = sum(padded[:, i : i + 4, j : j + 4] @ kernel[i, j] for i in range(3) for j in range(3))
@@ -96,32 +96,32 @@ def test_the_numbers_are_those_of_float64(well, report):
     mean, var = y.mean((0, 1, 2)), y.var((0, 1, 2))
     np.testing.assert_allclose(norm.actual_mean, mean, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(norm.actual_var, var, rtol=1e-5)
-    stats = well["batch_stats"]["stem_bn"]
+    stats = healthy["batch_stats"]["stem_bn"]
     spread = np.asarray(stats["var"], np.float64) + 1e-5
     m, v = mean - np.asarray(stats["mean"]), var + 1e-5
     np.testing.assert_allclose(norm.shift, np.abs(m) / np.sqrt(spread), rtol=1e-3, atol=1e-5)
     kl = 0.5 * (v / spread + m**2 / spread - 1 - np.log(v / spread))
     np.testing.assert_allclose(norm.divergence, kl, rtol=1e-3, atol=1e-5)
-    # Both modes side by side, on the images themselves.
-    apart = []
+    # The difference between both modes on the images.
+    differences = []
     for batch in np.split(y, 4):
         trained = (batch - batch.mean((0, 1, 2))) / np.sqrt(batch.var((0, 1, 2)) + 1e-5)
         served = (batch - np.asarray(stats["mean"])) / np.sqrt(spread)
-        apart.append(np.mean((trained - served) ** 2))
-    np.testing.assert_allclose(norm.modes_apart, np.sqrt(np.mean(apart)), rtol=1e-2)
+        differences.append(np.mean((trained - served) ** 2))
+    np.testing.assert_allclose(norm.modes_apart, np.sqrt(np.mean(differences)), rtol=1e-2)
 
 
-def test_diagnose_guarantee_every_failure_has_a_name(well):
-    """One planted failure each; the layers beside it stay as they are judged without it."""
+def test_diagnose_guarantee_every_failure_has_a_name(healthy):
+    """One injected fault at a time."""
     last = "block_1/last"
-    planted = {
-        "stale": edited(well, last, mean=lambda m: m + 3, var=lambda v: v / 4),
-        "never updated": surgery.reset(well, at=last),
-        "not finite": edited(well, last, mean=lambda m: m.at[1].set(jnp.nan)),
-        "dead channels": edited(well, last, "params", scale=lambda s: s.at[2].set(0.0)),
-        "exploding": edited(well, last, "params", bias=lambda b: b.at[2].set(1e3)),
+    faults = {
+        "stale": edited(healthy, last, mean=lambda m: m + 3, var=lambda v: v / 4),
+        "never updated": surgery.reset(healthy, at=last),
+        "not finite": edited(healthy, last, mean=lambda m: m.at[1].set(jnp.nan)),
+        "dead channels": edited(healthy, last, "params", scale=lambda s: s.at[2].set(0.0)),
+        "exploding": edited(healthy, last, "params", bias=lambda b: b.at[2].set(1e3)),
     }
-    for kind, variables in planted.items():
+    for kind, variables in faults.items():
         got = surgery.diagnose(call, variables, BATCHES, at=last)
         assert kinds(got) == {kind}, str(got)
         assert kind.lower() in str(got).lower()
@@ -132,12 +132,12 @@ def test_diagnose_guarantee_every_failure_has_a_name(well):
                 got.raise_if_serious()
 
 
-def test_another_domain_is_stale_and_recompute_mends_it(well):
+def test_another_domain_is_stale_until_recompute(healthy):
     other = [3 - 2 * batch for batch in BATCHES]
-    before = surgery.diagnose(call, well, other)
+    before = surgery.diagnose(call, healthy, other)
     assert "stale" in kinds(before, "stem_bn")
     assert before.outputs_apart > 0.3
-    after = surgery.diagnose(call, surgery.recompute(call, well, other), other)
+    after = surgery.diagnose(call, surgery.recompute(call, healthy, other), other)
     assert "stale" not in kinds(after)
 
 
@@ -152,15 +152,15 @@ class Net(nn.Module):
         return self.norm(self.layer(x), use_running_average=not train)
 
 
-def single(norm, batches, layer=None, scale_input=1.0, healed=True):
-    """The report of one layer whose running statistics are those of the batches."""
+def single(norm, batches, layer=None, scale_input=1.0, recomputed=True):
+    """The report of one layer whose running statistics are recomputed on the batches."""
     model = Net(layer or nn.Dropout(0.0, deterministic=True), norm)
     variables = model.init(jax.random.key(0), batches[0], False)
 
     def run(variables, batch, *, train, mutable=False):
         return model.apply(variables, batch * scale_input, train, mutable=mutable)
 
-    if healed:
+    if recomputed:
         variables = surgery.recompute(run, variables, batches)
     return surgery.diagnose(run, variables, batches)
 
@@ -181,12 +181,12 @@ def test_a_constant_input_is_a_dead_channel():
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm, normjax.linen.BatchNorm])
-def test_few_samples_are_counted_by_what_they_are_worth(kind, rng):
+def test_few_samples_counts_independent_samples(kind, rng):
     independent = [jnp.asarray(rng.normal(size=(4, 8, 8, 3)), jnp.float32) for _ in range(8)]
     assert not kinds(single(kind(), independent))
-    # All positions of an image alike: an image is worth one sample.
-    alike = [jnp.broadcast_to(batch[:, :1, :1], batch.shape) for batch in independent]
-    got = single(kind(), alike)
+    # All positions of an image are equal: an image counts as one sample.
+    constant = [jnp.broadcast_to(batch[:, :1, :1], batch.shape) for batch in independent]
+    got = single(kind(), constant)
     assert kinds(got) == {"few samples"}
     assert got.norms[0].samples == 4
     assert "4 times as many devices" in str(got)
@@ -196,7 +196,7 @@ def test_few_samples_are_counted_by_what_they_are_worth(kind, rng):
     assert not kinds(single(kind(), [jnp.concatenate(rows)]))
 
 
-def test_devices_that_share_have_the_samples_of_all(rng):
+def test_synchronized_devices_count_the_samples_of_all(rng):
     x = jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)
     layer = nn.BatchNorm(axis_name="batch")
     variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
@@ -221,7 +221,7 @@ def test_modes_apart_where_batches_differ(rng):
 @pytest.mark.parametrize(
     "layer", [nn.Conv(3, (3, 3)), nn.Dense(3), nn.ConvTranspose(3, (2, 2))], ids=["c", "d", "t"]
 )
-def test_a_redundant_bias_before(layer):
+def test_a_redundant_bias_before_a_norm(layer):
     got = single(nn.BatchNorm(), BATCHES, layer=layer)
     assert kinds(got) == {"redundant bias"}
     assert "'layer' has a bias" in str(got)
@@ -229,67 +229,71 @@ def test_a_redundant_bias_before(layer):
     assert got.healthy, str(got)
 
 
-def test_statistics_that_differ_between_devices(well):
-    """As pmap leaves them, and as arrays that claim to be replicated."""
-    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), well)
+def test_statistics_that_differ_between_devices(healthy):
+    """Stacked arrays, as pmap returns them, and arrays whose sharding is replicated."""
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), healthy)
     got = surgery.diagnose(call, stack, BATCHES)
     assert got.healthy, str(got)
-    apart = edited(stack, "stem_bn", mean=lambda m: m.at[3].add(0.01))
-    got = surgery.diagnose(call, apart, BATCHES)
+    changed = edited(stack, "stem_bn", mean=lambda m: m.at[3].add(0.01))
+    got = surgery.diagnose(call, changed, BATCHES)
     assert kinds(got) == {"devices differ"}
     assert [finding.path for finding in got.findings] == ["stem_bn"]
 
     mesh = Mesh(jax.devices()[:4], "d")
-    mean = well["batch_stats"]["stem_bn"]["mean"]
+    mean = healthy["batch_stats"]["stem_bn"]["mean"]
     pieces = [jax.device_put(mean + 0.01 * (i == 2), d) for i, d in enumerate(mesh.devices.flat)]
-    planted = jax.make_array_from_single_device_arrays(mean.shape, NamedSharding(mesh, P()), pieces)
-    replicated = jax.device_put(well, NamedSharding(mesh, P()))
+    faulty = jax.make_array_from_single_device_arrays(mean.shape, NamedSharding(mesh, P()), pieces)
+    replicated = jax.device_put(healthy, NamedSharding(mesh, P()))
     assert surgery.diagnose(call, replicated, BATCHES, at="stem_bn").healthy
-    got = surgery.diagnose(call, edited(replicated, "stem_bn", mean=lambda _: planted), BATCHES)
+    got = surgery.diagnose(call, edited(replicated, "stem_bn", mean=lambda _: faulty), BATCHES)
     assert "devices differ" in kinds(got, "stem_bn")
 
 
-def test_diagnose_guarantee_pure(well):
-    before = jax.tree.map(np.array, well)
-    surgery.diagnose(call, well, iter(BATCHES), limit=1)
-    jax.tree.map(np.testing.assert_array_equal, well, before)
+def test_diagnose_guarantee_pure(healthy):
+    before = jax.tree.map(np.array, healthy)
+    surgery.diagnose(call, healthy, iter(BATCHES), limit=1)
+    jax.tree.map(np.testing.assert_array_equal, healthy, before)
 
 
-def test_frozen_layers_have_no_row_in_the_report(well):
+def test_frozen_layers_have_no_row_in_the_report(healthy):
     frozen = surgery.freeze(MODEL.apply, at="block_*")
 
     def run(variables, batch, *, train, mutable=False):
         return frozen(variables, batch, train, mutable=mutable)
 
-    got = surgery.diagnose(run, well, BATCHES, limit=1)
+    got = surgery.diagnose(run, healthy, BATCHES, limit=1)
     assert [norm.path for norm in got.norms] == ["stem_bn"]
 
 
-def test_diagnose_edge_model_compared_on_odd_outputs(well):
+def test_diagnose_edge_model_compared_on_odd_outputs(healthy):
     def run(variables, batch, *, train, mutable=False):
         out = MODEL.apply(variables, batch, train, mutable=mutable)
         return out if mutable else (out, out)
 
-    assert surgery.diagnose(run, well, BATCHES[:1]).outputs_apart is None
+    assert surgery.diagnose(run, healthy, BATCHES[:1]).outputs_apart is None
 
 
-def test_bad_input_is_worded(well):
+def test_error_messages(healthy):
     cases = [
-        (ValueError, "diagnose: the batches are empty", (call, well, [])),
-        (ValueError, "the batches are empty", (call, well, iter([]))),
-        (TypeError, "batches is int", (call, well, 3)),
+        (ValueError, "diagnose: the batches are empty", (call, healthy, [])),
+        (ValueError, "the batches are empty", (call, healthy, iter([]))),
+        (TypeError, "batches is int", (call, healthy, 3)),
         (ValueError, "no statistics of a batch norm", (call, {"params": {}}, BATCHES)),
-        (ValueError, "not finite", (call, well, [BATCHES[0] * jnp.nan])),
-        (ValueError, "batch 1 .* has the shapes", (call, well, [BATCHES[0], BATCHES[0][..., :1]])),
+        (ValueError, "not finite", (call, healthy, [BATCHES[0] * jnp.nan])),
+        (
+            ValueError,
+            "batch 1 .* has the shapes",
+            (call, healthy, [BATCHES[0], BATCHES[0][..., :1]]),
+        ),
     ]
     for kind, message, arguments in cases:
         with pytest.raises(kind, match=message):
             surgery.diagnose(*arguments)
     with pytest.raises(ValueError, match="matches no batch norm"):
-        surgery.diagnose(call, well, BATCHES, at="nowhere")
+        surgery.diagnose(call, healthy, BATCHES, at="nowhere")
 
 
-def test_the_picture(report, monkeypatch, tmp_path):
+def test_the_plot(report, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     figure = report.plot()
     left, _, right = figure.axes
@@ -302,10 +306,10 @@ def test_the_picture(report, monkeypatch, tmp_path):
         report.plot()
 
 
-def test_a_color_belongs_to_the_finding_of_its_panel(well):
+def test_colors_show_the_findings_of_their_panel(healthy):
     """A layer with stale statistics has vermilion dots, and a blue bar of samples."""
     matplotlib = pytest.importorskip("matplotlib")
-    stale = edited(well, "stem_bn", mean=lambda m: m + 3)
+    stale = edited(healthy, "stem_bn", mean=lambda m: m + 3)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         report = surgery.diagnose(call, stale, BATCHES, progress=False)
     left, _, right = report.plot().axes
@@ -317,8 +321,8 @@ def test_a_color_belongs_to_the_finding_of_its_panel(well):
     assert "stale" in kinds(report, "stem_bn")
 
 
-def test_a_remedy_is_shown_once(well):
-    new = surgery.diagnose(call, surgery.reset(well), BATCHES)
+def test_a_remedy_is_shown_once(healthy):
+    new = surgery.diagnose(call, surgery.reset(healthy), BATCHES)
     serious = [finding for finding in new.findings if finding.kind == "never updated"]
     assert len(serious) == len(new.norms) > 1
     for text in (str(new), new._repr_html_()):

@@ -78,7 +78,7 @@ class Mixed(nn.Module):
 
 
 class Alone(nn.Module):
-    """Norms that no layer can take in."""
+    """Norms that cannot be folded into a layer."""
 
     norm: type
 
@@ -95,8 +95,8 @@ class Alone(nn.Module):
 NETS = {"residual": (Residual, 6), "vgg": (Vgg, 3), "mixed": (Mixed, 8)}
 
 
-def lively(model, x):
-    """Variables as though trained: none of the norms is the identity."""
+def randomized(model, x):
+    """Random variables with which no norm is the identity."""
     rng = np.random.default_rng(2)
 
     def draw(path, leaf):
@@ -107,7 +107,7 @@ def lively(model, x):
 
 
 def folded(model, x=X):
-    variables = lively(model, x)
+    variables = randomized(model, x)
     serve, arrays, report = surgery.fold(model.apply, variables, x)
     return jax.jit(model.apply), variables, jax.jit(serve), arrays, report
 
@@ -117,10 +117,10 @@ def check(got, want, rtol=1e-5):
 
 
 def primitives(function, *args):
-    """The names of all primitives, and for each quotient whether it is by a constant."""
+    """The names of all primitives; a division by a constant has a name of its own."""
     found = []
 
-    def walk(jaxpr):
+    def collect(jaxpr):
         for eqn in jaxpr.eqns:
             constant = isinstance(eqn.invars[-1], jax.extend.core.Literal)
             found.append(
@@ -130,9 +130,9 @@ def primitives(function, *args):
             )
             for inner in jax.tree.leaves(eqn.params, is_leaf=lambda v: hasattr(v, "jaxpr")):
                 if hasattr(inner, "jaxpr"):
-                    walk(inner.jaxpr)
+                    collect(inner.jaxpr)
 
-    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    collect(jax.make_jaxpr(function)(*args).jaxpr)
     return found
 
 
@@ -149,15 +149,15 @@ def test_fold_guarantee_same_output(net, norm):
     names = primitives(serve, arrays, X)
     assert not {"rsqrt", "sqrt", "div", "pow", "integer_pow"} & set(names)
     layers = [n for n in names if n in ("conv_general_dilated", "dot_general")]
-    # One addition a layer, the residual ones beside, and nothing else of a norm.
+    # One addition for each layer and residual sum, and no other operation of a norm.
     assert names.count("add") <= len(layers) + (2 if net == "residual" else 0)
-    assert names.count("mul") == (net == "vgg"), "swish alone has a product"
+    assert names.count("mul") == (net == "vgg"), "only swish multiplies"
     assert "sub" not in names
 
 
-def test_what_is_asserted_of_the_served_program_fails_for_the_model():
+def test_the_model_itself_has_the_operations_of_a_norm():
     model = Vgg(nn.BatchNorm)
-    variables = lively(model, X)
+    variables = randomized(model, X)
     assert {"rsqrt", "sub"} < set(primitives(model.apply, variables, X))
 
 
@@ -225,7 +225,7 @@ CALLS = {
         lambda v, x: affine(v, jnp.einsum("nhwc,hcd->nhwd", x, v["kernel"])),
         plain((8, 3, 4), 4),
     ),
-    "reshaped on the way": (
+    "reshaped before the norm": (
         lambda v, x: affine(v, (x.reshape(-1, 3) @ v["kernel"]).reshape(x.shape[0], 64, 4)),
         plain((3, 4), 4),
     ),
@@ -233,7 +233,7 @@ CALLS = {
         lambda v, x: affine(v, jnp.einsum("nhwc,chd->nwhd", x, v["kernel"])),
         plain((3, 8, 4), (8, 4)),
     ),
-    "transposed on the way": (
+    "transposed before the norm": (
         lambda v, x: affine(v, jnp.swapaxes(x @ v["kernel"], 1, 2)),
         plain((3, 4), 4),
     ),
@@ -254,7 +254,7 @@ CALLS = {
 
 @pytest.mark.usefixtures("lenient")
 @pytest.mark.parametrize("name", CALLS)
-def test_layouts_are_followed(name):
+def test_layouts(name):
     call, variables = CALLS[name]
     serve, arrays, report = surgery.fold(call, variables, X)
     assert report.folded
@@ -267,7 +267,7 @@ def positions(a):
     return a * jnp.arange(1.0, 9)[:, None]
 
 
-KEPT = {
+UNSAFE = {
     "a scale for each position": lambda v, x: affine(v, x @ v["kernel"], positions),
     "a kernel that depends on the input": lambda v, x: affine(v, x @ (v["kernel"] * x.max())),
     "a kernel repeated for each example": lambda v, x: affine(
@@ -282,10 +282,10 @@ KEPT = {
 
 
 @pytest.mark.usefixtures("lenient")
-@pytest.mark.parametrize("name", KEPT)
-def test_what_must_not_be_folded_is_not(name):
+@pytest.mark.parametrize("name", UNSAFE)
+def test_unsafe_calls_are_not_folded(name):
     variables = plain((3, 4), 4)
-    call = KEPT[name]
+    call = UNSAFE[name]
     serve, arrays, report = surgery.fold(call, variables, X)
     assert len(report.alone) == 1
     assert not report.folded
@@ -302,7 +302,7 @@ def test_fold_guarantee_any_batch():
         check(serve(arrays, batch), apply(variables, batch))
 
 
-def test_a_server_is_exported_for_any_batch():
+def test_the_folded_function_is_exported_for_any_batch():
     model = Vgg(nn.BatchNorm)
     apply, variables, serve, arrays, _ = folded(model)
     x = jax.ShapeDtypeStruct(export.symbolic_shape("n, 8, 8, 3"), np.float32)
@@ -351,7 +351,7 @@ def test_fold_edge_shared_layer():
 
 
 @pytest.mark.usefixtures("lenient")
-def test_what_is_used_twice_is_kept_once():
+def test_a_variable_that_is_used_twice_is_stored_once():
     def call(v, x):
         return affine(v, jnp.tanh(jnp.tanh(x @ v["kernel"]) @ v["kernel"]))
 
@@ -367,7 +367,7 @@ def test_fold_edge_half_precision():
     want = One(nn.Conv(8, (3, 3)), norm=normjax.linen.BatchNorm).apply(variables, X)
     got = serve(arrays, X)
     assert got.dtype == apply(variables, X).dtype
-    # Rounded: the input, the kernel twice, the product; eps = 2^-8.
+    # The input and the product are rounded once, the kernel twice; eps = 2^-8.
     check(got, want, rtol=4 * 2**-8)
 
 
@@ -408,7 +408,7 @@ def test_fold_edge_norm_inside_a_scan():
 
 
 class Queries(nn.Module):
-    """Learned queries, the same for each example, beside what an example says."""
+    """Learned queries, repeated for each example, plus features of the example."""
 
     @nn.compact
     def __call__(self, x):
@@ -432,20 +432,20 @@ def test_fold_edge_variables_repeated_for_each_example():
 
 
 def test_prints_are_kept(capfd):
-    class Talks(nn.Module):
+    class Printing(nn.Module):
         @nn.compact
         def __call__(self, x):
             x = nn.BatchNorm(use_running_average=True)(nn.Conv(4, (3, 3))(x))
             jax.debug.print("largest {} {}", x.max(), self.param("own", nn.initializers.ones, ()))
             return x
 
-    _, _, serve, arrays, _ = folded(Talks())
+    _, _, serve, arrays, _ = folded(Printing())
     jax.block_until_ready(serve(arrays, X))
     jax.effects_barrier()
     assert capfd.readouterr().out.count("largest") == 1
 
 
-def test_weights_are_normalized_beforehand():
+def test_weights_are_normalized_in_advance():
     model = One(normjax.linen.WeightNorm(nn.Dense(4)))
     apply, variables, serve, arrays, report = folded(model)
     assert len(report.folded) == 1
@@ -454,7 +454,7 @@ def test_weights_are_normalized_beforehand():
 
 
 def test_other_norms_and_integers_pass_through():
-    class Words(nn.Module):
+    class TokenModel(nn.Module):
         @nn.compact
         def __call__(self, tokens):
             x = nn.Embed(9, 6)(tokens) + self.param("place", nn.initializers.normal(), (1, 5, 6))
@@ -464,22 +464,22 @@ def test_other_norms_and_integers_pass_through():
             return nn.RNN(nn.SimpleCell(4))(x, initial_carry=carry)
 
     tokens = np.arange(15).reshape(3, 5) % 9
-    apply, variables, serve, arrays, report = folded(Words(), tokens)
+    apply, variables, serve, arrays, report = folded(TokenModel(), tokens)
     assert (len(report.folded), len(report.alone)) == (1, 0)
     for batch in (tokens, tokens[:1]):
         check(serve(arrays, batch), apply(variables, batch))
 
 
-def test_gradients_pass_through_a_server():
+def test_gradients_of_the_folded_function():
     model = Vgg(nn.BatchNorm)
     apply, variables, serve, arrays, _ = folded(model)
     want = jax.grad(lambda x: apply(variables, x).sum())(X)
     check(jax.grad(lambda x: serve(arrays, x).sum())(X), want)
 
 
-def test_fold_leaves_variables_alone():
+def test_fold_does_not_change_variables():
     model = Vgg(nn.BatchNorm)
-    variables = lively(model, X)
+    variables = randomized(model, X)
     before = jax.tree.map(np.copy, variables)
     surgery.fold(model.apply, variables, X)
     jax.tree.map(np.testing.assert_array_equal, variables, before)

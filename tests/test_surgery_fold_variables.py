@@ -1,4 +1,4 @@
-"""What becomes of the variables that are folded: how exact, how many, stacked, or shapes alone."""
+"""Folded variables: accuracy, number, stacking, and shapes in place of arrays."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import pytest
 
 import normjax.linen
 from normjax import surgery
-from tests.test_surgery_fold import NORMS, check, lively
+from tests.test_surgery_fold import NORMS, check, randomized
 
 EPS = np.finfo(np.float32).eps
 X = np.random.default_rng(3).normal(size=(4, 6, 6, 3)).astype(np.float32)
@@ -35,7 +35,7 @@ def trained_on(z):
 
 
 def oracle(z, affine, stats, epsilon=1e-5):
-    """The norm in float64, its slope beside it."""
+    """The norm in float64, and its slope."""
     mean, var, scale, bias = (
         np.float64(v) for v in (stats["mean"], stats["var"], affine["scale"], affine["bias"])
     )
@@ -46,7 +46,7 @@ def oracle(z, affine, stats, epsilon=1e-5):
 @pytest.mark.parametrize("order", ["x - mean", "mean - x"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_fold_edge_norm_of_raw_data(norm, order, rng):
-    """1e5 +- 1: each input has an error of 4e-3 as soon as it is scaled before the mean is gone."""
+    """1e5 +- 1: scaling an input before the mean is subtracted causes an error of 4e-3."""
     x = (1e5 + rng.normal(size=(64, 4))).astype(np.float32)
     affine, stats = trained_on(np.float64(x))
     variables = {"params": {"norm": affine}, "batch_stats": {"norm": stats}}
@@ -68,7 +68,7 @@ def test_fold_edge_norm_of_raw_data(norm, order, rng):
     )
 
 
-def test_a_second_norm_of_raw_data_subtracts_first_too(rng):
+def test_a_second_norm_of_raw_data_also_subtracts_first(rng):
     x = (1e5 + rng.normal(size=(32, 4))).astype(np.float32)
     one = np.ones(4, np.float32)
     variables = {"mean": x.mean(0), "one": one, "half": one / 2}
@@ -86,7 +86,7 @@ def test_a_second_norm_of_raw_data_subtracts_first_too(rng):
 
 @pytest.mark.parametrize("offset", [0, 1e4])
 def test_fold_guarantee_same_output_of_large_inputs(offset, rng):
-    """The kernel and the bias alone, in float64, within the bound of the docstring."""
+    """Applies the kernel and the bias in float64; errors are within the bound of the docstring."""
     x = (offset + rng.normal(size=(32, 16))).astype(np.float32)
     layer = {"kernel": rng.normal(size=(16, 5)), "bias": rng.normal(size=5)}
     layer = {name: value.astype(np.float32) for name, value in layer.items()}
@@ -103,7 +103,7 @@ def test_fold_guarantee_same_output_of_large_inputs(offset, rng):
     size = np.abs(np.float64(x)) @ np.abs(kernel) + np.abs(bias) + np.abs(stats["mean"])
     bound = 4 * EPS * (slope * size + np.abs(affine["bias"]))
     assert (np.abs(got - want) <= bound).all()
-    assert np.abs(got - want).max() > bound.max() / 1000, "the bound is of the right size"
+    assert np.abs(got - want).max() > bound.max() / 1000, "the bound is too loose"
 
 
 class Scaled(nn.Module):
@@ -122,7 +122,7 @@ class Scaled(nn.Module):
 def test_fold_edge_layer_scale():
     for with_norm in (True, False):
         model = Scaled(with_norm)
-        variables = lively(model, X)
+        variables = randomized(model, X)
         serve, folded, report = surgery.fold(model.apply, variables, X)
         assert report.folded == [("Scaled/conv", "Scaled/norm")][: int(with_norm)]
         assert report.scales == [("Scaled/out", "Scaled")]
@@ -131,7 +131,7 @@ def test_fold_edge_layer_scale():
 
 
 @pytest.mark.usefixtures("lenient")
-def test_a_square_is_no_deviation():
+def test_a_square_is_not_a_deviation():
     variables = {"kernel": np.ones((3, 4), np.float32), "gain": np.full(4, 2, np.float32)}
     call = lambda v, x: x @ v["kernel"] * v["gain"] ** 2  # noqa: E731
     serve, folded, report = surgery.fold(call, variables, X)
@@ -154,7 +154,7 @@ def test_fold_edge_layer_and_norm_shared_by_passes():
     sizes = []
     for passes in (1, 3):
         model = Passes(passes)
-        variables = lively(model, X)
+        variables = randomized(model, X)
         serve, folded, report = surgery.fold(model.apply, variables, X)
         assert len(report.folded) == passes
         sizes.append([a.shape for a in folded])
@@ -171,14 +171,14 @@ class Net(nn.Module):
 
 STACKED = {
     "one input": ((0, None), 0, X, lambda x, n: x[:n]),
-    "an input each": (0, 1, np.stack([X, 2 * X, 3 * X]), lambda x, n: x[:, :n]),
+    "one input for each": (0, 1, np.stack([X, 2 * X, 3 * X]), lambda x, n: x[:, :n]),
 }
 
 
 @pytest.mark.parametrize("name", STACKED)
 def test_fold_edge_variables_stacked_for_vmap(name):
     in_axes, out_axes, x, batch = STACKED[name]
-    members = [lively(Net(), X) for _ in range(3)]
+    members = [randomized(Net(), X) for _ in range(3)]
     variables = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
     call = jax.vmap(Net().apply, in_axes, out_axes)
     serve, folded, report = surgery.fold(call, variables, x)
@@ -196,7 +196,7 @@ def test_ensembles_of_nn_vmap_are_folded():
         out_axes=1,
         axis_size=2,
     )()
-    variables = lively(stack, X)
+    variables = randomized(stack, X)
     serve, folded, report = surgery.fold(stack.apply, variables, X)
     assert (len(report.folded), report.alone) == (2, [])
     check(jax.jit(serve)(folded, X), jax.jit(stack.apply)(variables, X))
@@ -205,7 +205,7 @@ def test_ensembles_of_nn_vmap_are_folded():
 def test_fold_edge_shapes_in_place_of_arrays():
     """A server restores what another process has folded."""
     model = Passes(1)
-    variables = lively(model, X)
+    variables = randomized(model, X)
     shapes = jax.eval_shape(lambda: variables)
     serve, restored, report = surgery.fold(model.apply, shapes, X)
     _, folded, _ = surgery.fold(model.apply, variables, X)
@@ -214,9 +214,9 @@ def test_fold_edge_shapes_in_place_of_arrays():
     check(jax.jit(serve)(folded, X), jax.jit(model.apply)(variables, X))
 
 
-def test_members_are_folded_one_by_one():
+def test_members_are_folded_under_vmap():
     model = Passes(1)
-    variables = jax.tree.map(lambda a: np.stack([a, 2 * a]), lively(model, X))
+    variables = jax.tree.map(lambda a: np.stack([a, 2 * a]), randomized(model, X))
     serve, _, _ = surgery.fold(model.apply, jax.tree.map(lambda a: a[0], variables), X)
     folded = jax.jit(jax.vmap(lambda v: surgery.fold(model.apply, v, X)[1]))(variables)
     want = jax.jit(jax.vmap(model.apply, (0, None)))(variables, X)
@@ -224,7 +224,7 @@ def test_members_are_folded_one_by_one():
 
 
 @pytest.mark.usefixtures("lenient")
-def test_a_feature_that_is_repeated_takes_in_no_scale():
+def test_no_scale_is_folded_into_a_repeated_feature():
     """One feature spread over four: a scale of four cannot go into a kernel of one."""
     variables = {
         "kernel": np.ones((3, 1), np.float32),
@@ -251,12 +251,12 @@ def test_a_quotient_by_a_deviation_inside_a_scan_is_reported():
 def test_nothing_to_fold_is_an_error():
     model = nn.Sequential([nn.Dense(4), normjax.linen.LayerNorm()])
     with pytest.raises(ValueError, match=r"surgery.fold: no norm found"):
-        surgery.fold(model.apply, lively(model, X), X)
+        surgery.fold(model.apply, randomized(model, X), X)
 
 
-def test_what_is_no_call_and_what_is_not_folded_are_errors():
+def test_invalid_calls_and_arrays_are_errors():
     model = nn.Sequential([nn.Dense(4), norm()])
-    variables = lively(model, X)
+    variables = randomized(model, X)
     with pytest.raises(TypeError, match=r"surgery.fold: call is Sequential, .* Pass model.apply"):
         surgery.fold(model, variables, X)
     serve, _, _ = surgery.fold(model.apply, variables, X)
@@ -268,7 +268,7 @@ def test_what_is_no_call_and_what_is_not_folded_are_errors():
 
 
 @pytest.mark.parametrize("given", [(), (False,)])
-def test_fold_asks_for_the_mode_to_be_bound(given):
+def test_fold_needs_a_bound_mode(given):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -281,7 +281,7 @@ def test_fold_asks_for_the_mode_to_be_bound(given):
 
 
 @pytest.mark.usefixtures("lenient")
-def test_places_without_modules_are_named_by_their_operation():
+def test_norms_outside_of_modules_are_named_by_their_operation():
     variables = {"kernel": np.ones((2, 3, 4), np.float32), "var": np.ones((2, 4), np.float32)}
 
     def call(v, x):

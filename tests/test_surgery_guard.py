@@ -1,4 +1,4 @@
-"""What the guard lets pass, and what not; statistics to their start."""
+"""guard accepts or refuses calls; reset restores the initial statistics."""
 
 from functools import partial
 
@@ -40,7 +40,7 @@ def test_guard_fails_in_training_mode():
         surgery.freeze(surgery.guard(train))(VARIABLES, images())
 
 
-def test_guard_fails_in_training_mode_though_compiled_before():
+def test_guard_fails_in_training_mode_if_compiled_before():
     compiled = jax.jit(partial(MODEL.apply, train=True, mutable=["batch_stats"]))
     compiled(VARIABLES, images())
     with pytest.raises(ValueError, match="training mode"):
@@ -73,20 +73,20 @@ def test_guard_guarantee_before_anything_runs():
     assert ran
 
 
-def test_guard_sees_what_a_closure_holds():
+def test_guard_checks_the_variables_of_a_closure():
     fresh = surgery.reset(VARIABLES, at="block_1/last")
     serve = jax.jit(surgery.guard(lambda x: MODEL.apply(fresh, x, False)))
     with pytest.raises(ValueError, match="never updated"):
         serve(images())
 
 
-def test_guard_knows_the_count():
+def test_guard_uses_the_count():
     layer = normjax.linen.BatchNorm(debias=True)
     x = jnp.array([[-1.0], [1.0]])
     variables = layer.init(jax.random.key(0), x, train=False)
     with pytest.raises(ValueError, match="never updated"):
         surgery.guard(layer.apply)(variables, x, train=False)
-    # Mean 0 and variance 1 are what this batch has.
+    # This batch has mean 0 and variance 1, the initial statistics.
     _, variables = layer.apply(variables, x, train=True, mutable=["batch_stats"])
     surgery.guard(layer.apply)(
         {"params": {"scale": jnp.ones(1), "bias": jnp.ones(1)}, **variables}, x, train=False
@@ -118,12 +118,12 @@ def test_reset_guarantee_nothing_else():
             old = old[name]
         if names[0] == "batch_stats" and names[-2] == "last":
             np.testing.assert_array_equal(leaf, np.full(4, float(names[-1] == "var")))
-            assert np.any(old != leaf), "the variables that were given stay"
+            assert np.any(old != leaf), "the argument must not change"
         else:
             assert leaf is old
 
 
-def test_reset_takes_counts_frozen_dictionaries_and_every_dtype():
+def test_reset_supports_counts_frozen_dictionaries_and_every_dtype():
     stats = {"mean": jnp.ones(2, jnp.bfloat16), "var": jnp.ones(2) * 3, "count": jnp.ones(2)}
     new = surgery.reset(freeze({"batch_stats": {"bn": stats, "other": {"u": jnp.ones(2)}}}))
     assert isinstance(new, FrozenDict)
@@ -133,7 +133,7 @@ def test_reset_takes_counts_frozen_dictionaries_and_every_dtype():
     assert float(new["batch_stats"]["other"]["u"].sum()) == 2
 
 
-def test_reset_is_init():
+def test_reset_equals_init():
     fresh = MODEL.init(jax.random.key(0), images()[:1], False)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -143,7 +143,7 @@ def test_reset_is_init():
 
 
 @pytest.mark.parametrize("tool", [surgery.reset, surgery.frozen_mask])
-def test_bad_variables(tool):
+def test_error_messages(tool):
     with pytest.raises(TypeError, match=r"variables is list, expected the dictionary"):
         tool([1])
     with pytest.raises(ValueError, match=r"no statistics of a batch norm.*\['params'\]"):

@@ -1,4 +1,4 @@
-"""Keras' weights: in, out, and the same numbers from the twin."""
+"""Weights of Keras: import, export, and equal outputs of the twin."""
 
 import os
 
@@ -40,11 +40,11 @@ def template():
     return jax.eval_shape(lambda: Twin().init(KEY, jnp.ones((1, 6, 6, 3))))
 
 
-def drawn():
+def random_variables():
     rng = np.random.default_rng(0)
 
     def draw(shape):
-        # Kernels of both signs, so that no norm stands where differences cancel.
+        # Kernels have both signs, so that the differences in a norm do not cancel.
         low = -1 if len(shape) > 1 else 0.5
         return rng.uniform(low, 1.5, shape).astype(np.float32)
 
@@ -52,7 +52,7 @@ def drawn():
 
 
 def test_import_keras_guarantee_identity():
-    weights = surgery.export_keras(drawn(), NAMES)
+    weights = surgery.export_keras(random_variables(), NAMES)
     again = surgery.export_keras(surgery.import_keras(template(), weights, NAMES), NAMES)
     assert again.keys() == weights.keys()
     assert all(again[name].tobytes() == array.tobytes() for name, array in weights.items())
@@ -61,14 +61,14 @@ def test_import_keras_guarantee_identity():
 
 
 def test_export_keras_guarantee_identity():
-    variables = drawn()
+    variables = random_variables()
     weights = surgery.export_keras(variables, NAMES)
     back = surgery.import_keras(template(), weights, NAMES)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
 def test_import_keras_guarantee_all_or_nothing():
-    weights = surgery.export_keras(drawn(), NAMES)
+    weights = surgery.export_keras(random_variables(), NAMES)
     gamma = weights.pop("net/batch/gamma")
     with pytest.raises(ValueError, match=r"missing in the state: net/batch/gamma \(for params"):
         surgery.import_keras(template(), weights, NAMES)
@@ -77,8 +77,8 @@ def test_import_keras_guarantee_all_or_nothing():
         surgery.import_keras(template(), weights, NAMES)
 
 
-def test_the_names_of_tensorflow_are_found():
-    weights = surgery.export_keras(drawn(), NAMES)
+def test_names_of_tensorflow_are_recognized():
+    weights = surgery.export_keras(random_variables(), NAMES)
     changed = {f"model/{name}:0": array for name, array in weights.items()}
     with pytest.raises(ValueError, match=r"begin with 'model/' and end in ':0': pass {name.remove"):
         surgery.import_keras(template(), changed, NAMES)
@@ -86,7 +86,7 @@ def test_the_names_of_tensorflow_are_found():
     surgery.import_keras(template(), named, NAMES)
 
 
-def test_what_is_no_mapping_is_an_error():
+def test_weights_that_are_not_a_mapping_are_an_error():
     with pytest.raises(TypeError, match=r"weights is list, expected a mapping .* Pass {w.path"):
         surgery.import_keras(template(), [], NAMES)
 
@@ -109,7 +109,9 @@ def test_a_keras_model_agrees_with_its_twin():
     model = keras.Sequential(layers, name="net")
     x = np.random.default_rng(1).normal(1, 2, (2, 6, 6, 3)).astype(np.float32)
     model.build(x.shape)
-    weights = surgery.export_keras(drawn(), [(f, t.removeprefix("net/"), k) for f, t, k in NAMES])
+    weights = surgery.export_keras(
+        random_variables(), [(f, t.removeprefix("net/"), k) for f, t, k in NAMES]
+    )
     for weight in model.weights:
         weight.assign(weights[weight.path.removeprefix("net/")])
     by_path = {w.path.removeprefix("net/"): np.asarray(w) for w in model.weights}

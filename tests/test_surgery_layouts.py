@@ -1,4 +1,4 @@
-"""Each kind of rule takes arrays of its own rank, and errors of a misfit are short."""
+"""Each kind of rule requires arrays of its own rank."""
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ def test_a_kernel_of_another_rank_is_an_error_in_every_kind(rank):
         (TORCH_RANKS, "weight", surgery.import_torch, surgery.export_torch),
         (KERAS_RANKS, "kernel", surgery.import_keras, surgery.export_keras),
     ]
-    for ranks, name, take, give in calls:
+    for ranks, name, import_arrays, export_arrays in calls:
         separator = "." if name == "weight" else "/"
         for kind, own in ranks.items():
             # A convolution has one or more axes of its window.
@@ -36,13 +36,13 @@ def test_a_kernel_of_another_rank_is_an_error_in_every_kind(rank):
                 continue
             rules = [("a", "a", kind)]
             for text in (
-                message(ValueError, take, variables, {f"a{separator}{name}": w}, rules),
-                message(ValueError, give, variables, rules),
+                message(ValueError, import_arrays, variables, {f"a{separator}{name}": w}, rules),
+                message(ValueError, export_arrays, variables, rules),
             ):
                 assert f"params/a/kernel has shape {w.shape}, and {kind} takes (" in text
 
 
-def test_a_square_convolution_is_no_linear_layer():
+def test_a_square_convolution_is_not_a_linear_layer():
     """Reversing all axes passes the check of shapes, and would exchange height and width."""
     kernel = {"params": {"a": {"kernel": np.zeros((3, 3, 3, 3))}}}
     state = {"a.weight": np.arange(81.0).reshape(3, 3, 3, 3)}
@@ -54,7 +54,7 @@ def test_a_square_convolution_is_no_linear_layer():
     assert "linear is (out in) there and (in out) here" in text
 
 
-def test_a_depthwise_kernel_of_keras_is_no_grouped_one():
+def test_a_depthwise_kernel_of_keras_is_not_a_grouped_one():
     """Swapping the last axes of (3, 3, 2, 4), a multiplier of 4, fits a kernel of groups of 4."""
     grouped = {"params": {"a": {"kernel": np.zeros((3, 3, 4, 2))}}}
     weights = {"a/kernel": np.zeros((3, 3, 2, 4))}
@@ -79,7 +79,7 @@ def test_vectors_and_tables_of_another_rank_are_errors():
     assert "embedding takes (entries features)" in message(
         ValueError, surgery.export_torch, variables, [("a", "a", "embedding")]
     )
-    # A count for each feature is one number there.
+    # PyTorch has one count for all features.
     vector = np.zeros(3, np.float32)
     variables = {"batch_stats": {"count": vector}}
     state = {"num_batches_tracked": np.ones(3)}
@@ -88,7 +88,7 @@ def test_vectors_and_tables_of_another_rank_are_errors():
 
 
 def test_conv_is_the_kind_of_a_transposed_convolution_with_transpose_kernel():
-    """Both layouts fit a square kernel: the docstring says which is whose."""
+    """Both layouts fit a square kernel: the docstring says which kind to use."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     torch.manual_seed(0)
     up = torch.nn.ConvTranspose2d(4, 4, 3, 2)
@@ -103,7 +103,7 @@ def test_conv_is_the_kind_of_a_transposed_convolution_with_transpose_kernel():
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
-def test_a_kept_module_at_the_root_hides_no_name():
+def test_a_kept_module_at_the_root_does_not_hide_unused_names():
     variables = {"params": {"token": np.zeros(2), "a": {"bias": np.zeros(2)}}}
     state = {"a.bias": np.ones(2), "b.bias": np.ones(2)}
     rules = [("", "", "keep"), ("a", "a", "linear")]

@@ -1,4 +1,4 @@
-"""Freezing and synchronizing the batch norms of models whose code is left alone."""
+"""Freezing and synchronizing the batch norms of models without changing their code."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def same(a, b):
 
 
 def close(a, b, factor=200):
-    # A network of eight layers multiplies a rounding error by a few; 200 eps is a wide sum.
+    # The eight layers of the network multiply a rounding error by a few; 200 eps is generous.
     def check(u, v):
         np.testing.assert_allclose(u, v, rtol=factor * EPS, atol=factor * EPS * np.abs(v).max())
 
@@ -111,7 +111,7 @@ def test_freeze_guarantee_learns_nothing():
         assert bool(np.any(gradient)) != norm, path
 
 
-def test_freeze_by_path_leaves_the_others():
+def test_freeze_by_path_does_not_change_the_others():
     flat = by_layer(gradients(surgery.freeze(MODEL.apply, at="block_*/last")))
     still = {path for path, gradient in flat.items() if not np.any(gradient)}
     assert still == {f"block_{i}/last/{n}" for i in (0, 1) for n in ("scale", "bias")}
@@ -125,7 +125,7 @@ def test_freeze_by_path_leaves_the_others():
 
 
 def test_freeze_guarantee_never_a_stale_trace():
-    """The same compiled function, in both orders, and blocks that Flax compiles."""
+    """A function that is compiled before and after, and blocks that Flax compiles."""
     for first_frozen in (False, True):
         compiled = jax.jit(partial(MODEL.apply, train=True, mutable=["batch_stats"]))
         frozen = surgery.freeze(compiled)
@@ -147,7 +147,7 @@ def test_freeze_guarantee_never_a_stale_trace():
     close(still, model.apply(VARIABLES, images(seed=9, offset=3.0), False))
 
 
-def test_wrapping_again_compiles_nothing_anew():
+def test_wrapping_again_does_not_compile_again():
     traces = []
 
     class Counted(nn.Module):
@@ -209,7 +209,7 @@ def test_wrappers_compose():
 
 
 @pytest.mark.parametrize("tool", [surgery.freeze, partial(surgery.synchronize, axis_name="batch")])
-def test_bad_input(tool):
+def test_error_messages(tool):
     with pytest.raises(TypeError, match=r"got ResNet, expected a function"):
         tool(MODEL)
     with pytest.raises(TypeError, match=r"at=3, expected a pattern"):
@@ -221,7 +221,7 @@ def test_bad_input(tool):
         tool(dense.apply)(dense.init(jax.random.key(0), images()), images())
 
 
-def test_layers_word_their_own_mistakes():
+def test_errors_of_layers_are_unchanged():
     layer, x = nn.BatchNorm(), images()
     variables = layer.init(jax.random.key(0), x, True)
     with pytest.raises(TypeError, match="surprise"):
@@ -240,13 +240,13 @@ def test_frozen_mask_guarantee_by_role():
     assert {p for p, m in mask.items() if m} == {"stem_bn/scale", "stem_bn/bias"}
 
 
-def test_frozen_mask_holds_what_decay_would_move():
+def test_frozen_mask_prevents_weight_decay():
     params = VARIABLES["params"]
     mask = surgery.frozen_mask(VARIABLES)
     decayed = optax.adamw(0.1, weight_decay=0.1)
-    held = optax.chain(decayed, optax.masked(optax.set_to_zero(), mask))
+    masked = optax.chain(decayed, optax.masked(optax.set_to_zero(), mask))
     gradient = gradients(surgery.freeze(MODEL.apply))
-    for optimizer, still in ((decayed, False), (held, True)):
+    for optimizer, still in ((decayed, False), (masked, True)):
         updates, _ = optimizer.update(gradient, optimizer.init(params), params)
         flat = by_layer(updates)
         assert np.any(flat["stem_bn/scale"]) != still
@@ -309,9 +309,9 @@ def test_synchronize_shares_gradients_of_a_model_that_imports_only_flax():
         return (sharded(variables, x)[0] ** 2).sum()
 
     def whole(params, x):
-        return (run(normjax_twin.apply, {**VARIABLES, "params": params}, x)[0] ** 2).sum()
+        return (run(normjax_model.apply, {**VARIABLES, "params": params}, x)[0] ** 2).sum()
 
-    normjax_twin = ResNet(batch_norm=normjax.linen.BatchNorm)
+    normjax_model = ResNet(batch_norm=normjax.linen.BatchNorm)
     got = jax.jit(jax.grad(loss))(VARIABLES["params"], x)
     close(got, jax.jit(jax.grad(whole))(VARIABLES["params"], x), factor=2000)
 
@@ -336,7 +336,7 @@ def test_synchronize_needs_a_bound_axis():
 
 
 def test_synchronized_layers_keep_the_moments_of_micro_batches():
-    """Accumulation, which layers of normjax do by themselves, goes on under the wrapper."""
+    """Layers of normjax also accumulate moments under the wrapper."""
     layer = normjax.linen.BatchNorm(use_running_average=False)
     x = images(n=4, offset=3.0)
     variables = layer.init(jax.random.key(0), x)
@@ -347,8 +347,8 @@ def test_synchronized_layers_keep_the_moments_of_micro_batches():
     close(moments.mean[1], np.asarray(x, np.float64).mean((0, 1, 2)))
 
 
-def test_no_activation_is_dropped_by_an_edit():
-    """A layer that normalizes and activates is run by its own code, not by that of batch norm."""
+def test_edits_keep_an_activation():
+    """A layer with an activation runs its own code, not that of batch norm."""
     model = normjax.linen.BatchNormAct(activation=normjax.ELU())
     x = jnp.array([[-3.0, 1.0], [2.0, -4.0]])
     variables = model.init(jax.random.key(0), x, train=False)

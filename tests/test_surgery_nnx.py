@@ -1,4 +1,4 @@
-"""The tools on models of flax.nnx: three that import only Flax go through every one of them."""
+"""The tools on models of flax.nnx. Each tool is applied to three models that import only Flax."""
 
 import pickle
 import warnings
@@ -60,7 +60,7 @@ def evaluated(model, x):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Each model with other than the first statistics and affine parameters."""
+    """Each model, with statistics and affine parameters other than the initial ones."""
     models = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for name, kind in MODELS.items():
@@ -77,8 +77,8 @@ def trained():
 
 
 @every_model
-def test_recompute_is_exact_and_changes_a_copy_alone(trained, name):
-    """By float64 NumPy over what the first norm sees, by a fixed point of it for the others."""
+def test_recompute_is_exact_and_changes_only_a_copy(trained, name):
+    """Compares the first norm with float64 NumPy, the others with an update of momentum 0."""
     model = trained[name]
     before = statistics(model)
     new = surgery.recompute(model, BATCHES, progress=False)
@@ -92,7 +92,7 @@ def test_recompute_is_exact_and_changes_a_copy_alone(trained, name):
     for path, (mean, var) in statistics(model).items():
         np.testing.assert_array_equal(mean, before[path][0])
         np.testing.assert_array_equal(var, before[path][1])
-    # With momentum 0 and all data in one batch the running statistics of each layer are these.
+    # With momentum 0, one batch of all data gives the same running statistics.
     whole = nnx.clone(model)
     for norm in norms(whole).values():
         norm.momentum = 0.0
@@ -121,7 +121,7 @@ SHIFT = 0.0
 
 
 class Reading(nnx.Module):
-    """A method beside the call that reads a global, and an object that may change."""
+    """A method that reads a global and an object that may change."""
 
     def __init__(self):
         self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
@@ -134,7 +134,7 @@ class Reading(nnx.Module):
         return self.norm(self.moved(x))
 
 
-def test_no_trace_is_stale(monkeypatch):
+def test_a_changed_global_is_traced_again(monkeypatch):
     model = Reading()
     first = surgery.recompute(model, BATCHES, progress=False)
     monkeypatch.setattr("tests.test_surgery_nnx.SHIFT", 5.0)
@@ -143,7 +143,7 @@ def test_no_trace_is_stale(monkeypatch):
     np.testing.assert_allclose(shifted.norm.mean[...], first.norm.mean[...] + 7, rtol=1e-5)
 
 
-def test_a_model_is_compiled_once_in_a_run():
+def test_a_model_is_compiled_once():
     traced = []
 
     def call(model, x):
@@ -154,7 +154,7 @@ def test_a_model_is_compiled_once_in_a_run():
     assert len(traced) == 1
 
 
-def test_hijax_variables_of_the_model_stay():
+def test_hijax_variables_are_unchanged():
     with nnx.var_defaults(hijax=True):
         model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
     surgery.diagnose(model, [images(0)], progress=False)
@@ -167,7 +167,7 @@ def test_tools_run_inside_of_a_compiled_function(trained):
 
 
 class Registering(nnx.BatchNorm):
-    """A base that knows its subclasses by name."""
+    """A base class that registers its subclasses by name."""
 
     known: ClassVar[dict[str, type]] = {}
 
@@ -181,7 +181,7 @@ class Registered(Registering):
     pass
 
 
-def test_a_base_is_not_told_of_derived_classes():
+def test_no_subclass_is_registered():
     layer = Registered(3, rngs=nnx.Rngs(0))
     assert isinstance(surgery.freeze(layer), Registered)
     surgery.diagnose(layer, [images(0)], progress=False)
@@ -189,7 +189,7 @@ def test_a_base_is_not_told_of_derived_classes():
 
 
 @every_model
-def test_freeze_has_no_gradient_and_lasts_through_train(trained, name):
+def test_a_frozen_model_has_no_gradient_and_ignores_train(trained, name):
     frozen = surgery.freeze(trained[name])
     frozen.train()
     before = statistics(frozen)
@@ -205,7 +205,7 @@ def test_freeze_has_no_gradient_and_lasts_through_train(trained, name):
     for path, (mean, var) in statistics(frozen).items():
         np.testing.assert_array_equal(mean, before[path][0])
         np.testing.assert_array_equal(var, before[path][1])
-    # Filters by the class of Flax find the layers still, and so does unfreezing them.
+    # Filters by the class of Flax still find the layers, so the layers can be unfrozen.
     frozen.set_attributes(nnx.BatchNorm, frozen=False, use_running_average=False)
     frozen(BATCHES[0])
     assert any(np.any(mean != before[path][0]) for path, (mean, _) in statistics(frozen).items())
@@ -220,7 +220,7 @@ def test_freeze_edge_frozen_layer_of_nnx_train_true():
         frozen(images(0), train=True)
 
 
-def test_freeze_some_by_their_paths(trained):
+def test_freeze_by_path(trained):
     frozen = surgery.freeze(trained["ResNet"], at="layer1/*")
     frozen.train()
     before = statistics(frozen)
@@ -253,7 +253,7 @@ def test_synchronize_equals_the_whole_batch(trained, name):
 
 
 @every_model
-def test_fold_serves_the_same_without_a_norm(trained, name):
+def test_fold_gives_the_same_output(trained, name):
     x = BATCHES[0]
     serve, folded, report = surgery.fold(trained[name], x)
     want = evaluated(trained[name], x)
@@ -282,7 +282,7 @@ def test_convert_gives_a_model_with_group_norms(trained, name):
     np.testing.assert_allclose(converted(x)[:2], converted(x[:2]), atol=2e-5)
 
 
-def test_convert_is_the_conversion_of_linen(trained):
+def test_convert_equals_that_of_linen(trained):
     """The same scale and bias, which tests/test_surgery_convert.py compares with float64."""
     model = trained["ResNet"]
     converted = surgery.convert(model, num_groups=2)
@@ -296,7 +296,7 @@ def test_convert_is_the_conversion_of_linen(trained):
     np.testing.assert_array_equal(converted.bn1.bias[...], want["bias"])
 
 
-def test_convert_keeps_an_activation_and_takes_a_mode():
+def test_convert_keeps_an_activation_and_accepts_a_mode():
     norm = normjax.nnx.BatchNormAct(4, activation=jax.nn.relu, rngs=nnx.Rngs(0))
     converted = surgery.convert(norm, num_groups=2)
     x = images(0)[..., :1] * jnp.ones(4)
@@ -305,7 +305,7 @@ def test_convert_keeps_an_activation_and_takes_a_mode():
 
 
 @every_model
-def test_reset_is_that_of_a_new_layer(trained, name):
+def test_reset_restores_the_initial_statistics(trained, name):
     for mean, var in statistics(surgery.reset(trained[name])).values():
         assert not np.any(mean)
         assert np.all(var == 1)
@@ -313,7 +313,7 @@ def test_reset_is_that_of_a_new_layer(trained, name):
 
 
 @every_model
-def test_guard_serves_and_refuses(trained, name):
+def test_guard_accepts_and_refuses(trained, name):
     guarded = surgery.guard(trained[name])
     guarded.eval()
     np.testing.assert_allclose(guarded(BATCHES[0]), evaluated(trained[name], BATCHES[0]), atol=2e-5)
@@ -331,27 +331,27 @@ def test_guard_serves_and_refuses(trained, name):
 
 
 @every_model
-def test_the_healthy_model_is_clean_and_each_planted_fault_named(trained, name):
-    well = surgery.recompute(trained[name], HEALTHY, progress=False)
+def test_diagnose_names_each_injected_fault(trained, name):
+    healthy = surgery.recompute(trained[name], HEALTHY, progress=False)
 
     def kinds(model):
         report = surgery.diagnose(model, HEALTHY, progress=False)
         return {(f.path, f.kind) for f in report.findings}
 
-    # A bias before a norm is one by the design of ConvNeXt and ViT, few examples behind a pooling.
+    # By design, ConvNeXt and ViT have a bias before a norm, and few samples after a pooling.
     by_design = {"redundant bias", "few samples"}
-    assert {kind for _, kind in kinds(well)} <= (by_design if name != "ResNet" else set())
-    paths, faulty = list(norms(well)), nnx.clone(well)
+    assert {kind for _, kind in kinds(healthy)} <= (by_design if name != "ResNet" else set())
+    paths, faulty = list(norms(healthy)), nnx.clone(healthy)
     stale, broken, dead, large = list(norms(faulty).values())[:4]
     stale.mean[...] += 5
     broken.var[...] = broken.var[...].at[0].set(jnp.nan)
     dead.scale[...], dead.bias[...] = dead.scale[...].at[0].set(0), dead.bias[...] * 0
     large.scale[...] *= 1e4
-    planted = ("stale", "not finite", "dead channels", "exploding")
-    assert set(zip(paths, planted, strict=False)) <= kinds(faulty)
+    faults = ("stale", "not finite", "dead channels", "exploding")
+    assert set(zip(paths, faults, strict=False)) <= kinds(faulty)
     path = paths[0]
-    assert (path, "never updated") in kinds(surgery.reset(well))
-    frozen = surgery.freeze(well, at=path)
+    assert (path, "never updated") in kinds(surgery.reset(healthy))
+    frozen = surgery.freeze(healthy, at=path)
     assert not {kind for at, kind in kinds(frozen) if at == path}
 
 
@@ -427,7 +427,7 @@ def test_export_and_import_are_the_identity(trained, name):
 
 
 def rules_of(model):
-    """One rule for each layer, which is called there as it is here."""
+    """One rule for each layer, which has the same name in PyTorch."""
     kinds = {
         nnx.Conv: "conv",
         nnx.Linear: "linear",
@@ -451,7 +451,7 @@ def torch():
 
 
 @every_model
-def test_import_torch_gives_the_numbers_of_the_twin(torch, name):
+def test_import_torch_gives_the_outputs_of_the_twin(torch, name):
     torch.manual_seed(0)
     twin = nnx_torch.twins(torch)[name]().eval()
     with torch.no_grad():
@@ -470,7 +470,7 @@ def test_import_torch_gives_the_numbers_of_the_twin(torch, name):
         np.testing.assert_array_equal(array, twin.state_dict()[key])
 
 
-class Stranger(nnx.Module):
+class Unrecognized(nnx.Module):
     """A batch norm of another author."""
 
     def __init__(self):
@@ -479,7 +479,7 @@ class Stranger(nnx.Module):
 
 class Holder(nnx.Module):
     def __init__(self):
-        self.strange = Stranger()
+        self.other = Unrecognized()
         self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
 
     def __call__(self, x):
@@ -487,19 +487,19 @@ class Holder(nnx.Module):
 
 
 @pytest.mark.parametrize("tool", [surgery.freeze, surgery.guard, surgery.reset])
-def test_what_is_not_recognized_is_an_error_unless_it_is_left_out(tool):
-    with pytest.raises(ValueError, match="Stranger at 'strange' holds a mean and a var .* at="):
+def test_unrecognized_norms_are_an_error_unless_excluded(tool):
+    with pytest.raises(ValueError, match="Unrecognized at 'other' holds a mean and a var .* at="):
         tool(Holder())
     if tool is not surgery.guard:
         tool(Holder(), at="norm")
-    with pytest.raises(ValueError, match="at='nrm' matches no batch norm.*'norm', 'strange'"):
+    with pytest.raises(ValueError, match="at='nrm' matches no batch norm.*'norm', 'other'"):
         tool(Holder(), at="nrm")
     with pytest.raises(ValueError, match="no batch norm, expected at least one"):
         tool(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
 class Overriding(nnx.BatchNorm):
-    """Code around that of Flax, which cannot be changed from outside."""
+    """Overrides the call of Flax, which therefore cannot be frozen from outside."""
 
     def __call__(self, x):
         return super().__call__(x) + 1
@@ -511,13 +511,13 @@ def test_freeze_edge_copy_of_batch_norm_in_nnx():
 
 
 class Activating(nnx.BatchNorm):
-    """Another method beside the call of Flax."""
+    """Adds a method to the norm of Flax."""
 
     def activated(self, x):
         return nnx.relu(self(x))
 
 
-def test_a_subclass_of_flax_stays_of_its_class():
+def test_a_subclass_of_flax_keeps_its_class():
     layer = surgery.recompute(Activating(3, rngs=nnx.Rngs(0)), [images(0)], progress=False)
     frozen = surgery.freeze(layer)
     assert isinstance(frozen, Activating)
@@ -526,13 +526,13 @@ def test_a_subclass_of_flax_stays_of_its_class():
 
 
 class Ours(normjax.nnx.BatchNorm):
-    """Code around ours, by arguments of its own."""
+    """Overrides the call of normjax, with other arguments."""
 
     def __call__(self, inputs, training=False):
         return super().__call__(jnp.exp(inputs / 8) + 10, train=training) + 1
 
 
-def test_a_subclass_of_ours_runs_as_it_is_and_is_seen_where_it_calls_ours():
+def test_a_subclass_of_normjax_runs_its_own_code():
     layer, x = Ours(3, rngs=nnx.Rngs(0)), images(0)
     new = surgery.recompute(lambda layer, x: layer(x, training=True), layer, [x], progress=False)
     seen = np.exp(np.asarray(x, np.float64) / 8) + 10
@@ -560,14 +560,14 @@ def over_devices(model, batch):
     return mapped(model, batch.reshape(4, -1, *batch.shape[1:]))
 
 
-def test_an_axis_that_the_call_binds_is_shared_over():
+def test_statistics_are_shared_over_an_axis_bound_by_the_call():
     shared = surgery.synchronize(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), "batch")
     new = surgery.recompute(over_devices, shared, BATCHES, progress=False)
     want = np.concatenate([np.asarray(x, np.float64).reshape(-1, 3) for x in BATCHES])
     np.testing.assert_allclose(new.mean[...], want.mean(0), rtol=1e-6)
     np.testing.assert_allclose(new.var[...], want.var(0), rtol=1e-6)
     surgery.diagnose(over_devices, new, BATCHES, progress=False).raise_if_serious()
-    # Unbound, the batch at hand is the whole one.
+    # If no axis is bound, the statistics are those of the whole batch.
     alone = surgery.recompute(shared, BATCHES, progress=False)
     np.testing.assert_allclose(alone.var[...], want.var(0), rtol=1e-6)
 
@@ -591,14 +591,14 @@ class Mixed(nnx.Module):
 
 
 @pytest.mark.parametrize("tool", [surgery.freeze, surgery.guard, surgery.reset, surgery.convert])
-def test_a_batch_norm_of_linen_within_is_not_passed_over(tool):
+def test_a_batch_norm_of_linen_inside_is_an_error(tool):
     with pytest.raises(ValueError, match="at 'linen/BatchNorm_0' holds a mean .* not those of lin"):
         tool(Mixed(True))
     with pytest.raises(ValueError, match="at 'linen/BatchNorm_0'"):
         surgery.recompute(Mixed(True), BATCHES, progress=False)
 
 
-def test_a_part_of_linen_is_folded_with_the_rest():
+def test_a_module_of_linen_inside_is_folded():
     model = surgery.recompute(Mixed(False), BATCHES, progress=False)
     serve, folded, report = surgery.fold(model, BATCHES[0])
     assert len(report.folded) == 1
@@ -606,9 +606,9 @@ def test_a_part_of_linen_is_folded_with_the_rest():
 
 
 @pytest.mark.parametrize("tool", [surgery.recompute, surgery.diagnose])
-def test_what_is_not_recognized_may_be_left_out_of_a_run(tool):
+def test_unrecognized_norms_may_be_excluded_from_a_run(tool):
     tool(Holder(), BATCHES, at="norm", progress=False)
-    with pytest.raises(ValueError, match="Stranger at 'strange'"):
+    with pytest.raises(ValueError, match="Unrecognized at 'other'"):
         tool(Holder(), BATCHES, progress=False)
 
 
@@ -627,12 +627,12 @@ class Dropping(nnx.Module):
 def test_each_batch_has_its_own_dropout():
     model = Dropping()
     first, again = (surgery.recompute(model, [images(0)] * 30, progress=False) for _ in range(2))
-    # Dropped in half of the batches and doubled in the others.
+    # Channels are 0 in half of the batches and doubled in the others.
     assert np.all(np.asarray(first.norm.var[...]) > 4)
     np.testing.assert_array_equal(first.norm.var[...], again.norm.var[...])
 
 
-def test_variables_that_hold_several_arrays_stay():
+def test_variables_of_several_arrays_are_unchanged():
     model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     model.pair = nnx.Param((jnp.ones(2), jnp.zeros(2)))
     model.tree = nnx.BatchStat({"a": jnp.ones(2)})
@@ -641,7 +641,7 @@ def test_variables_that_hold_several_arrays_stay():
     assert new.tree.get_value()["a"] is model.tree.get_value()["a"]
 
 
-def test_imported_arrays_lie_where_the_old_ones_lay():
+def test_imported_arrays_keep_the_sharding():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, PartitionSpec(None, "d"))
     model = nnx.Linear(2, 8, rngs=nnx.Rngs(0))
@@ -660,7 +660,7 @@ def test_several_feature_axes_are_measured():
         surgery.convert(layer, num_groups=2)
 
 
-def test_an_abstract_model_is_filled_or_refused():
+def test_an_abstract_model_is_filled_or_an_error():
     abstract = nnx.eval_shape(lambda: ResNet(nnx.Rngs(0)))
     rules = rules_of(abstract)
     state = surgery.export_torch(ResNet(nnx.Rngs(0)), rules)
@@ -692,7 +692,7 @@ def test_moments_of_the_old_statistics_are_dropped(tool):
 
 
 @pytest.mark.parametrize("tool", [surgery.recompute, surgery.diagnose])
-def test_bad_input_is_worded(tool):
+def test_error_messages(tool):
     model = ResNet(nnx.Rngs(0))
     for given, error, message in (
         ((model,), TypeError, "got no batches, expected .*\\(model, batches\\)"),
@@ -708,14 +708,14 @@ def test_bad_input_is_worded(tool):
 @pytest.mark.parametrize(
     "tool", [surgery.freeze, surgery.guard, surgery.reset, surgery.convert, surgery.frozen_mask]
 )
-def test_a_class_or_a_state_is_no_model(tool):
+def test_a_class_or_a_state_is_not_a_model(tool):
     with pytest.raises(TypeError, match="got the class ResNet, expected a model"):
         tool(ResNet)
     with pytest.raises(TypeError, match=r"got a State of flax.nnx, .* nnx.merge\(graphdef"):
         tool(nnx.state(ResNet(nnx.Rngs(0))))
 
 
-def test_the_report_of_a_frozen_model_claims_nothing():
+def test_the_report_of_a_frozen_model_is_empty():
     report = surgery.diagnose(surgery.freeze(ResNet(nnx.Rngs(0))), BATCHES, progress=False)
     assert not report.norms
     assert "healthy" not in str(report)

@@ -1,4 +1,4 @@
-"""Population statistics against float64, and against PyTorch's update_bn, which is off."""
+"""Population statistics against float64, and against PyTorch's update_bn, which is inaccurate."""
 
 from functools import partial
 
@@ -83,7 +83,7 @@ def test_update_bn_of_pytorch_is_off_by_factors():
     assert (expected["mean"] / layer.running_mean.numpy()).min() > 2
 
 
-def test_recompute_of_many_batches_does_not_lose_by_rounding():
+def test_recompute_of_many_batches_is_accurate():
     layer, x = nn.BatchNorm(), drifting(1e2, shape=(6000, 1, 1, 2))
     new = surgery.recompute(call_of(layer), start(layer, x), cut(x, (4,) * 1500))
     near(new["batch_stats"], population(x), rtol=5e-7)
@@ -95,7 +95,7 @@ def test_recompute_respects_ddof_and_half_precision():
     near(new["batch_stats"], population(x.astype(np.float32), ddof=1))
 
 
-def test_recompute_mends_statistics_that_are_not_finite():
+def test_recompute_replaces_statistics_that_are_not_finite():
     layer, x = nn.BatchNorm(), drifting()
     variables = start(layer, x)
     broken = {
@@ -114,11 +114,11 @@ class Masked(nn.Module):
 
 
 @BOTH
-def test_recompute_takes_masks(kind):
+def test_recompute_with_masks(kind):
     x = drifting(50.0)
     counts = np.random.default_rng(0).random((128, 3, 3, 1)) < 0.4
     counts[:4] = False
-    sizes = (4, 62, 62)  # Nothing counts in the first batch.
+    sizes = (4, 62, 62)  # The first batch is masked.
     model = Masked(kind)
     variables = model.init(jax.random.key(0), x[:2], None, False)
 
@@ -148,16 +148,16 @@ def test_recompute_edge_feature_with_every_entry_masked():
     near(jax.tree.map(lambda leaf: leaf[keep], new), population(x[..., keep]))
 
 
-def on_devices(layer, way):
+def on_devices(layer, transformation):
     """A call that spreads the batch over four devices."""
     mesh = Mesh(jax.devices()[:4], "batch")
-    if way == "sharded jit":
+    if transformation == "sharded jit":
         return call_of(layer), lambda batch: jax.device_put(batch, NamedSharding(mesh, P("batch")))
     apply = layer.apply if layer.axis_name else surgery.synchronize(layer.apply, "batch")
 
     def call(variables, batch, *, train, mutable=False):
         local = partial(apply, use_running_average=not train, mutable=mutable)
-        if way == "vmap":
+        if transformation == "vmap":
             batch = batch.reshape(4, -1, *batch.shape[1:])
             return jax.vmap(local, (None, 0), (0, None), axis_name="batch")(variables, batch)
         specs = dict(in_specs=(P(), P("batch")), out_specs=(P("batch"), P()))
@@ -167,11 +167,13 @@ def on_devices(layer, way):
 
 
 @BOTH
-@pytest.mark.parametrize("way", ["shard_map", "vmap", "sharded jit", "written without axis_name"])
-def test_recompute_guarantee_any_devices(kind, way):
-    named = way in ("shard_map", "vmap")
+@pytest.mark.parametrize(
+    "transformation", ["shard_map", "vmap", "sharded jit", "written without axis_name"]
+)
+def test_recompute_guarantee_any_devices(kind, transformation):
+    named = transformation in ("shard_map", "vmap")
     layer, x = kind(axis_name="batch" if named else None), drifting(1e4)
-    call, place = on_devices(layer, way)
+    call, place = on_devices(layer, transformation)
     batches = [place(batch) for batch in cut(x, (4, 4, 60, 60))]
     new = surgery.recompute(call, start(kind(), x), batches)
     near(new["batch_stats"], population(x))
@@ -193,21 +195,21 @@ def by_path(stats, prefix=""):
 @pytest.mark.parametrize("kind", [nn.BatchNorm, normjax.linen.BatchNorm])
 @pytest.mark.parametrize("wrapped", [lambda block: block, nn.remat, nn.jit])
 def test_recompute_guarantee_any_model(kind, wrapped):
-    """With one batch, the population is what momentum 0 takes in."""
+    """With one batch, the result equals an update with momentum 0."""
     model = ResNet(batch_norm=kind, wrap=wrapped)
     variables = trained(model)
-    forgetful = model.clone(momentum=0.0)
-    _, expected = forgetful.apply(variables, images(seed=4), True, mutable=["batch_stats"])
+    without_momentum = model.clone(momentum=0.0)
+    _, expected = without_momentum.apply(variables, images(seed=4), True, mutable=["batch_stats"])
     new = surgery.recompute(in_model(model), variables, [images(seed=4)])
     got, expected = by_path(new["batch_stats"]), by_path(expected["batch_stats"])
     assert set(got) == NORMS
     for path in NORMS:
-        # The statistics of Flax are those of E[x^2] - E[x]^2 in float32.
+        # Flax computes E[x^2] - E[x]^2 in float32.
         near(got[path], expected[path], rtol=1e-4)
 
 
 def test_recompute_inside_scan_with_a_shared_layer():
-    """A recurrent cell whose one batch norm is carried from step to step."""
+    """A recurrent cell; the statistics of its batch norm are the carry of a scan."""
 
     class Cell(nn.Module):
         @nn.compact
@@ -222,7 +224,7 @@ def test_recompute_inside_scan_with_a_shared_layer():
             return nn.scan(Cell, split_rngs={"params": False}, **options)(name="cells")(0.0, x)[1]
 
     x = drifting(30.0)[:, :, 0]
-    # In init Flax's scan cannot make what it carries.
+    # Flax's scan cannot create carried variables in init.
     layer = start(nn.BatchNorm(), x)
     variables = {name: {"cells": {"bn": node}} for name, node in layer.items()}
     new = surgery.recompute(
@@ -297,7 +299,7 @@ def test_recompute_guarantee_pure():
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
 
-def test_recompute_words_what_is_wrong():
+def test_recompute_error_messages():
     layer, x = nn.BatchNorm(), drifting()
     variables, call = start(layer, x), call_of(layer)
     spent = iter(cut(x))
@@ -345,7 +347,7 @@ def test_recompute_words_what_is_wrong():
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_the_bar_is_drawn_on_a_terminal_alone(installed, capsys, monkeypatch):
+def test_the_progress_bar_needs_a_terminal(installed, capsys, monkeypatch):
     layer, x = nn.BatchNorm(), drifting()
     if not installed:
         monkeypatch.setitem(__import__("sys").modules, "tqdm", None)

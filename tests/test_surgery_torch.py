@@ -1,4 +1,4 @@
-"""PyTorch's state dicts: in, out, the very bits, and the same numbers from the twin."""
+"""PyTorch's state dicts: import, export, equal bits, and equal outputs of the twin."""
 
 import builtins
 
@@ -135,7 +135,7 @@ def test_a_resnet_of_torchvision(torch):
     model = ResNet(surgery.torch_fields(net.bn1))
     images = channels_last(x)
     variables = surgery.import_torch(shapes(model, images), net.state_dict(), RESNET)
-    # One more step in both, which moves the statistics alike, and then evaluation.
+    # One more step in both, which updates the statistics, and then an evaluation.
     apply = jax.jit(model.apply, static_argnames=("train", "mutable"))
     y, moved = apply(variables, images, train=True, mutable=("batch_stats",))
     close(y, net(x).detach().numpy())
@@ -167,7 +167,7 @@ def test_export_torch_guarantee_identity(torch):
     state = surgery.export_torch(whole, RESNET)
     back = surgery.import_torch(template, state, RESNET)
     jax.tree.map(np.testing.assert_array_equal, back, whole)
-    # And PyTorch takes it.
+    # PyTorch loads the result.
     tensors = {name: torch.from_numpy(array) for name, array in state.items()}
     torch_resnet(torch).load_state_dict(tensors)
 
@@ -213,7 +213,7 @@ def torch_twin(torch):
     )
 
 
-def test_every_kind_agrees_with_its_twin(torch):
+def test_every_kind_agrees_with_pytorch(torch):
     net = torch_twin(torch)
     x = draw(torch, net, 2, 3, 8, 8)
     net.eval()
@@ -248,7 +248,7 @@ def test_import_torch_guarantee_all_or_nothing():
     assert not any(leaf.any() for leaf in jax.tree.leaves(HEAD))
 
 
-def test_nothing_is_shared_with_the_state(torch):
+def test_no_memory_is_shared_with_the_state(torch):
     tensors = {name: torch.from_numpy(array.copy()) for name, array in STATE.items()}
     arrays = {name: array.copy() for name, array in STATE.items()}
     for state in (tensors, arrays):
@@ -422,7 +422,7 @@ def test_other_kinds_of_input_are_errors(torch):
     assert "params/a/bias is ShapeDtypeStruct" in message(surgery.export_torch, abstract, DENSE)
 
 
-def test_a_misfit_is_told_in_short():
+def test_long_errors_are_abbreviated():
     layers = {f"a{i}": {"bias": np.zeros(1)} for i in range(70)}
     state = {f"b{i}.bias": np.zeros(1) for i in range(60)}
     text = message(surgery.import_torch, {"params": layers}, state, DENSE)
@@ -458,14 +458,14 @@ def test_a_misfit_is_told_in_short():
     ],
     ids=["prefix", "level", "both", "shorter"],
 )
-def test_the_usual_causes_of_a_misfit_are_found(change, hint):
+def test_usual_causes_of_missing_names_are_found(change, hint):
     text = message(surgery.import_torch, HEAD, change(STATE), DENSE)
     assert f"2 of the 2 missing names are {hint}" in text
     assert "missing names are" not in message(surgery.import_torch, HEAD, {"b": 1}, DENSE)
 
 
 def test_torch_fields_guarantee_acts_alike(torch):
-    """In the tests of the ResNet above with momentum and ddof; here the fields themselves."""
+    """Here the fields. The tests of the ResNet use those of its norms."""
     got = surgery.torch_fields(torch.nn.BatchNorm2d(3, momentum=0.25, eps=1e-3))
     assert got == {
         "momentum": 0.75, "ddof": 1, "epsilon": 1e-3, "use_scale": True, "use_bias": True
@@ -506,7 +506,7 @@ def test_torch_fields_edge_a_subclass(torch):
     assert surgery.torch_fields(layer_norm)["feature_axes"] == (-1,)
 
 
-def test_norms_that_act_otherwise_in_evaluation_are_errors(torch):
+def test_norms_with_a_different_evaluation_are_errors(torch):
     norm = torch.nn.BatchNorm1d(3, track_running_stats=False)
     text = message(surgery.torch_fields, norm)
     assert "BatchNorm1d with track_running_stats=False, expected True" in text
@@ -521,6 +521,6 @@ def test_norms_that_act_otherwise_in_evaluation_are_errors(torch):
     assert "lacks a field of RMSNorm of torch.nn" in text
 
 
-def test_a_module_that_is_no_norm_is_an_error(torch):
+def test_a_module_that_is_not_a_norm_is_an_error(torch):
     text = message(surgery.torch_fields, torch.nn.Linear(2, 3), error=TypeError)
     assert "module is Linear, expected a BatchNorm" in text

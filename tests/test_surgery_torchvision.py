@@ -1,7 +1,7 @@
-"""The tables for torchvision's families: a Flax twin gives the numbers of the PyTorch model.
+"""The tables for torchvision's families: a Flax twin gives the outputs of the PyTorch model.
 
-The PyTorch models are small ones with torchvision's names, which are compared with torchvision's
-own where it is installed. ResNet is in test_surgery_torch.py.
+The PyTorch models are small and have torchvision's names, which are compared with torchvision if it
+is installed. ResNet is in test_surgery_torch.py.
 """
 
 import re
@@ -17,7 +17,7 @@ from tests import torchvision_flax as twins
 from tests.torchvision_torch import small_models
 
 POOLED = (4, "M", 6, "M")
-# For each family its Flax twin, given the fields of its norms, and the size of an image.
+# For each family a function from the fields of its norms to its Flax twin, and an image size.
 TWINS = {
     "vgg": (lambda norm: twins.VGG(POOLED, 5, 3), 8),
     "vgg_bn": (lambda norm: twins.VGG(POOLED, 5, 3, norm), 8),

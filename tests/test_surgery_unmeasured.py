@@ -1,4 +1,4 @@
-"""What was not measured is named, one batch is not several, and work is compiled once."""
+"""Layers that were not measured, batches that are not a sequence, and compiling once."""
 
 import gc
 import warnings
@@ -21,7 +21,7 @@ TOOLS = [surgery.recompute, surgery.diagnose]
 
 
 class Dropping(nn.Module):
-    """Hands train to its first norm alone, like FlaxRegNet; its last one runs on demand."""
+    """Passes train only to its first norm, like FlaxRegNet; the last norm is optional."""
 
     axis_name: str | None = None
 
@@ -35,7 +35,7 @@ class Dropping(nn.Module):
 
 MODEL = Dropping()
 FRESH = MODEL.init(jax.random.key(0), X, False)
-# As a training leaves them.
+# With statistics as after training.
 TRAINED = {
     **FRESH,
     "batch_stats": {
@@ -67,7 +67,7 @@ def test_recompute_guarantee_nothing_left_out():
     message = "1 chosen batch norms were not measured.*'second' ran in evaluation mode.*at="
     with pytest.raises(ValueError, match=message):
         surgery.recompute(call_of(MODEL.apply), TRAINED, batches())
-    assert len(taken) == 1, "it is said after the first batch"
+    assert len(taken) == 1, "the error comes after the first batch"
     with pytest.raises(ValueError, match="1 chosen .*'head' did not run"):
         surgery.recompute(call_of(MODEL.apply, head=False, drop=False), TRAINED, [X])
     with pytest.raises(ValueError, match=r"\['second'\] in training mode. Pass train to"):
@@ -79,8 +79,8 @@ def test_recompute_guarantee_nothing_left_out():
     assert new["second"] is TRAINED["batch_stats"]["second"]
 
 
-def test_recompute_takes_heads_that_run_in_some_batches():
-    """What did not run in the first batch may run in a later one."""
+def test_recompute_with_a_head_that_runs_in_some_batches():
+    """A layer that did not run in the first batch may run in a later one."""
 
     def call(variables, batch, *, train, mutable=False):
         options = dict(head=batch.shape[0] == 16, drop=False, mutable=mutable)
@@ -98,13 +98,13 @@ def test_diagnose_edge_layer_that_was_not_measured():
     assert unmeasured <= findings(report)
     assert "second: the layer ran in evaluation mode" in str(report)
     assert "NOT MEASURED" in str(report)
-    # A mean of 0 and a variance of 1 need no run.
+    # Initial statistics are found even if the layer did not run.
     report = surgery.diagnose(call, FRESH, [X])
     assert {(path, "never updated") for path in ("first", "second", "head")} <= findings(report)
     assert not {path for path, _ in findings(surgery.diagnose(call, FRESH, [X], at="first"))} - {
         "first"
     }
-    # None ran in training mode at all.
+    # No layer ran in training mode.
     report = surgery.diagnose(call, FRESH, [X], at="second")
     assert findings(report) == {("second", "not measured"), ("second", "never updated")}
 
@@ -163,7 +163,7 @@ def test_one_batch_in_place_of_several_is_an_error(tool):
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_batches_that_the_model_does_not_take_are_worded(tool):
+def test_error_messages_of_unsuitable_batches(tool):
     call = call_of(MODEL.apply, drop=False)
     labels = jnp.zeros(32, jnp.int32)
     for batch, kind in (((X, labels), "tuple"), ({"image": X, "label": labels}, "dict")):
@@ -195,7 +195,7 @@ def test_recompute_guarantee_compiled_once(tool):
     first = tool(call, TRAINED, [X])
     before = len(traces)
     again = tool(call, FRESH, [X, X])
-    # The report traces shapes each time, and compiles neither mode again.
+    # The report traces shapes each time, but does not compile again.
     assert len(traces) - before <= (2 if tool is surgery.diagnose else 0)
     if tool is surgery.recompute:
         jax.tree.map(partial(np.testing.assert_allclose, atol=8 * EPS), first, again)
@@ -203,7 +203,7 @@ def test_recompute_guarantee_compiled_once(tool):
     alive = weakref.ref(call)
     del call
     gc.collect()
-    assert alive() is None, "what is compiled must not keep the call alive"
+    assert alive() is None, "a compiled function must not keep the call alive"
 
 
 def test_the_apply_of_a_model_is_compiled_once():
@@ -228,7 +228,7 @@ def test_the_apply_of_a_model_is_compiled_once():
 
 
 def test_a_trace_is_not_used_once_the_call_reads_another_model():
-    """As in a notebook, where `model` is made anew and `call` is not."""
+    """As in a notebook, where `model` is redefined and `call` is not."""
     model = Dropping()
 
     def inner(variables, batch, train, mutable):
@@ -251,8 +251,8 @@ def test_a_trace_is_not_used_once_the_call_reads_another_model():
     np.testing.assert_allclose(tripled, 9 * plain, rtol=1e-4)
 
 
-def test_diagnose_warns_of_nothing():
-    """Positions alike within an image, layers that overflow, statistics beyond use."""
+def test_diagnose_emits_no_warning():
+    """Constant images, layers that overflow, and unusable statistics."""
     images = jnp.broadcast_to(X[:8, None, :], (8, 4, 3))
     layer = nn.BatchNorm()
     variables = layer.init(jax.random.key(0), images, True)
@@ -260,7 +260,7 @@ def test_diagnose_warns_of_nothing():
     def call(variables, batch, *, train, mutable=False):
         return layer.apply(variables, batch, not train, mutable=mutable)
 
-    # Each image has the same mean, all that varies lies within.
+    # All images have the same mean, but the positions within an image differ.
     swapped = jnp.tile(jnp.array([[-1.0], [1.0]]), (8, 2, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,7 +17,7 @@ from normjax import surgery
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-# What acts as a batch norm of PyTorch by its defaults.
+# The fields that correspond to the defaults of PyTorch's batch norm.
 FIELDS = {"momentum": 0.9, "epsilon": 1e-5, "ddof": 1}
 DTYPE = jnp.float64
 EPS = np.finfo(np.float64).eps
@@ -29,16 +29,16 @@ def torch():
 
 
 def close(got, want, terms):
-    """Equal up to rounding, beside the largest value.
+    """Equal up to rounding, relative to the largest value.
 
     Libraries add in different orders. A sum of n terms rounds by at most n eps / 2, and so does its
-    derivative. `terms` is the longest sum times how many layers pass an error on, forward and
-    backward; a norm passes on less than twice of it, for 1 + |mean| / deviation < 2 here.
+    derivative. `terms` is the longest sum times the number of layers that propagate an error,
+    forward and backward. A norm less than doubles an error, since 1 + |mean| / deviation < 2 here.
     """
     np.testing.assert_allclose(got, want, rtol=0, atol=terms * EPS * np.abs(want).max())
 
 
-# A network is a function of its layers, in whichever library these are.
+# A network is a function of its layers, which may be of any of the libraries.
 
 
 def linear_block(f, x):
@@ -134,7 +134,7 @@ JAX = {
 
 
 class Functions:
-    """The functions of normjax, by the variables of linen."""
+    """The functions of normjax, with the variables of linen."""
 
     def __init__(self, network, state, fields):
         self.network, self.fields = network, fields
@@ -244,12 +244,12 @@ every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def last(network):
-    """The linear layers without a norm behind them, which would subtract their bias."""
+    """The linear layers that no norm follows. A norm would subtract their bias."""
     return [name for name in [*network.layers][-1:] if name.startswith("linear")]
 
 
 def torch_twin(torch, network):
-    """The network in PyTorch, with other scales and biases than 1 and 0."""
+    """The network in PyTorch, with scales and biases other than 1 and 0."""
 
     def layer(name, sizes):
         if name.startswith("linear"):
@@ -261,7 +261,7 @@ def torch_twin(torch, network):
     functions = {
         "relu": torch.relu,
         "max_pool": partial(torch.nn.functional.max_pool2d, kernel_size=2),
-        # The classifier is carried over as it is, so it takes the order of JAX.
+        # The weight of the classifier is copied unchanged, so its input has the order of JAX.
         "flatten": lambda x: x.movedim(1, -1).flatten(1),
     }
 
@@ -288,7 +288,7 @@ def first(x):
 
 
 def run_torch(torch, network, batches, cotangents):
-    """The twin's initial state; of each step what is compared; and the evaluation after all."""
+    """The initial state of the twin, the results of each step, and the final evaluation."""
     twin = torch_twin(torch, network).train()
     state = {name: tensor.numpy().copy() for name, tensor in twin.state_dict().items()}
     steps = []
@@ -307,7 +307,7 @@ def run_torch(torch, network, batches, cotangents):
 
 
 def run_jax(form, batches, cotangents):
-    """The same of one of ours, in the layout of PyTorch."""
+    """The same results of normjax, in the layout of PyTorch."""
 
     @jax.jit
     def step(params, stats, x, dy):
@@ -367,12 +367,12 @@ def test_two_steps_and_the_evaluation_of_a_network(torch, name, form, rng):
 @pytest.mark.parametrize(
     "fault", [{"epsilon": 1.001e-5}, {"momentum": 0.9001}, {"ddof": 0}], ids=str
 )
-def test_a_field_that_differs_from_the_twin_is_found(torch, form, fault, rng):
+def test_a_wrong_field_is_detected(torch, form, fault, rng):
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         compare(torch, NETWORKS["conv_block"], form, {**FIELDS, **fault}, rng)
 
 
-# The four norms, and layer norm with one number for each channel, which PyTorch has as group norm.
+# The four norms, and layer norm with one scale per channel, which is a group norm in PyTorch.
 SHAPE = 4, 6, 5, 3  # channels first
 GROUPS = 3
 
@@ -429,7 +429,7 @@ def norm_of_nnx(kind, channels):
 
     def norm(x, scale, bias):
         layer = getattr(normjax.nnx, name)(scale.size, **fields, rngs=nnx.Rngs(0))
-        # Over several axes the features of NNX are in one axis.
+        # NNX flattens several feature axes.
         layer.scale[...], layer.bias[...] = scale.ravel(), bias.ravel()
         return layer(x)
 
@@ -455,7 +455,7 @@ def test_the_four_norms(torch, kind, channels, form, rng):
     want = y.detach(), x_torch.grad, layer.weight.grad, layer.bias.grad
 
     def ours(array):
-        """In the order of axes that is tested."""
+        """Moves the channels to the tested axis."""
         return np.moveaxis(array, -3, channels) if array.ndim > 1 else np.asarray(array)
 
     y, pull = jax.vjp(NORMS[form](kind, channels), *map(jnp.asarray, map(ours, (x, weight, bias))))

@@ -1,8 +1,8 @@
-"""Second derivatives where a maximum, a minimum or a selection sits at its tie.
+"""Second derivatives at the tie of a maximum, a minimum or a selection.
 
-A constant feature has the variance 0, below which rounding alone can take it. Whatever guards
-against that must not be seen by a derivative. The output of a masked entry, which lies apart from
-the constant, makes the second derivative of the variance visible.
+A constant feature has the variance 0, and rounding may make it negative. The operation that
+prevents this must not change a derivative. A masked entry differs from the constant, so that its
+output depends on the second derivative of the variance.
 """
 
 import jax
@@ -44,7 +44,7 @@ NORMS = {
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("value", [0.0, 0.1])
-def test_second_derivatives_at_a_constant_are_those_of_the_formula(norm, value, rng, x64):
+def test_second_derivatives_at_a_constant_equal_the_formula(norm, value, rng, x64):
     function, options = NORMS[norm]
     x, mask = np.full(SHAPE, value), np.ones(SHAPE, bool)
     mask[:, 0] = rng.random((4, 2)) < 0.5

@@ -1,4 +1,4 @@
-"""What a type checker says: README passes mypy --strict, results have the types of inputs."""
+"""Type checks: README passes mypy --strict, results have the types of inputs."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ assert_type(normjax.batch_renorm(x, running, train=True), tuple[jax.Array, normj
 
 
 def either(given: normjax.BatchStats | None) -> None:
-    """Where the caller does not know, neither does the checker."""
+    """The result is optional if the argument is."""
     _, kept = normjax.batch_norm(x, given, train=True)
     assert_type(kept, normjax.BatchStats | None)
 
@@ -71,7 +71,7 @@ assert_type(surgery.synchronize(double, "batch")(1.0), float)
 '''
 
 
-# train() and eval() of a module of flax.nnx have no types, scikit-learn and optax have not all.
+# train() and eval() of flax.nnx are untyped, scikit-learn and optax are partly typed.
 MYPY = (
     "mypy",
     "--strict",
@@ -94,7 +94,7 @@ def run_checker(*command, cwd=ROOT):
 def test_type_checkers_accept_readme_evidence_and_the_promised_types(tmp_path, checker):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     page = tmp_path / "page.py"
-    # The wrong calls among them are errors of mypy's kinds.
+    # The ignored errors have the codes of mypy.
     page.write_text("\n".join([*blocks, PROMISED if checker is MYPY else ""]))
     # In one run, since reading the types of JAX takes most of the time.
     folder = ROOT / "examples" / "evidence"

@@ -49,7 +49,7 @@ def test_weight_norm_equals_the_formula_and_pytorch(rng, x64, name):
     np.testing.assert_allclose(y, want.numpy(), rtol=1e-9)
 
 
-def test_weight_norm_of_the_whole(rng):
+def test_weight_norm_over_all_axes(rng):
     w = rng.normal(size=(3, 4)).astype(np.float32)
     got = weight_norm(w, np.float32(2), feature_axis=None)
     np.testing.assert_allclose(got, 2 * w / np.linalg.norm(w), rtol=1e-5)
@@ -58,9 +58,9 @@ def test_weight_norm_of_the_whole(rng):
 @pytest.mark.parametrize("function", [weight_norm, standardize_weight])
 def test_float32_inside(rng, function):
     w = jnp.asarray(rng.normal(1, 1, (512, 4)), jnp.bfloat16)
-    wide = function(np.asarray(w, np.float32))
+    want = function(np.asarray(w, np.float32))
     got = np.asarray(function(w), np.float32)
-    np.testing.assert_allclose(got, wide, rtol=EPS["bfloat16"] / 2)
+    np.testing.assert_allclose(got, want, rtol=EPS["bfloat16"] / 2)
     assert function(w).dtype == jnp.bfloat16
 
 
@@ -112,7 +112,7 @@ def test_spectral_norm_guarantee_converges(rng, name):
 
 
 def test_spectral_norm_guarantee_no_gradient(rng, x64):
-    """d sigma / dW = v^T u: that of the largest singular value, nothing of the iteration."""
+    """d sigma / dW = v^T u, the derivative of the largest singular value, not of the iteration."""
     w, dy = rng.normal(size=(2, 5, 4))
     u, s, vt = np.linalg.svd(w)
     stats = SpectralStats(jnp.asarray(vt[:1]), jnp.ones(()))
@@ -133,7 +133,7 @@ def test_spectral_norm_edge_zeros():
 
 
 def test_spectral_norm_edge_u_0(rng):
-    """What was zero at first is not thrown to length 1 by its first step away from zero."""
+    """A zero u stays zero. Its first step is not normalized to length 1."""
     w = (rng.normal(size=(2, 3)) * 1e-3).astype(np.float32)
     stats = SpectralStats(jnp.zeros((1, 3)), jnp.zeros(()))
     normed, new = spectral_norm(w, stats, train=True, n_steps=3)
@@ -142,7 +142,7 @@ def test_spectral_norm_edge_u_0(rng):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_weight_that_is_not_finite_leaves_u(bad):
+def test_a_weight_that_is_not_finite_does_not_change_u(bad):
     stats = SpectralStats(jnp.ones((1, 3)), jnp.ones(()))
     _, new = spectral_norm(jnp.full((2, 3), bad, jnp.float32), stats, train=True)
     np.testing.assert_array_equal(new.u, stats.u)
@@ -167,13 +167,13 @@ def test_spectral_norm_keeps_the_dtypes_of_its_state(rng):
         spectral_norm(w.astype(jnp.complex64), stats, train=True)
 
 
-def test_a_weight_of_features_alone_has_their_signs(rng):
+def test_a_weight_with_only_a_feature_axis(rng):
     w = rng.normal(size=4).astype(np.float32)
     np.testing.assert_allclose(weight_norm(w), np.sign(w), rtol=1e-5)
     np.testing.assert_array_equal(standardize_weight(w), np.zeros(4))
 
 
-def test_spectral_norm_moves_in_training_alone(rng):
+def test_spectral_norm_updates_only_in_training(rng):
     w = rng.normal(size=(5, 4)).astype(np.float32)
     stats = SpectralStats(jnp.ones((1, 4)), jnp.ones(()))
     kept, same = spectral_norm(w, stats, train=False)
@@ -184,7 +184,7 @@ def test_spectral_norm_moves_in_training_alone(rng):
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (
             lambda s: spectral_norm(jnp.ones(4), s, train=True),
@@ -206,21 +206,21 @@ def test_spectral_norm_moves_in_training_alone(rng):
         (lambda s: weight_norm(jnp.ones((0, 4))), r"has no element over the axes \(0,\)"),
     ],
 )
-def test_bad_input_is_refused(call, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_input_is_an_error(call, message):
+    with pytest.raises(ValueError, match=message):
         call(SpectralStats(jnp.ones((1, 4)), jnp.ones(())))
 
 
 class Net(nn.Module):
-    """Two wrapped layers, as people write it."""
+    """Two wrapped layers."""
 
-    house: object
+    package: object
     kind: str
     options: tuple = ()
 
     @nn.compact
     def __call__(self, x):
-        wrap = getattr(self.house, self.kind)
+        wrap = getattr(self.package, self.kind)
         mode = {"update_stats": True} if self.kind == "SpectralNorm" else {}
         x = nn.relu(wrap(nn.Conv(4, (3, 3)), **dict(self.options))(x, **mode))
         return wrap(nn.Dense(3), **dict(self.options))(x, **mode)
@@ -238,8 +238,8 @@ def test_the_wrapped_layer_may_have_a_mode_of_its_own(rng):
     x = rng.normal(size=(2, 4)).astype(np.float32)
     for train in (True, False):
         results = []
-        for house in (nn, normjax.linen):
-            layer = house.SpectralNorm(Switched())
+        for package in (nn, normjax.linen):
+            layer = package.SpectralNorm(Switched())
             y, _ = layer.init_with_output(KEY, x, update_stats=True, train=train)
             results.append(y)
         np.testing.assert_allclose(results[1], results[0], atol=1e-5)
@@ -260,8 +260,8 @@ CASES = [
 def test_modules_are_drop_ins(rng, kind, options):
     x = rng.normal(size=(2, 5, 5, 3)).astype(np.float32)
     results = []
-    for house in (nn, normjax.linen):
-        model = Net(house, kind, options)
+    for package in (nn, normjax.linen):
+        model = Net(package, kind, options)
         init = jax.jit(model.init)
         variables = init(KEY, x)
 
@@ -295,7 +295,7 @@ def test_fields_are_those_of_flax_in_their_order(kind):
 
 
 @pytest.mark.usefixtures("lenient")
-def test_spectral_norm_module_is_told_once(rng):
+def test_spectral_norm_module_error_messages(rng):
     x = rng.normal(size=(2, 4)).astype(np.float32)
     layer = normjax.linen.SpectralNorm(nn.Dense(3))
     variables = layer.init(KEY, x, train=False)
@@ -327,7 +327,7 @@ def test_scaled_standardization_keeps_the_variance_of_the_output(rng):
     x = rng.normal(size=(4096, 64)).astype(np.float32)
     layer = normjax.linen.WeightStandardized(nn.Dense(16, use_bias=False), scaled=True)
     y, _ = layer.init_with_output(KEY, x)
-    # 4096 samples of a unit variance: its own deviation is sqrt(2 / 4096) = 0.022.
+    # The variance of 4096 samples of variance 1 has the deviation sqrt(2 / 4096) = 0.022.
     np.testing.assert_allclose(np.var(y, axis=0), np.ones(16), atol=6 * 0.022)
 
 

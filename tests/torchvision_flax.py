@@ -1,7 +1,7 @@
 """Flax twins of torchvision's models, in evaluation, for `surgery.torchvision_rules`.
 
 Sizes are arguments, as torchvision's own constructors have them; `norm` is what
-`surgery.torch_fields` says of a norm of the model. ResNet is in test_surgery_torch.py.
+`surgery.torch_fields` returns for a norm of the model. ResNet is in test_surgery_torch.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -126,7 +126,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Of MobileNetV2 (which names it `conv` and its last two layers alone), V3, EfficientNet."""
+    """The block of MobileNetV2, V3 and EfficientNet; V2 names its layers differently."""
 
     kernel: int
     expanded: int
@@ -235,7 +235,7 @@ class ConvNeXtBlock(nn.Module):
         y = normjax.linen.LayerNorm(**self.norm, name="block_2")(y)
         y = nn.gelu(nn.Dense(4 * n, name="block_3")(y), approximate=False)
         y = nn.Dense(n, name="block_5")(y)
-        # Of PyTorch's shape, for channels first.
+        # PyTorch's shape, for channels first.
         layer_scale = self.param("layer_scale", nn.initializers.constant(1e-6), (n, 1, 1))
         return x + y * layer_scale.reshape(1, 1, 1, n)
 

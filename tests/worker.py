@@ -1,8 +1,8 @@
-"""One process of several: runs every case on its share of the rows and writes what it got.
+"""One process of several: runs every case on its share of the rows and writes the results.
 
     python -m tests.worker ADDRESS PROCESSES INDEX FOLDER
 
-tests/test_processes.py starts these, and calls `results` itself for the numbers of one process.
+tests/test_processes.py starts several, and calls `results` itself for the results of one process.
 """
 
 import sys
@@ -24,8 +24,8 @@ DEVICES = 4
 SHAPE, AXES, MOMENTUM = (8, 5, 3), (0, 1), 0.9
 CASES = ("no mask", "uneven rows", "an empty device", "NaN padding", "per-element mask")
 DTYPES = ("float32", "bfloat16")
-WAYS = ("shard_map", "sharded jit")
-# After this time without a sign of life a process counts as dead, and the others stop.
+TRANSFORMATIONS = ("shard_map", "sharded jit")
+# Seconds without a heartbeat after which a process counts as dead and the others stop.
 HEARTBEAT = 10
 
 
@@ -74,7 +74,7 @@ def value_and_grad(loss):
 
 
 def make_steps(mesh):
-    """Each way as one function, jitted once, so that cases of one shape share a compilation."""
+    """One jitted function for each transformation: cases of one shape share a compilation."""
     rows, whole = P("d"), P()
     outputs = (rows, whole, (rows, whole, whole))
     mapped = partial(
@@ -93,14 +93,14 @@ def make_steps(mesh):
 
 
 def local(leaf):
-    """What this process holds: its rows of a sharded array, its copy of a replicated one."""
+    """The data of this process: its rows of a sharded array, its copy of a replicated one."""
     shards = sorted(leaf.addressable_shards, key=lambda s: s.index[0].start or 0)
     data = [np.asarray(s.data, np.float32) for s in shards]
     return data[0] if leaf.is_fully_replicated else np.concatenate(data)
 
 
 def results():
-    """For each way, case and dtype: y, dx (rows of this process), dscale, dbias, mean, var."""
+    """By transformation, case, dtype: y, dx (rows of this process), dscale, dbias, mean, var."""
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("d",))
     steps = make_steps(mesh)
     size = SHAPE[0] // jax.process_count()
@@ -117,11 +117,11 @@ def results():
             x, dy = place(x, P("d")), place(dy, P("d"))
             mask = None if mask is None else place(mask, P("d"))
             scale, bias = place(scale, P()), place(bias, P())
-            for way in WAYS:
-                y, stats, (dx, dscale, dbias) = steps[way](x, scale, bias, mask, dy)
+            for transformation in TRANSFORMATIONS:
+                y, stats, (dx, dscale, dbias) = steps[transformation](x, scale, bias, mask, dy)
                 arrays = dict(y=y, dx=dx, dscale=dscale, dbias=dbias, mean=stats[0], var=stats[1])
                 for name, leaf in arrays.items():
-                    found[f"{way}/{case}/{dtype}/{name}"] = local(leaf)
+                    found[f"{transformation}/{case}/{dtype}/{name}"] = local(leaf)
     return found
 
 
@@ -138,7 +138,7 @@ def main(address, processes, index, folder):
     )
     np.savez(Path(folder) / f"part{index}.npz", **results())
     Path(folder, f"done{index}").touch()
-    # The test may ask for more steps, to see what happens when a process dies among them.
+    # The test may request more steps, and kill a process during them.
     while Path(folder, "continue").exists():
         multihost_utils.sync_global_devices("one more step")
         time.sleep(0.01)

@@ -52,7 +52,7 @@ def guard(apply: Apply, *, at: At = None) -> Apply:
             var that is not recognized, or a pattern that matches none.
 
     References:
-        Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3.
+        Wu, Johnson (2021), Rethinking "Batch" in BatchNorm, arXiv:2105.07576, sections 3 and 4.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Every way in which JAX runs one step on many devices, as one signature.
+"""Every transformation by which JAX runs one step on many devices, with one signature.
 
-A way takes `loss(x, params, mask, dy, axis_name) -> (this device's part of the loss, (y, stats))`
+Each takes `loss(x, params, mask, dy, axis_name) -> (this device's part of the loss, (y, stats))`
 and the number of devices, and returns `run(x, params, mask, dy) -> (y, stats, (dx, dparams))` for
-whole arrays: the gradients are those of the sum of all parts. A run is compiled once.
+whole arrays. The gradients are those of the sum of all parts. `run` is compiled once.
 """
 
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def value_and_grad(loss):
 
 
 def summed(loss, axis_name):
-    """Gradients of parameters of which each device has a copy, summed by hand."""
+    """Sums the gradients of replicated parameters explicitly."""
     both = value_and_grad(partial(loss, axis_name=axis_name))
 
     def body(*args):
@@ -51,7 +51,7 @@ def by_map(loss, devices, *, transform, names=("d",)):
     """pmap and vmap: data with leading device axes, parameters on every device."""
     shape = (devices,) if len(names) == 1 else (devices // 2, 2)
 
-    # Apart for each structure of the arguments, since pmap takes the one that it saw first.
+    # One function for each structure of the arguments, since pmap keeps the first one that it saw.
     @cache
     def compiled(masked):
         body = summed(loss, names if len(names) > 1 else names[0])
@@ -104,10 +104,10 @@ def by_jit(loss, devices, *, kind=AxisType.Auto, names=("d",), place=("d",)):
 
 
 def placed(step, grid, place, context=entered):
-    """Runs `step` on data that lie on the mesh as they are cut."""
+    """Runs `step` on data that are sharded over the mesh by `place`."""
 
     def put(leaf, place):
-        # What is broadcast along an axis is whole there.
+        # An axis of size 1 is broadcast, and not sharded.
         axes = [axis if n > 1 else None for axis, n in zip(place, leaf.shape, strict=False)]
         return jax.device_put(leaf, NamedSharding(grid, P(*axes)))
 
@@ -122,7 +122,7 @@ def placed(step, grid, place, context=entered):
 
 EXPLICIT, AB = AxisType.Explicit, ("a", "b")
 
-WAYS = {
+TRANSFORMATIONS = {
     "pmap": partial(by_map, transform=jax.pmap),
     "vmap": partial(by_map, transform=jax.vmap),
     "nested vmap": partial(by_map, transform=jax.vmap, names=AB),
