@@ -16,9 +16,11 @@ from jax.extend.core import Literal
 TRAINING, EVALUATION = "training step", "evaluation"
 MODES = (TRAINING, EVALUATION)
 
-# A pause before the calls of another library: the threads of the previous one spin after their work
-# (9 ms for PyTorch on an AMD EPYC) and would use a core that the next one needs.
-SETTLE_SECONDS = 0.015
+# How long a call runs untimed before it is timed. The threads of the previous library spin after
+# their work (PyTorch's for 6 to 9 ms), and idle cores take up to 25 ms to reach full speed: after a
+# pause, the first five training steps of a batch norm took 1.8, 1.4, 1.3, 1.2 and 1.1 times as long
+# as the tenth.
+WARM_UP_SECONDS = 0.03
 COMPILATIONS = 2
 
 
@@ -126,8 +128,8 @@ def interleave(
     """Seconds of each call. A round runs every call once, in a new random order.
 
     So a machine that slows down affects all calls equally. Before each timed call the same call
-    runs untimed, so its threads are awake, as between the layers of a network. Rounds continue
-    until there are at least `repeats` of them and `seconds` have passed.
+    runs untimed, so that its threads are awake and cores at full speed, as between the layers of a
+    network. Rounds continue until there are at least `repeats` of them and `seconds` have passed.
     """
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
     order, rounds = list(calls), 0
@@ -139,8 +141,9 @@ def interleave(
     while rounds < repeats or time.perf_counter() < end:
         random.shuffle(order)
         for key in order:
-            time.sleep(SETTLE_SECONDS)
-            calls[key].run()
+            warm = time.perf_counter() + WARM_UP_SECONDS
+            while time.perf_counter() < warm:
+                calls[key].run()
             start = time.perf_counter()
             calls[key].run()
             times[key].append(time.perf_counter() - start)

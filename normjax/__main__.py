@@ -28,17 +28,20 @@ def lines() -> Iterator[str]:
     yield f"normjax {normjax.__version__}, Python {platform.python_version()}, {platform.machine()}"
     yield ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy"))
     yield f"devices: {', '.join(sorted({d.platform for d in jax.devices()}))}"
-    loaded = kernels.plugin() is not None
+    plugin = kernels.plugin()
     forms = dict(FORMS)
     if os.environ.get(VARIABLE):
         asked = lowered_as("cpu")
         yield f"{VARIABLE}={asked}: every platform computes as {asked} does, without kernels"
-    elif loaded:
+    elif plugin is not None:
         forms["cpu"] = f"the kernels of normjax-cpu; where there is none, {FORMS['cpu']}"
     for name in PLATFORMS:
         yield f"{name}: {forms[name]}"
-    state = "loaded" if loaded else "not loaded; with a C++ compiler: pip install ./native"
-    yield f"normjax-cpu {version('normjax-cpu')}: {state}"
+    own = f"normjax-cpu {version('normjax-cpu')}"
+    if plugin is None:
+        yield f"{own}: not loaded; with a C++ compiler: pip install ./native"
+    else:
+        yield f"{own} for {plugin.PROCESSOR}: loaded"
 
 
 def version(name: str) -> str:

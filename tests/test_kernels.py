@@ -1,8 +1,11 @@
 """The kernels of normjax-cpu: when they are called, and how accurate they are."""
 
+import platform
+import re
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -248,6 +251,18 @@ def test_nothing_of_the_size_of_x_is_allocated():
     for function in (norm_of_rows, batch_norm, normjax.instance_norm):
         program = jax.jit(partial(step, function)).lower(x, vector, vector, x).compile()
         assert program.memory_analysis().temp_size_in_bytes < x.nbytes / 8
+
+
+@needs_kernels
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="one library"
+)
+def test_the_library_for_this_processor_is_loaded():
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = re.search(r"^flags\s*: (.*)$", cpuinfo, re.MULTILINE)[1].split()
+    levels = {"x86-64-v4": "avx512vl", "x86-64-v3": "avx2"}
+    best = next((level for level, flag in levels.items() if flag in flags), "baseline")
+    assert best == kernels.plugin().PROCESSOR
 
 
 @pytest.fixture

@@ -14,8 +14,17 @@ KERNELS = (
     "normjax_columns_backward",
 )
 
-(_path,) = Path(__file__).parent.glob("libnormjax_cpu.*")
-_library = ctypes.CDLL(str(_path))
+
+def _load(processor: str) -> ctypes.CDLL:
+    """The library for a generation of processors."""
+    (path,) = Path(__file__).parent.glob(f"libnormjax_cpu_{processor}.*")
+    return ctypes.CDLL(str(path))
+
+
+_processor = _load("baseline").normjax_processor
+_processor.restype = ctypes.c_char_p
+PROCESSOR: str = _processor().decode()
+_library = _load(PROCESSOR)
 
 INTERFACE: int = _library.normjax_interface()
 XLA_FFI_VERSION: tuple[int, int] = (

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "parallel.h"
@@ -132,48 +133,95 @@ struct Piece {
   double count, mean, m2;
 };
 
+// Whether a center is farther than the standard deviation from the mean of a column. Then sums
+// around it lose digits of m2.
+template <class A>
+NORMJAX_INLINE bool far_from_mean(const Tile& tile, const A (&sums)[2][kColumns]) {
+  constexpr A kLargest = std::numeric_limits<A>::max();
+  bool far = false;
+  for (Index w = 0; w < tile.width; ++w) {
+    const A bound = static_cast<A>(tile.count(w)) / 2 * sums[1][w];
+    // The negation is also true for NaN.
+    far |= !(sums[0][w] * sums[0][w] <= bound && sums[1][w] <= kLargest);
+  }
+  return far;
+}
+
+// Writes mean and m2 of `features` features, from the sums of x - center and of its square in each
+// column. Several columns of a feature are merged by Chan, Golub, LeVeque (1983).
+template <class A>
+NORMJAX_INLINE void moments_of_features(const Tile& tile, Index features, Index rows,
+                                        const A (&center)[kColumns], const A (&sums)[2][kColumns],
+                                        A* means, A* squares) {
+  constexpr double kLargest = std::numeric_limits<A>::max();
+  double count[kColumns], mean[kColumns], m2[kColumns];
+  for (Index w = 0; w < tile.width; ++w) {
+    const double n = tile.count(w), square = sums[1][w], rest = sums[0][w] / std::max(n, 1.0);
+    count[w] = n;
+    mean[w] = center[w] + rest;
+    m2[w] = square <= kLargest ? std::max(0.0, square - rest * rest * n) : square;
+  }
+  // Relative to the first mean, so that equal means are merged without rounding.
+  double total[kColumns] = {}, merged[kColumns] = {};
+  for (Index w = 0; w < tile.width; w += features) {
+    for (Index c = 0; c < features; ++c) total[c] += count[w + c] * (mean[w + c] - mean[c]);
+  }
+  for (Index c = 0; c < features; ++c) total[c] = mean[c] + total[c] / std::max<Index>(1, rows);
+  for (Index w = 0; w < tile.width; w += features) {
+    for (Index c = 0; c < features; ++c) {
+      const double d = mean[w + c] - total[c];
+      merged[c] += m2[w + c] + count[w + c] * d * d;
+    }
+  }
+  for (Index c = 0; c < features; ++c) means[c] = static_cast<A>(total[c]);
+  for (Index c = 0; c < features; ++c) squares[c] = static_cast<A>(merged[c]);
+}
+
 // Writes mean and m2 of each column of a block to parts (2, features).
+//
+// The sums are around the mean of the block before, if it belongs to the same work item, and else
+// around the first row. If that is too far from the mean, a second pass follows around the mean.
 template <class T>
-NORMJAX_CLONES void block_moments(const T* x, const Pieces pieces, Index block,
-                                  Accumulator<T>* parts) {
+void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>* parts) {
   using A = Accumulator<T>;
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
     const T* from = x + offset;
-    alignas(64) A sum[1][kColumns], around[2][kColumns], center[kColumns];
-    sum_rows<A, 1, 4>(tile, sum, [&](Index i, Index, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
-      prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
-      out[0] = load(from + i, part);
-    });
-    for (Index w = 0; w < tile.width; ++w) {
-      center[w] = sum[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
-    }
-    // Prefetch the next block if it belongs to the same work item.
-    const bool goes_on = (block + 1) % kNeighbors != 0;
-    const Index next = pieces.block_rows * pieces.features;
-    sum_rows<A, 2, 4>(tile, around, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
-      if (goes_on) prefetch<kLanes<A> * sizeof(T)>(from + next + i);
-      const Vector<A> d = load(from + i, part) - load(center + w, part);
-      out[0] = d;
-      out[1] = d * d;
-    });
-    // Correct for the rounding error of the first mean.
-    const auto column = [&](Index w) {
-      const double n = tile.count(w), rest = around[0][w] / std::max(n, 1.0), m2 = around[1][w];
-      return Piece{n, center[w] + rest, std::isfinite(m2) ? std::max(0.0, m2 - rest * rest * n) : m2};
-    };
     const Index features = std::min(pieces.features, tile.width);
-    for (Index c = 0; c < features; ++c) {
-      const ColumnMoments all =
-          merged(tile.width / features, [&](Index p) { return column(p * features + c); });
-      parts[tile.first + c] = static_cast<A>(all.mean);
-      parts[pieces.features + tile.first + c] = static_cast<A>(all.m2);
+    alignas(64) A sums[2][kColumns], center[kColumns] = {};
+    if (block % kNeighbors == 0) {
+      const Index width = tile.full > 0 ? tile.width : tile.tail;
+      for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+        store(center + w, load(from + w, part), part);
+      });
+    } else {
+      const A* before = parts - 2 * pieces.features + tile.first;
+      for (Index w = 0; w < tile.width; w += features) {
+        for (Index c = 0; c < features; ++c) {
+          center[w + c] = std::isfinite(before[c]) ? before[c] : A{0};
+        }
+      }
     }
+    for (int pass = 0; pass < 2; ++pass) {
+      sum_rows<A, 2, 4>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+        prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
+        const Vector<A> d = load(from + i, part) - load(center + w, part);
+        out[0] = d;
+        out[1] = d * d;
+      });
+      if (pass == 1 || !far_from_mean(tile, sums)) break;
+      for (Index w = 0; w < tile.width; ++w) {
+        center[w] += sums[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
+      }
+    }
+    A* means = parts + tile.first;
+    moments_of_features(tile, features, pieces.end(block) - pieces.begin(block), center, sums, means,
+                        means + pieces.features);
   });
 }
 
 // Merges the mean and m2 of each column over the blocks; parts has shape (blocks, 2, features).
 template <class A>
-NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
+void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
   constexpr Index kWidth = 64;
   const Index features = pieces.features;
   for (Index begin = 0; begin < features; begin += kWidth) {
@@ -201,7 +249,7 @@ NORMJAX_CLONES void merge_blocks(const A* parts, const Pieces pieces, A* mean, A
 
 // Writes the sums of t and of t (x - center) over the rows of a block to parts (2, features).
 template <class T>
-NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* center,
+void block_sums(const T* t, const T* x, const Accumulator<T>* center,
                                const Pieces pieces, Index block, Accumulator<T>* parts) {
   using A = Accumulator<T>;
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
@@ -218,18 +266,19 @@ NORMJAX_CLONES void block_sums(const T* t, const T* x, const Accumulator<T>* cen
       out[1] = out[0] * (load(x_from + i, part) - load(wide + w, part));
     });
     for (int k = 0; k < 2; ++k) {
-      for (Index c = 0; c < features; ++c) {
-        double sum = 0;
-        for (Index w = c; w < tile.width; w += features) sum += sums[k][w];
-        parts[k * pieces.features + tile.first + c] = static_cast<A>(sum);
+      double total[kColumns] = {};
+      for (Index w = 0; w < tile.width; w += features) {
+        for (Index c = 0; c < features; ++c) total[c] += sums[k][w + c];
       }
+      A* part = parts + k * pieces.features + tile.first;
+      for (Index c = 0; c < features; ++c) part[c] = static_cast<A>(total[c]);
     }
   });
 }
 
 // Sums parts (blocks, 2, features) over the blocks.
 template <class A>
-NORMJAX_CLONES void add_blocks(const A* parts, const Pieces pieces, A* sums) {
+void add_blocks(const A* parts, const Pieces pieces, A* sums) {
   constexpr Index kWidth = 64;
   const Index end = 2 * pieces.features;
   for (Index begin = 0; begin < end; begin += kWidth) {
@@ -273,7 +322,7 @@ NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulato
 
 // y = (x - center) gain + shift, with vectors (3, features).
 template <class T>
-NORMJAX_CLONES void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pieces,
+void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pieces,
                                     Index block, bool streams, T* y) {
   using A = Accumulator<T>;
   map_rows<T, 3>(pieces, block, vectors, y, streams,
@@ -285,7 +334,7 @@ NORMJAX_CLONES void block_normalize(const T* x, const Accumulator<T>* vectors, c
 
 // dx = dy gain + (x - center) slope + shift, with vectors (4, features).
 template <class T>
-NORMJAX_CLONES void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors,
+void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors,
                                     const Pieces pieces, Index block, bool streams, T* dx) {
   using A = Accumulator<T>;
   map_rows<T, 4>(pieces, block, vectors, dx, streams,

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
@@ -15,57 +14,32 @@
 
 namespace normjax {
 
-// Whether this thread belongs to the pool. It is set when the thread runs its first task.
-inline thread_local bool in_pool = false;
-
 // Calls body(i) for each i below n, in any order and on any thread.
 //
-// A caller that belongs to the pool takes part in the work. Any other caller sleeps, so that the
-// pool can use all cores: Linux may keep a woken thread on the core of the thread that woke it, and
-// leave another core idle.
+// The caller takes part in the work, as in XLA's own loops. It only waits for items that other
+// threads have started: all threads of the pool may be waiting in such calls.
 template <class Pool, class Body>
 void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
   struct Work {
     std::atomic<std::ptrdiff_t> next{0}, done{0};
-    std::atomic<bool> begun{false};
     std::mutex mutex;
-    std::condition_variable changed;
+    std::condition_variable finished;
   };
-  if (n <= 1) {
-    if (n == 1) body(0);
-    return;
-  }
   // Shared, since a scheduled task may start after this call has returned.
   const auto work = std::make_shared<Work>();
   const auto run = [work, n, &body] {
     for (std::ptrdiff_t i; (i = work->next.fetch_add(1)) < n;) {
-      work->begun = true;
       body(i);
       if (work->done.fetch_add(1) + 1 < n) continue;
       std::lock_guard<std::mutex> lock(work->mutex);
-      work->changed.notify_all();
+      work->finished.notify_one();
     }
   };
-  const std::ptrdiff_t threads = pool.num_threads() - (in_pool ? 1 : 0);
-  for (std::ptrdiff_t i = 0; i < std::min(threads, n); ++i) {
-    pool.Schedule([run] {
-      in_pool = true;
-      run();
-    });
-  }
-  const auto finished = [&] { return work->done == n; };
+  const std::ptrdiff_t helpers = std::min<std::ptrdiff_t>(pool.num_threads(), n) - 1;
+  for (std::ptrdiff_t i = 0; i < helpers; ++i) pool.Schedule([run] { run(); });
+  run();
   std::unique_lock<std::mutex> lock(work->mutex);
-  if (!in_pool) {
-    work->changed.wait_for(lock, std::chrono::microseconds(200), finished);
-  }
-  if (in_pool || !work->begun) {
-    // A caller in the pool must not wait for items that no thread has started: all threads of the
-    // pool may be waiting in such calls. If the pool is busy, an outside caller does the work.
-    lock.unlock();
-    run();
-    lock.lock();
-  }
-  work->changed.wait(lock, finished);
+  work->finished.wait(lock, [&] { return work->done >= n; });
 }
 
 // For each example e, calls first(e, i) for all i below n, then between(e), then second(e, i) for

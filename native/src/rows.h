@@ -132,7 +132,7 @@ NORMJAX_INLINE void rows_forward_group(const RowsForward<T>& in, Index row) {
 }
 
 template <class T>
-NORMJAX_CLONES void rows_forward(const RowsForward<T> in, Index begin, Index end) {
+void rows_forward(const RowsForward<T> in, Index begin, Index end) {
   for (; begin + kSideBySide <= end && in.n <= kShort; begin += kSideBySide) {
     rows_forward_group<T, kSideBySide>(in, begin);
   }
@@ -225,7 +225,7 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
 }
 
 template <class T>
-NORMJAX_CLONES void rows_backward(const RowsBackward<T> in, Index block) {
+void rows_backward(const RowsBackward<T> in, Index block) {
   using A = Accumulator<T>;
   Index begin = in.rows * block / in.blocks;
   const Index end = in.rows * (block + 1) / in.blocks;
@@ -241,7 +241,7 @@ NORMJAX_CLONES void rows_backward(const RowsBackward<T> in, Index block) {
 
 // Sums the columns from begin to end of parts over the blocks.
 template <class T>
-NORMJAX_CLONES void sum_parts(const RowsBackward<T> in, Index begin, Index end) {
+void sum_parts(const RowsBackward<T> in, Index begin, Index end) {
   using A = Accumulator<T>;
   constexpr Index kWidth = 64;
   for (; begin < end; begin += kWidth) {

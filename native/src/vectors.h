@@ -1,7 +1,7 @@
-// 32-byte vectors in the dtype of accumulation, with loads from and stores to every dtype.
+// Vectors in the dtype of accumulation, with loads from and stores to every dtype.
 //
-// They use the vector extensions of GCC and Clang. A vector is one register of AVX2 or newer, or
-// two of SSE or NEON, so sums have the same lanes on all processors.
+// They use the vector extensions of GCC and Clang. A vector is one register of AVX-512 or AVX2, or
+// two of SSE or NEON. GCC compiles longer vectors to slow code.
 
 #ifndef NORMJAX_VECTORS_H_
 #define NORMJAX_VECTORS_H_
@@ -22,20 +22,16 @@ namespace normjax {
 #define NORMJAX_INLINE inline __attribute__((always_inline))
 #define NORMJAX_INLINE_LAMBDA __attribute__((always_inline))
 
-// Compiles a function for several generations of x86-64; the dynamic loader chooses one. Clang does
-// not support target_clones on templates and compiles for its target processor only.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && \
-    !defined(NORMJAX_NO_CLONES)
-#define NORMJAX_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define NORMJAX_CLONES
-#endif
-
 // Vectors are never passed to a function that is not inlined, so their ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 using Index = std::ptrdiff_t;
+
+#ifdef __AVX512F__
+constexpr Index kVectorBytes = 64;
+#else
+constexpr Index kVectorBytes = 32;
+#endif
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -49,19 +45,19 @@ struct Float16 {
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-template <class A>
+template <class A, Index Bytes>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(32)));
+  typedef A type __attribute__((vector_size(Bytes)));
 };
 
-template <class A>
-using Vector = typename VectorOf<A>::type;
+template <class A, Index Bytes = kVectorBytes>
+using Vector = typename VectorOf<A, Bytes>::type;
 
 template <class A>
-constexpr Index kLanes = 32 / sizeof(A);
+constexpr Index kLanes = kVectorBytes / sizeof(A);
 
-typedef std::uint16_t Words __attribute__((vector_size(16)));
-typedef std::uint32_t Bits __attribute__((vector_size(32)));
+typedef std::uint16_t Words __attribute__((vector_size(kVectorBytes / 2)));
+typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 
 template <class To, class From>
 NORMJAX_INLINE To bit_cast(const From& from) {
@@ -96,7 +92,7 @@ NORMJAX_INLINE Vector<float> widened(const Words& v, Float16) {
   normal += (magnitude >= 0x7c00) ? Bits{} + (112u << 23) : Bits{};
   // A denormal half is an integer times 2^-24. This computation has no denormal float, which would
   // become zero on a processor that flushes denormals.
-  typedef std::int32_t Signed __attribute__((vector_size(32)));
+  typedef std::int32_t Signed __attribute__((vector_size(kVectorBytes)));
   const Vector<float> small =
       __builtin_convertvector(bit_cast<Signed>(magnitude), Vector<float>) * 0x1p-24f;
   const Bits value = (magnitude < 0x0400) ? bit_cast<Bits>(small) : normal;
@@ -251,14 +247,15 @@ NORMJAX_INLINE void for_each_vector_in_turns(Index n, Step step) {
 }
 
 // The sum of all lanes.
-template <class A>
-NORMJAX_INLINE A total(const Vector<A>& v) {
-  A lanes[kLanes<A>];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (Index half = kLanes<A> / 2; half > 0; half /= 2) {
-    for (Index i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+template <class A, Index Bytes = kVectorBytes>
+NORMJAX_INLINE A total(const Vector<A, Bytes>& v) {
+  if constexpr (Bytes == 2 * sizeof(A)) {
+    return v[0] + v[1];
+  } else {
+    Vector<A, Bytes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return total<A, Bytes / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
 
 template <class A, std::size_t Slots>

@@ -177,6 +177,18 @@ void test_large_mean() {
   for_each_case(cases, check_case<T>);
 }
 
+// Sums around the first row, which is far from the mean, would lose digits.
+template <class T>
+void test_outlier() {
+  for (Index features : {3, 64, 257}) {
+    const Case c{1, 4001, features, 1, 16};
+    Arrays<T> a(c);
+    for (Index k = 0; k < features; ++k) a.x[k] = nearest<T>(1e4);
+    a.run(c);
+    check_results(c, a);
+  }
+}
+
 // If all entries are equal, y is the bias.
 template <class T>
 void check_bias(const Case& c, const Arrays<T>& a) {
@@ -342,6 +354,7 @@ void test_columns_forward(Suite& suite) {
     suite.test(name + ", options", test_options<T>);
     suite.test(name + ", no examples", test_no_examples<T>);
     suite.test(name + ", mean 1e4", test_large_mean<T>);
+    suite.test(name + ", an outlier in the first row", test_outlier<T>);
     suite.test(name + ", constants", [] { test_constants<T>({0, 0.1, 1e4, -7.3, 3e-39}); });
     suite.test(name + ", constants of extreme scale",
                [] { test_constants<T>({1e22, 1e150, 1e-12}); });

@@ -77,7 +77,7 @@ void on_all_threads(ThreadPool& pool, const Body& body) {
   std::atomic<std::int64_t> begun{0}, done{0};
   Gate all, end;
   for (std::int64_t t = 0; t < threads; ++t) {
-    pool.Schedule([&, t] {
+    pool.Schedule([&, t, threads] {
       if (++begun == threads) all.open();
       all.wait();
       body(t);

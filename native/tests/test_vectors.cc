@@ -12,11 +12,8 @@
 
 namespace normjax {
 
-// Functions that are not inlined, so that target_clones applies to the conversions.
-#define NORMJAX_TESTED NORMJAX_CLONES __attribute__((noinline))
-
 template <class T>
-NORMJAX_TESTED void load_all(const T* from, Index n, Accumulator<T>* to) {
+void load_all(const T* from, Index n, Accumulator<T>* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
@@ -24,7 +21,7 @@ NORMJAX_TESTED void load_all(const T* from, Index n, Accumulator<T>* to) {
 }
 
 template <class T>
-NORMJAX_TESTED void store_all(const Accumulator<T>* from, Index n, T* to) {
+void store_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
@@ -32,7 +29,7 @@ NORMJAX_TESTED void store_all(const Accumulator<T>* from, Index n, T* to) {
 }
 
 template <class T>
-NORMJAX_TESTED void stream_all(const Accumulator<T>* from, Index n, T* to) {
+void stream_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
   for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     stream(to + i, load(from + i, part), part);

@@ -160,8 +160,8 @@ class Columns(NamedTuple):
         return [dx, jnp.sum(of_groups, 0).reshape(-1), jnp.sum(both[:, 0], 0)]
 
     def _parts(self, x: Array, like: Any) -> jax.ShapeDtypeStruct:
-        """Two numbers for each feature of a piece of 64 kB or more and 64 rows or more."""
-        rows = max(64, 65536 // (self.features * x.dtype.itemsize))
+        """Two numbers for each feature of a piece of 128 kB or more and 64 rows or more."""
+        rows = max(64, 131072 // (self.features * x.dtype.itemsize))
         return _like(like, self.examples, -(-self.rows // rows), 2, self.features)
 
 
