@@ -21,6 +21,9 @@ constexpr Index kColumns = 1024;
 // The number of adjacent blocks in one work item of a thread.
 constexpr Index kNeighbors = 4;
 
+// The number of rows from which a mean is estimated.
+constexpr Index kHead = 16;
+
 // The prefetch distance of a sum over rows, in entries.
 constexpr Index kAhead = 1024;
 
@@ -133,18 +136,21 @@ struct Piece {
   double count, mean, m2;
 };
 
-// Whether a center is farther than the standard deviation from the mean of a column. Then sums
-// around it lose digits of m2.
+// Moves a center to the mean of its column if it is farther from it than the standard deviation,
+// since sums around such a center lose digits of m2. Returns whether any was moved.
 template <class A>
-NORMJAX_INLINE bool far_from_mean(const Tile& tile, const A (&sums)[2][kColumns]) {
+NORMJAX_INLINE bool move_far_centers(const Tile& tile, const A (&sums)[2][kColumns],
+                                     A (&center)[kColumns]) {
   constexpr A kLargest = std::numeric_limits<A>::max();
-  bool far = false;
+  bool any = false;
   for (Index w = 0; w < tile.width; ++w) {
-    const A bound = static_cast<A>(tile.count(w)) / 2 * sums[1][w];
+    const A n = static_cast<A>(tile.count(w)), sum = sums[0][w], squares = sums[1][w];
     // The negation is also true for NaN.
-    far |= !(sums[0][w] * sums[0][w] <= bound && sums[1][w] <= kLargest);
+    const bool far = !(sum * sum <= n / 2 * squares && squares <= kLargest);
+    center[w] += far ? sum / std::max(n, A{1}) : A{0};
+    any |= far;
   }
-  return far;
+  return any;
 }
 
 // Writes mean and m2 of `features` features, from the sums of x - center and of its square in each
@@ -155,8 +161,10 @@ NORMJAX_INLINE void moments_of_features(const Tile& tile, Index features, Index 
                                         A* means, A* squares) {
   constexpr double kLargest = std::numeric_limits<A>::max();
   double count[kColumns], mean[kColumns], m2[kColumns];
+  const double inverses[] = {1.0 / std::max<Index>(1, tile.full), 1.0 / (tile.full + 1)};
   for (Index w = 0; w < tile.width; ++w) {
-    const double n = tile.count(w), square = sums[1][w], rest = sums[0][w] / std::max(n, 1.0);
+    const double n = tile.count(w), square = sums[1][w];
+    const double rest = sums[0][w] * (w < tile.tail ? inverses[1] : inverses[0]);
     count[w] = n;
     mean[w] = center[w] + rest;
     m2[w] = square <= kLargest ? std::max(0.0, square - rest * rest * n) : square;
@@ -166,7 +174,8 @@ NORMJAX_INLINE void moments_of_features(const Tile& tile, Index features, Index 
   for (Index w = 0; w < tile.width; w += features) {
     for (Index c = 0; c < features; ++c) total[c] += count[w + c] * (mean[w + c] - mean[c]);
   }
-  for (Index c = 0; c < features; ++c) total[c] = mean[c] + total[c] / std::max<Index>(1, rows);
+  const double inverse = 1.0 / std::max<Index>(1, rows);
+  for (Index c = 0; c < features; ++c) total[c] = mean[c] + total[c] * inverse;
   for (Index w = 0; w < tile.width; w += features) {
     for (Index c = 0; c < features; ++c) {
       const double d = mean[w + c] - total[c];
@@ -180,7 +189,8 @@ NORMJAX_INLINE void moments_of_features(const Tile& tile, Index features, Index 
 // Writes mean and m2 of each column of a block to parts (2, features).
 //
 // The sums are around the mean of the block before, if it belongs to the same work item, and else
-// around the first row. If that is too far from the mean, a second pass follows around the mean.
+// around the mean of the first rows. If a center is too far from the mean of its column, a second
+// pass follows.
 template <class T>
 void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>* parts) {
   using A = Accumulator<T>;
@@ -188,11 +198,26 @@ void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>*
     const T* from = x + offset;
     const Index features = std::min(pieces.features, tile.width);
     alignas(64) A sums[2][kColumns], center[kColumns] = {};
+    const auto sum_deviations = [&](const Tile& rows) NORMJAX_INLINE_LAMBDA {
+      sum_rows<A, 2, 4>(rows, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
+        prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
+        const Vector<A> d = load(from + i, part) - load(center + w, part);
+        out[0] = d;
+        out[1] = d * d;
+      });
+    };
     if (block % kNeighbors == 0) {
       const Index width = tile.full > 0 ? tile.width : tile.tail;
       for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
         store(center + w, load(from + w, part), part);
       });
+      Tile head = tile;
+      head.full = std::min(tile.full, kHead);
+      head.tail = tile.full > 0 ? 0 : tile.tail;
+      sum_deviations(head);
+      for (Index w = 0; w < tile.width; ++w) {
+        center[w] += sums[0][w] / static_cast<A>(std::max<Index>(1, head.count(w)));
+      }
     } else {
       const A* before = parts - 2 * pieces.features + tile.first;
       for (Index w = 0; w < tile.width; w += features) {
@@ -201,18 +226,8 @@ void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>*
         }
       }
     }
-    for (int pass = 0; pass < 2; ++pass) {
-      sum_rows<A, 2, 4>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
-        prefetch<kLanes<A> * sizeof(T)>(from + i + 4 * tile.stride);
-        const Vector<A> d = load(from + i, part) - load(center + w, part);
-        out[0] = d;
-        out[1] = d * d;
-      });
-      if (pass == 1 || !far_from_mean(tile, sums)) break;
-      for (Index w = 0; w < tile.width; ++w) {
-        center[w] += sums[0][w] / static_cast<A>(std::max<Index>(1, tile.count(w)));
-      }
-    }
+    sum_deviations(tile);
+    if (move_far_centers(tile, sums, center)) sum_deviations(tile);
     A* means = parts + tile.first;
     moments_of_features(tile, features, pieces.end(block) - pieces.begin(block), center, sums, means,
                         means + pieces.features);
@@ -249,8 +264,8 @@ void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
 
 // Writes the sums of t and of t (x - center) over the rows of a block to parts (2, features).
 template <class T>
-void block_sums(const T* t, const T* x, const Accumulator<T>* center,
-                               const Pieces pieces, Index block, Accumulator<T>* parts) {
+void block_sums(const T* t, const T* x, const Accumulator<T>* center, const Pieces pieces,
+                Index block, Accumulator<T>* parts) {
   using A = Accumulator<T>;
   for_each_tile(pieces, block, [&](const Tile& tile, Index offset) NORMJAX_INLINE_LAMBDA {
     const T *t_from = t + offset, *x_from = x + offset;
@@ -322,8 +337,8 @@ NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulato
 
 // y = (x - center) gain + shift, with vectors (3, features).
 template <class T>
-void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pieces,
-                                    Index block, bool streams, T* y) {
+void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pieces, Index block,
+                     bool streams, T* y) {
   using A = Accumulator<T>;
   map_rows<T, 3>(pieces, block, vectors, y, streams,
                  [=](Index i, Index w, auto part, auto& own) NORMJAX_INLINE_LAMBDA {
@@ -334,8 +349,8 @@ void block_normalize(const T* x, const Accumulator<T>* vectors, const Pieces pie
 
 // dx = dy gain + (x - center) slope + shift, with vectors (4, features).
 template <class T>
-void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors,
-                                    const Pieces pieces, Index block, bool streams, T* dx) {
+void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors, const Pieces pieces,
+                     Index block, bool streams, T* dx) {
   using A = Accumulator<T>;
   map_rows<T, 4>(pieces, block, vectors, dx, streams,
                  [=](Index i, Index w, auto part, auto& own) NORMJAX_INLINE_LAMBDA {
