@@ -252,7 +252,7 @@ def draw(path):
         axis.legend()
         axis.set_title("statistics over all devices (solid), over groups of 8 (dotted)")
         figure.suptitle(
-            f"ResNet-50 waits up to {longest:.0f} ms for {counts[-1]} devices, "
+            f"ResNet-50 waits up to {longest:.0f} ms for {counts[-1]} devices,\n"
             f"at most {max(groups):.1f} ms for groups of 8"
         )
         figure.savefig(path)
