@@ -18,9 +18,6 @@ namespace normjax {
 // The number of columns that are summed at a time. Their sums fit into the cache of a core.
 constexpr Index kColumns = 1024;
 
-// The number of adjacent blocks in one work item of a thread.
-constexpr Index kNeighbors = 4;
-
 // The number of rows from which a mean is estimated.
 constexpr Index kHead = 16;
 
@@ -188,9 +185,8 @@ NORMJAX_INLINE void moments_of_features(const Tile& tile, Index features, Index 
 
 // Writes mean and m2 of each column of a block to parts (2, features).
 //
-// The sums are around the mean of the block before, if it belongs to the same work item, and else
-// around the mean of the first rows. If a center is too far from the mean of its column, a second
-// pass follows.
+// The sums are around the mean of the first rows. If such a center is too far from the mean of its
+// column, a second pass follows.
 template <class T>
 void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>* parts) {
   using A = Accumulator<T>;
@@ -206,25 +202,16 @@ void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>*
         out[1] = d * d;
       });
     };
-    if (block % kNeighbors == 0) {
-      const Index width = tile.full > 0 ? tile.width : tile.tail;
-      for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
-        store(center + w, load(from + w, part), part);
-      });
-      Tile head = tile;
-      head.full = std::min(tile.full, kHead);
-      head.tail = tile.full > 0 ? 0 : tile.tail;
-      sum_deviations(head);
-      for (Index w = 0; w < tile.width; ++w) {
-        center[w] += sums[0][w] / static_cast<A>(std::max<Index>(1, head.count(w)));
-      }
-    } else {
-      const A* before = parts - 2 * pieces.features + tile.first;
-      for (Index w = 0; w < tile.width; w += features) {
-        for (Index c = 0; c < features; ++c) {
-          center[w + c] = std::isfinite(before[c]) ? before[c] : A{0};
-        }
-      }
+    const Index width = tile.full > 0 ? tile.width : tile.tail;
+    for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+      store(center + w, load(from + w, part), part);
+    });
+    Tile head = tile;
+    head.full = std::min(tile.full, kHead);
+    head.tail = tile.full > 0 ? 0 : tile.tail;
+    sum_deviations(head);
+    for (Index w = 0; w < tile.width; ++w) {
+      center[w] += sums[0][w] / static_cast<A>(std::max<Index>(1, head.count(w)));
     }
     sum_deviations(tile);
     if (move_far_centers(tile, sums, center)) sum_deviations(tile);
@@ -262,6 +249,12 @@ void merge_blocks(const A* parts, const Pieces pieces, A* mean, A* m2) {
   }
 }
 
+// Repeats a vector to the width of a wide row, a multiple of its size.
+template <class A>
+NORMJAX_INLINE void repeat(const A* vector, Index size, Index width, A* wide) {
+  for (Index w = 0; w < width; w += size) std::copy_n(vector, size, wide + w);
+}
+
 // Writes the sums of t and of t (x - center) over the rows of a block to parts (2, features).
 template <class T>
 void block_sums(const T* t, const T* x, const Accumulator<T>* center, const Pieces pieces,
@@ -271,7 +264,7 @@ void block_sums(const T* t, const T* x, const Accumulator<T>* center, const Piec
     const T *t_from = t + offset, *x_from = x + offset;
     const Index features = std::min(pieces.features, tile.width);
     alignas(64) A sums[2][kColumns], wide[kColumns];
-    for (Index w = 0; w < tile.width; ++w) wide[w] = center[tile.first + w % features];
+    repeat(center + tile.first, features, tile.width, wide);
     // Two arrays are read from memory. One row at a time is twice as fast as four rows of each,
     // which are eight streams.
     sum_rows<A, 2, 1>(tile, sums, [&](Index i, Index w, auto part, auto& out) NORMJAX_INLINE_LAMBDA {
@@ -317,10 +310,7 @@ NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulato
     const Index features = std::min(pieces.features, tile.width);
     alignas(64) A wide[N][kColumns];
     for (int k = 0; k < N; ++k) {
-      const A* vector = vectors + k * pieces.features + tile.first;
-      for (Index w = 0; w < tile.width; w += features) {
-        std::copy(vector, vector + features, wide[k] + w);
-      }
+      repeat(vectors + k * pieces.features + tile.first, features, tile.width, wide[k]);
     }
     const auto map_row = [&](Index i, Index width, auto put) NORMJAX_INLINE_LAMBDA {
       for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
@@ -360,19 +350,6 @@ void block_propagate(const T* dy, const T* x, const Accumulator<T>* vectors, con
                  });
 }
 
-// Calls body(block) for the blocks of work item i.
-template <class Body>
-void for_each_block(const Pieces& pieces, Index i, const Body& body) {
-  for (Index b = i * kNeighbors; b < std::min(pieces.blocks, (i + 1) * kNeighbors); ++b) body(b);
-}
-
-inline Index pieces_of_work(const Pieces& pieces) {
-  return (pieces.blocks + kNeighbors - 1) / kNeighbors;
-}
-
-// In bytes. An example that fits into the cache of a core is processed by one thread.
-constexpr std::size_t kOwnCache = 512 << 10;
-
 // Computes mean and m2 of each column of each example.
 template <class T>
 struct ColumnsMoments {
@@ -388,14 +365,12 @@ template <class T, class Pool>
 void run(const ColumnsMoments<T>& in, Pool& pool) {
   const Pieces& pieces = in.pieces;
   const Index features = pieces.features, entries = pieces.rows * features;
-  const Index work = pieces_of_work(pieces);
+  const Index blocks = in.examples * pieces.blocks;
   // From the last block to the first: x is normalized next, and its beginning is then in the cache.
-  parallel_for(pool, in.examples * work, [&](Index item) {
-    const Index i = in.examples * work - 1 - item, example = i / work;
-    for_each_block(pieces, i % work, [&](Index b) {
-      block_moments(in.x + example * entries, pieces, b,
-                    in.parts + (example * pieces.blocks + b) * 2 * features);
-    });
+  parallel_for(pool, blocks, [&](Index item) {
+    const Index b = blocks - 1 - item;
+    block_moments(in.x + b / pieces.blocks * entries, pieces, b % pieces.blocks,
+                  in.parts + b * 2 * features);
   });
   parallel_for(pool, in.examples, [&](Index example) {
     merge_blocks(in.parts + example * pieces.blocks * 2 * features, pieces,
@@ -449,23 +424,17 @@ void run(const ColumnsForward<T>& in, Pool& pool) {
   const Index features = pieces.features, entries = pieces.rows * features;
   const auto parts = [&](Index example) { return in.parts + example * pieces.blocks * 2 * features; };
   const auto vectors = [&](Index example) { return in.vectors + example * 3 * features; };
-  const Index work = pieces_of_work(pieces);
   two_passes(
-      pool, in.examples, work, entries * sizeof(T) <= kOwnCache,
-      [&](Index e, Index i) {
-        for_each_block(pieces, i, [&](Index b) {
-          block_moments(in.x + e * entries, pieces, b, parts(e) + 2 * b * features);
-        });
+      pool, in.examples, pieces.blocks,
+      [&](Index e, Index b) {
+        block_moments(in.x + e * entries, pieces, b, parts(e) + 2 * b * features);
       },
       [&](Index e) {
         merge_blocks(parts(e), pieces, vectors(e), vectors(e) + features);
         normalize_groups(in, e, vectors(e));
       },
-      // From the last block to the first: the last ones are still in the cache.
-      [&](Index e, Index i) {
-        for_each_block(pieces, work - 1 - i, [&](Index b) {
-          block_normalize(in.x + e * entries, vectors(e), pieces, b, in.streams, in.y + e * entries);
-        });
+      [&](Index e, Index b) {
+        block_normalize(in.x + e * entries, vectors(e), pieces, b, in.streams, in.y + e * entries);
       });
 }
 
@@ -520,30 +489,26 @@ void run(const ColumnsBackward<T>& in, Pool& pool) {
   const Index features = pieces.features, entries = pieces.rows * features;
   const auto parts = [&](Index example) { return in.parts + example * pieces.blocks * 2 * features; };
   const auto vectors = [&](Index example) { return in.vectors + example * 4 * features; };
-  const Index work = pieces_of_work(pieces);
+  const Index size = features / in.groups;
   for (Index e = 0; e < in.examples; ++e) {
-    for (Index c = 0; c < features; ++c) {
-      vectors(e)[c] = in.mean[e * in.groups + c / (features / in.groups)];
+    for (Index g = 0; g < in.groups; ++g) {
+      std::fill_n(vectors(e) + g * size, size, in.mean[e * in.groups + g]);
     }
   }
   two_passes(
-      pool, in.examples, work, entries * sizeof(T) <= kOwnCache,
-      [&](Index e, Index i) {
-        for_each_block(pieces, i, [&](Index b) {
-          block_sums(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b,
-                     parts(e) + 2 * b * features);
-        });
+      pool, in.examples, pieces.blocks,
+      [&](Index e, Index b) {
+        block_sums(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b,
+                   parts(e) + 2 * b * features);
       },
       [&](Index e) {
         add_blocks(parts(e), pieces, in.sums + e * 2 * features);
         propagate_groups(in, e, vectors(e));
       },
-      [&](Index e, Index i) {
+      [&](Index e, Index b) {
         if (in.dx == nullptr) return;
-        for_each_block(pieces, work - 1 - i, [&](Index b) {
-          block_propagate(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b, in.streams,
-                          in.dx + e * entries);
-        });
+        block_propagate(in.dy + e * entries, in.x + e * entries, vectors(e), pieces, b, in.streams,
+                        in.dx + e * entries);
       });
 }
 

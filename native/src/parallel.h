@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <memory>
@@ -23,7 +24,7 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
   struct Work {
     std::atomic<std::ptrdiff_t> next{0}, done{0};
     std::mutex mutex;
-    std::condition_variable finished;
+    std::condition_variable changed;
   };
   // Shared, since a scheduled task may start after this call has returned.
   const auto work = std::make_shared<Work>();
@@ -32,48 +33,66 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
       body(i);
       if (work->done.fetch_add(1) + 1 < n) continue;
       std::lock_guard<std::mutex> lock(work->mutex);
-      work->finished.notify_one();
+      work->changed.notify_one();
     }
   };
   const std::ptrdiff_t helpers = std::min<std::ptrdiff_t>(pool.num_threads(), n) - 1;
   for (std::ptrdiff_t i = 0; i < helpers; ++i) pool.Schedule([run] { run(); });
   run();
+  const auto finished = [&] { return work->done >= n; };
+  // To wake a thread takes 20 us, about as long as an item.
+  const auto sleep = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+  while (!finished() && std::chrono::steady_clock::now() < sleep) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(work->mutex);
-  work->finished.wait(lock, [&] { return work->done >= n; });
+  work->changed.wait(lock, finished);
 }
 
 // For each example e, calls first(e, i) for all i below n, then between(e), then second(e, i) for
 // all i.
 //
-// It is one parallel loop, so that threads do not sleep between the passes: the items of the second
-// pass of an example come after those of the first pass of the next example. If `small`, one thread
-// processes each example.
+// A thread calls second for the items for which it called first, from the last to the first: the
+// last ones are still in the cache of its core. It does not wait for the others before it begins
+// with the next example, but takes over what they have left at the end.
 template <class Pool, class First, class Between, class Second>
-void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, bool small,
-                const First& first, const Between& between, const Second& second) {
-  if (small) {
+void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, const First& first,
+                const Between& between, const Second& second) {
+  if (n == 1) {
     parallel_for(pool, examples, [&](std::ptrdiff_t e) {
-      for (std::ptrdiff_t i = 0; i < n; ++i) first(e, i);
+      first(e, 0);
       between(e);
-      for (std::ptrdiff_t i = 0; i < n; ++i) second(e, i);
+      second(e, 0);
     });
     return;
   }
-  // For each example, the number of finished items of the first pass, plus 1 after between(e).
-  std::vector<std::atomic<std::ptrdiff_t>> done(examples);
-  parallel_for(pool, 2 * examples * n, [&](std::ptrdiff_t item) {
-    const std::ptrdiff_t stage = item / n, i = item % n, last = 2 * examples - 1;
-    if (stage == 0 || (stage % 2 == 1 && stage < last)) {
-      const std::ptrdiff_t e = (stage + 1) / 2;
-      first(e, i);
-      if (done[e].fetch_add(1) + 1 < n) return;
-      between(e);
-      done[e].fetch_add(1);
-    } else {
-      const std::ptrdiff_t e = stage == last ? examples - 1 : stage / 2 - 1;
-      // Items start in order, so other threads are already running those that are missing.
-      while (done[e].load() <= n) std::this_thread::yield();
-      second(e, i);
+  struct Example {
+    std::atomic<std::ptrdiff_t> next{0}, done{0};
+    std::atomic<bool> ready{false};
+  };
+  std::vector<Example> all(examples);
+  std::vector<std::atomic<bool>> taken(examples * n);
+  const auto take = [&](std::ptrdiff_t e, std::ptrdiff_t i) {
+    if (!taken[e * n + i].exchange(true)) second(e, i);
+  };
+  parallel_for(pool, std::min<std::ptrdiff_t>(pool.num_threads(), examples * n), [&](std::ptrdiff_t) {
+    std::vector<std::ptrdiff_t> own;
+    for (std::ptrdiff_t e = 0; e < examples; ++e) {
+      Example& example = all[e];
+      own.clear();
+      for (std::ptrdiff_t i; (i = example.next.fetch_add(1)) < n;) {
+        first(e, i);
+        own.push_back(i);
+        if (example.done.fetch_add(1) + 1 < n) continue;
+        between(e);
+        example.ready = true;
+      }
+      if (own.empty()) continue;
+      // Items that are missing belong to threads that are running.
+      while (!example.ready) std::this_thread::yield();
+      for (auto i = own.rbegin(); i != own.rend(); ++i) take(e, *i);
+    }
+    for (std::ptrdiff_t e = 0; e < examples; ++e) {
+      if (!all[e].ready) continue;
+      for (std::ptrdiff_t i = 0; i < n; ++i) take(e, i);
     }
   });
 }

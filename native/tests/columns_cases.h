@@ -92,13 +92,13 @@ inline std::vector<ColumnsCase> sizes() {
   return all;
 }
 
-// Examples larger than the cache of a core, so that several threads process each.
+// Large examples with many blocks.
 template <class T>
 std::vector<ColumnsCase> large_sizes() {
   Random random(4);
   std::vector<ColumnsCase> all;
   const auto add = [&](Index examples, Index features, Index blocks) {
-    const Index rows = Index{kOwnCache / sizeof(T)} / features + 1;
+    const Index rows = Index{(512 << 10) / sizeof(T)} / features + 1;
     all.push_back(with_any_options({examples, rows, features, 1, blocks}, random));
   };
   add(2, 64, 9);
@@ -109,10 +109,10 @@ std::vector<ColumnsCase> large_sizes() {
   return all;
 }
 
-// Cases for bitwise comparisons: with and without folded rows, smaller and larger than the cache.
+// Cases for bitwise comparisons: with and without folded rows, small and large.
 template <class T>
 std::vector<ColumnsCase> bitwise_sizes() {
-  constexpr Index kLarge = Index{kOwnCache / sizeof(T)};
+  constexpr Index kLarge = Index{(512 << 10) / sizeof(T)};
   return {{3, 101, 3, 1, 6},     {2, 97, 32, 4, 13},  {5, 13, 255, 255, 2},
           {1, 67, 1025, 205, 9}, {2, 64, 1024, 8, 3}, {2, kLarge / 24 + 1, 24, 2, 50}};
 }

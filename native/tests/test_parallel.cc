@@ -137,11 +137,11 @@ struct Steps {
   std::vector<std::atomic<Index>> done, between;
 };
 
-void check_two_passes(ThreadPool& pool, Index examples, Index n, bool small) {
+void check_two_passes(ThreadPool& pool, Index examples, Index n) {
   Steps steps(examples, n);
   std::vector<Index> without_lock(examples);
   two_passes(
-      pool, examples, n, small,
+      pool, examples, n,
       [&](Index e, Index i) {
         CHECK(steps.between[e] == 0, "first after between", e, i);
         ++steps.first[e * n + i];
@@ -168,14 +168,24 @@ void check_two_passes(ThreadPool& pool, Index examples, Index n, bool small) {
 void check_two_passes(ThreadPool& pool) {
   for (Index examples : {0, 1, 2, 3, 5}) {
     for (Index n : {1, 2, 7, 40}) {
-      check_two_passes(pool, examples, n, true);
-      check_two_passes(pool, examples, n, false);
+      check_two_passes(pool, examples, n);
     }
   }
 }
 
 void test_two_passes() {
   for (int threads : kThreads) check_two_passes(shared_pool(threads));
+}
+
+// What a thread has read last is still in its cache.
+void test_two_passes_order() {
+  std::vector<Index> order;
+  two_passes(
+      shared_pool(1), 2, 3, [&](Index e, Index i) { order.push_back(10 * e + i); },
+      [&](Index e) { order.push_back(10 * e + 9); },
+      [&](Index e, Index i) { order.push_back(-10 * e - i); });
+  const std::vector<Index> expected = {0, 1, 2, 9, -2, -1, 0, 10, 11, 12, 19, -12, -11, -10};
+  CHECK(order == expected, "steps", order.size());
 }
 
 void test_two_passes_nested() {
@@ -193,7 +203,7 @@ void test_stress() {
       std::vector<Index> written(turn % 5);
       parallel_for(pool, turn % 5, [&](Index i) { written[i] = turn; });
       for (Index value : written) CHECK(value == turn, "turn", turn, "value", value);
-      if (turn % 20 == 0) check_two_passes(pool, 3, 1 + turn % 3, false);
+      if (turn % 20 == 0) check_two_passes(pool, 3, 1 + turn % 3);
     }
   }
 }
@@ -209,6 +219,7 @@ void test_parallel(Suite& suite) {
   suite.test("parallel: loops in loops on all threads at once", test_nested_twice);
   suite.test("parallel: callers outside of the pool", test_callers_outside);
   suite.test("parallel: two passes", test_two_passes);
+  suite.test("parallel: the second pass begins with the last item", test_two_passes_order);
   suite.test("parallel: two passes on all threads at once", test_two_passes_nested);
   suite.test("parallel: stress", test_stress);
 }

@@ -88,8 +88,9 @@ class Rows(NamedTuple):
         """dx, and dscale and dbias if `affine`."""
         x, mean = given[1:3]
         features = self.features if affine else 0
-        # Pieces of 64 rows or more, and several pieces for threads.
-        blocks = max(1, min(8, self.rows // 8), self.rows // 64)
+        # Pieces of 256 kB and of 64 rows or more, and several pieces for threads.
+        rows = max(64, 2**18 // (self.features * x.dtype.itemsize))
+        blocks = max(1, min(8, self.rows // 8), self.rows // rows)
         vector, parts = _like(mean, features), _like(mean, blocks, 2, features)
         results = [_like(x, *self.shape), vector, vector, parts]
         dx, *sums, _ = _call("normjax_rows_backward", results, *given, **self._how)
@@ -160,8 +161,15 @@ class Columns(NamedTuple):
         return [dx, jnp.sum(of_groups, 0).reshape(-1), jnp.sum(both[:, 0], 0)]
 
     def _parts(self, x: Array, like: Any) -> jax.ShapeDtypeStruct:
-        """Two numbers for each feature of a piece of 128 kB or more and 64 rows or more."""
-        rows = max(64, 131072 // (self.features * x.dtype.itemsize))
+        """Two numbers for each feature of a piece, which one thread processes at a time.
+
+        An example of up to 512 kB, which fits in the second-level cache of a core, is one piece.
+        Larger ones have pieces of 256 to 512 kB and of 64 rows or more.
+        """
+        row = self.features * x.dtype.itemsize
+        size = self.rows * row
+        piece = size if size <= 2**19 else min(max(size // 16, 2**18), 2**19)
+        rows = max(64, -(-piece // row))
         return _like(like, self.examples, -(-self.rows // rows), 2, self.features)
 
 
