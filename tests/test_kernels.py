@@ -26,7 +26,9 @@ from tests.transformations import mesh
 needs_kernels = pytest.mark.skipif(kernels.plugin() is None, reason="normjax-cpu is not installed")
 
 # Sizes below, at and above those of vectors, parts of rows, long rows and blocks in the kernels.
-ROWS = [(1, 1), (3, 7), (5, 8), (13, 31), (4, 33), (2, 1025), (67, 96), (9, 2049), (1, 5003)]
+ROWS = [
+    (1, 16), (3, 17), (5, 24), (13, 31), (4, 33), (2, 1025), (67, 96), (9, 2049), (1, 5003),
+]  # fmt: skip
 COLUMNS = [
     (1, 2, 1), (1, 97, 3), (2, 101, 8), (3, 13, 32), (1, 700, 64), (5, 9, 97), (1, 67, 257),
     (2, 3, 1030), (1, 40000, 1), (4, 5, 2050),
@@ -134,7 +136,7 @@ def called(function, *arguments, **how):
     return "normjax_" in jax.jit(function, **how).lower(*arguments).as_text()
 
 
-X = jnp.ones((8, 6, 4))
+X = jnp.ones((8, 6, 16))
 MESH = mesh((4,), ("batch",))
 
 
@@ -209,6 +211,7 @@ def test_no_kernel_is_written_into_an_exported_program():
     "function",
     [
         jax.vmap(normjax.layer_norm),
+        lambda x: normjax.layer_norm(x[..., :15]),  # shorter than a vector
         lambda x: normjax.layer_norm(x, mask=x > 0),
         lambda x: normjax.layer_norm(x.astype(jnp.complex64)),
         lambda x: normjax.batch_norm(x, None, train=True, feature_axis=1)[0],

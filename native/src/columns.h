@@ -92,7 +92,7 @@ NORMJAX_INLINE void sum_rows(const Tile& tile, A (&sums)[N][kColumns], Terms ter
         for (int k = 0; k < N; ++k) total[k] += more[k];
       }
       for (int k = 0; k < N; ++k) {
-        store(sums[k] + w, load(sums[k] + w, part) + total[k], part);
+        store(sums[k] + w, load(sums[k] + w, existing(part)) + total[k], existing(part));
       }
     });
   };
@@ -203,7 +203,7 @@ void block_moments(const T* x, const Pieces pieces, Index block, Accumulator<T>*
       });
     };
     const Index width = tile.full > 0 ? tile.width : tile.tail;
-    for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+    map_vectors<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
       store(center + w, load(from + w, part), part);
     });
     Tile head = tile;
@@ -313,13 +313,14 @@ NORMJAX_INLINE void map_rows(const Pieces& pieces, Index block, const Accumulato
       repeat(vectors + k * pieces.features + tile.first, features, tile.width, wide[k]);
     }
     const auto map_row = [&](Index i, Index width, auto put) NORMJAX_INLINE_LAMBDA {
-      for_each_vector<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
+      map_vectors<A>(width, [&](Index w, auto part) NORMJAX_INLINE_LAMBDA {
         put(to + i + w, map(i + w, w, part, wide), part);
       });
     };
     for (Index row = 0; row <= tile.full; ++row) {
       const Index i = offset + row * tile.stride, width = row < tile.full ? tile.width : tile.tail;
-      streams && can_stream(to + i) ? map_row(i, width, Stream{}) : map_row(i, width, Store{});
+      const bool stream = streams && can_stream(to + i, width * sizeof(T));
+      stream ? map_row(i, width, Stream{}) : map_row(i, width, Store{});
     }
   });
   finish_streams();

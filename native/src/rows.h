@@ -106,28 +106,29 @@ NORMJAX_INLINE void rows_forward_group(const RowsForward<T>& in, Index row) {
     in.m2[row + r] = m2[r];
   }
   const A *scale = in.scale, *bias = in.bias;
-  for (int r = 0; r < Rows; ++r) {
-    const auto normalize = [&](auto put, auto affine) NORMJAX_INLINE_LAMBDA {
-      for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+  // The same entry of all rows, so that its scale and bias are loaded once.
+  const auto normalize = [&](auto put, auto affine) NORMJAX_INLINE_LAMBDA {
+    map_vectors<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+      for (int r = 0; r < Rows; ++r) {
         prefetch<kLanes<A> * sizeof(T)>(x + (Rows + r) * n + i);
         const Vector<A> d = (load(x + r * n + i, part) - mean[r]) * inverse[r];
         put(y + r * n + i, affine(d, i, part), part);
-      });
-    };
-    const auto both = [=](auto d, Index i, auto part) NORMJAX_INLINE_LAMBDA {
-      return d * load(scale + i, part) + load(bias + i, part);
-    };
-    const auto any = [=](auto d, Index i, auto part) NORMJAX_INLINE_LAMBDA {
-      if (scale != nullptr) d *= load(scale + i, part);
-      if (bias != nullptr) d += load(bias + i, part);
-      return d;
-    };
-    const bool streams = in.streams && can_stream(y + r * n);
-    if (scale != nullptr && bias != nullptr) {
-      streams ? normalize(Stream{}, both) : normalize(Store{}, both);
-    } else {
-      streams ? normalize(Stream{}, any) : normalize(Store{}, any);
-    }
+      }
+    });
+  };
+  const auto both = [=](auto d, Index i, auto part) NORMJAX_INLINE_LAMBDA {
+    return d * load(scale + i, part) + load(bias + i, part);
+  };
+  const auto any = [=](auto d, Index i, auto part) NORMJAX_INLINE_LAMBDA {
+    if (scale != nullptr) d *= load(scale + i, part);
+    if (bias != nullptr) d += load(bias + i, part);
+    return d;
+  };
+  const bool streams = in.streams && can_stream(y, n * sizeof(T));
+  if (scale != nullptr && bias != nullptr) {
+    streams ? normalize(Stream{}, both) : normalize(Store{}, both);
+  } else {
+    streams ? normalize(Stream{}, any) : normalize(Store{}, any);
   }
 }
 
@@ -196,8 +197,9 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
         products[r] += g * d;
       }
       if (dscale != nullptr) {
-        store(dscale + i, load(dscale + i, part) + of_scale, part);
-        store(dbias + i, load(dbias + i, part) + of_bias, part);
+        const auto all = existing(part);
+        store(dscale + i, load(dscale + i, all) + of_scale, all);
+        store(dbias + i, load(dbias + i, all) + of_bias, all);
       }
     });
     for (int r = 0; r < Rows; ++r) first[r] += total<A>(sum[r]);
@@ -209,9 +211,10 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
     slope[r] = static_cast<A>(-(inv * (inv * (inv * (second[r] / in.divisor)))));
     shift[r] = in.centered ? static_cast<A>(-inv * (first[r] / n)) : A{0};
   }
+  const bool streams = in.streams && can_stream(dx, n * sizeof(T));
   for (int r = 0; r < Rows; ++r) {
     const auto propagate = [&](auto put) NORMJAX_INLINE_LAMBDA {
-      for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+      map_vectors<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
         prefetch<kLanes<A> * sizeof(T)>(x + (Rows + r) * n + i);
         prefetch<kLanes<A> * sizeof(T)>(dy + (Rows + r) * n + i);
         Vector<A> g = load(dy + r * n + i, part);
@@ -220,7 +223,7 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
         put(dx + r * n + i, g * inverse[r] + (d * slope[r] + shift[r]), part);
       });
     };
-    in.streams && can_stream(dx + r * n) ? propagate(Stream{}) : propagate(Store{});
+    streams ? propagate(Stream{}) : propagate(Store{});
   }
 }
 

@@ -133,12 +133,25 @@ NORMJAX_INLINE void prefetch(const void* from) {
   }
 }
 
-// Which lanes of a vector exist: all of them, or only the first ones at the end of an array.
+// Which lanes of a vector are to be used.
+
+// All of them.
 struct Full {};
 
-struct Partial {
-  Index lanes;
+// All but the first ones: the vector ends with the array, and those were in the vector before.
+struct Tail {
+  int skipped;
 };
+
+// Only the first ones, which exist: the array is shorter than a vector.
+struct Partial {
+  int lanes;
+};
+
+// The lanes that exist.
+NORMJAX_INLINE Full existing(Full) { return {}; }
+NORMJAX_INLINE Full existing(Tail) { return {}; }
+NORMJAX_INLINE Partial existing(Partial part) { return part; }
 
 template <class T>
 using Stored = std::conditional_t<sizeof(T) == 2, Words, Vector<Accumulator<T>>>;
@@ -150,15 +163,27 @@ NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Full, Accumulator<T> =
   return widened(stored, T{});
 }
 
-// Missing lanes are set to `rest`.
+// 0, 1, .. in integers of the size of A.
+template <class A>
+NORMJAX_INLINE auto lane_numbers() {
+  Vector<std::conditional_t<sizeof(A) == 4, std::int32_t, std::int64_t>> lane;
+  for (Index i = 0; i < kLanes<A>; ++i) lane[i] = i;
+  return lane;
+}
+
+// The other lanes are set to `rest`.
+template <class T>
+NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Tail part, Accumulator<T> rest = 0) {
+  using A = Accumulator<T>;
+  return lane_numbers<A>() < part.skipped ? Vector<A>{} + rest : load(from, Full{});
+}
+
 template <class T>
 NORMJAX_INLINE Vector<Accumulator<T>> load(const T* from, Partial part, Accumulator<T> rest = 0) {
   using A = Accumulator<T>;
   Stored<T> stored{};
   std::memcpy(&stored, from, part.lanes * sizeof(T));
-  Vector<A> v = widened(stored, T{});
-  for (Index i = part.lanes; i < kLanes<A>; ++i) v[i] = rest;
-  return v;
+  return lane_numbers<A>() < part.lanes ? widened(stored, T{}) : Vector<A>{} + rest;
 }
 
 template <class T>
@@ -194,9 +219,10 @@ NORMJAX_INLINE void stream(T* to, const Vector<Accumulator<T>>& v, Partial part)
   store(to, v, part);
 }
 
-// Streaming stores need 16-byte alignment.
-NORMJAX_INLINE bool can_stream(const void* to) {
-  return reinterpret_cast<std::uintptr_t>(to) % 16 == 0;
+// Whether rows of `bytes` bytes may be streamed: whole cache lines. Others take 15 times as long.
+NORMJAX_INLINE bool can_stream(const void* to, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  return reinterpret_cast<std::uintptr_t>(to) % kLine == 0 && bytes % kLine == 0;
 }
 
 // Call it after streaming stores, before another thread reads the results.
@@ -220,12 +246,29 @@ struct Stream {
   }
 };
 
+// Calls step(i, lanes) at the end of n entries, of which those before i are done.
+template <class A, class Step>
+NORMJAX_INLINE void last_vector(Index n, Index i, Step step) {
+  if (i == n) return;
+  if (n < kLanes<A>) {
+    step(i, Partial{static_cast<int>(n - i)});
+  } else {
+    step(n - kLanes<A>, Tail{static_cast<int>(i + kLanes<A> - n)});
+  }
+}
+
 // Calls step(i, lanes) for each vector of n entries.
 template <class A, class Step>
 NORMJAX_INLINE void for_each_vector(Index n, Step step) {
   Index i = 0;
   for (; i + kLanes<A> <= n; i += kLanes<A>) step(i, Full{});
-  if (i < n) step(i, Partial{n - i});
+  last_vector<A>(n, i, step);
+}
+
+// The same for a step that may be called twice for an entry, since it only computes a result.
+template <class A, class Step>
+NORMJAX_INLINE void map_vectors(Index n, Step step) {
+  for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA { step(i, existing(part)); });
 }
 
 template <class A, class Step, int... Slot>
@@ -243,7 +286,7 @@ NORMJAX_INLINE void for_each_vector_in_turns(Index n, Step step) {
   }
   constexpr std::integral_constant<int, 0> kFirst{};
   for (; i + kWidth <= n; i += kWidth) step(i, Full{}, kFirst);
-  if (i < n) step(i, Partial{n - i}, kFirst);
+  last_vector<A>(n, i, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA { step(i, part, kFirst); });
 }
 
 // The sum of all lanes.

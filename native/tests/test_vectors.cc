@@ -15,7 +15,7 @@ namespace normjax {
 template <class T>
 void load_all(const T* from, Index n, Accumulator<T>* to) {
   using A = Accumulator<T>;
-  for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+  map_vectors<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
   });
 }
@@ -23,7 +23,7 @@ void load_all(const T* from, Index n, Accumulator<T>* to) {
 template <class T>
 void store_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
-  for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+  map_vectors<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     store(to + i, load(from + i, part), part);
   });
 }
@@ -31,7 +31,7 @@ void store_all(const Accumulator<T>* from, Index n, T* to) {
 template <class T>
 void stream_all(const Accumulator<T>* from, Index n, T* to) {
   using A = Accumulator<T>;
-  for_each_vector<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
+  map_vectors<A>(n, [&](Index i, auto part) NORMJAX_INLINE_LAMBDA {
     stream(to + i, load(from + i, part), part);
   });
   finish_streams();
@@ -208,7 +208,7 @@ void test_parts() {
   using A = Accumulator<T>;
   Input<T> x(kLanes<A>, 1);
   fill(x, 2, 0, 1);
-  for (Index lanes = 1; lanes < kLanes<A>; ++lanes) {
+  for (int lanes = 1; lanes < kLanes<A>; ++lanes) {
     Input<T> few(lanes, 1);
     for (Index i = 0; i < lanes; ++i) few[i] = x[i];
     const Vector<A> v = load(few.data(), Partial{lanes}, A{3});
@@ -216,13 +216,18 @@ void test_parts() {
     store(stored.data(), v, Partial{lanes});
     CHECK(stored.same_bits(few) && stored.intact(), "lanes", lanes);
     for (Index i = lanes; i < kLanes<A>; ++i) CHECK(v[i] == 3, "lanes", lanes, "lane", i, v[i]);
+    const Vector<A> all = load(x.data(), Full{}), last = load(x.data(), Tail{lanes}, A{3});
+    for (Index i = 0; i < kLanes<A>; ++i) {
+      CHECK(last[i] == (i < lanes ? A{3} : all[i]), "skipped", lanes, "lane", i, last[i]);
+    }
   }
 }
 
 template <class T>
 void test_streams() {
   using A = Accumulator<T>;
-  for (Index n : {1, 7, 8, 9, 64, 1001}) {
+  // Only whole cache lines are streamed.
+  for (Index n : {1, 3, 64, 1024}) {
     Input<A> from(n, 0);
     fill(from, n, 0, 1);
     Output<T> stored(n, 0), streamed(n, 0);
@@ -245,18 +250,23 @@ void test_totals() {
   CHECK((total_of_slots<A>(one)) == all * 4, total_of_slots<A>(one));
 }
 
+struct Range {
+  Index begin, end;
+};
+
+Range lanes_of(Full, Index full) { return {0, full}; }
+Range lanes_of(Tail part, Index full) { return {part.skipped, full}; }
+Range lanes_of(Partial part, Index) { return {0, part.lanes}; }
+
 template <class A, class Loop>
 void check_loop(Index n, Loop loop) {
   std::vector<int> seen(n);
-  const auto mark = [&](Index i, Index lanes) {
-    for (Index k = 0; k < lanes; ++k) ++seen[i + k];
+  const auto mark = [&](Index i, Range lanes) {
+    for (Index k = lanes.begin; k < lanes.end; ++k) ++seen.at(i + k);
   };
   loop(mark);
   for (Index i = 0; i < n; ++i) CHECK(seen[i] == 1, "n", n, "i", i, "seen", seen[i]);
 }
-
-Index lanes_of(Full, Index full) { return full; }
-Index lanes_of(Partial part, Index) { return part.lanes; }
 
 template <class A>
 void test_loops() {
@@ -270,6 +280,12 @@ void test_loops() {
         mark(i, lanes_of(part, kLanes<A>));
       });
     });
+    std::vector<A> squares(n);
+    map_vectors<A>(n, [&](Index i, auto part) {
+      const Range lanes = lanes_of(part, kLanes<A>);
+      for (Index k = i + lanes.begin; k < i + lanes.end; ++k) squares.at(k) = static_cast<A>(k * k);
+    });
+    for (Index i = 0; i < n; ++i) CHECK(squares[i] == i * i, "n", n, "i", i, squares[i]);
   }
 }
 

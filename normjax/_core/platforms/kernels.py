@@ -35,8 +35,9 @@ REBUILD = (
 )
 
 DTYPES = tuple(map(np.dtype, (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)))
-# Rows that do not fit in the second-level cache of a core are not faster with kernels.
-LONGEST_ROW = 65536
+# Shorter rows than a vector, and rows that do not fit in the second-level cache of a core, are not
+# faster with kernels.
+SHORTEST_ROW, LONGEST_ROW = 16, 65536
 
 
 class Rows(NamedTuple):
@@ -191,7 +192,8 @@ def view(
         return Columns(kept, reduced, features, groups.groups) if last else None
     if end == len(shape):
         divisor = 1.0 if summed else float(reduced)
-        return Rows(kept, reduced, centered, divisor) if reduced <= LONGEST_ROW else None
+        fits = SHORTEST_ROW <= reduced <= LONGEST_ROW
+        return Rows(kept, reduced, centered, divisor) if fits else None
     return Columns(kept, reduced, features, features) if centered and not summed else None
 
 
