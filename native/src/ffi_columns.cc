@@ -35,7 +35,7 @@ ffi::Error forward_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer s
   return by_dtype(x.element_type(), [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    run(ColumnsForward<T>{x.dimensions()[0], mean->dimensions()[1], x.size_bytes() >= kStreamed,
+    run(ColumnsForward<T>{x.dimensions()[0], mean->dimensions()[1], prepare_large(y),
                           pieces_of<T>(x, parts), *entries<A>(epsilon), entries<T>(x),
                           entries<A>(scale), entries<A>(bias), entries<T>(y), entries<A>(mean),
                           entries<A>(m2), entries<A>(parts), entries<A>(vectors)},
@@ -50,7 +50,7 @@ ffi::Error backward_call(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyBuffer
   return by_dtype(x.element_type(), [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    run(ColumnsBackward<T>{x.dimensions()[0], mean.dimensions()[1], x.size_bytes() >= kStreamed,
+    run(ColumnsBackward<T>{x.dimensions()[0], mean.dimensions()[1], prepare_large(dx),
                            pieces_of<T>(x, parts), entries<T>(dy), entries<T>(x), entries<A>(mean),
                            entries<A>(inverse), entries<A>(scale), entries<T>(dx),
                            entries<A>(sums), entries<A>(parts), entries<A>(vectors)},

@@ -16,7 +16,7 @@ ffi::Error rows_forward_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return by_dtype(x.element_type(), [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    const RowsForward<T> in{rows, n, centered, x.size_bytes() >= kStreamed, static_cast<A>(divisor), *entries<A>(epsilon),
+    const RowsForward<T> in{rows, n, centered, prepare_large(y), static_cast<A>(divisor), *entries<A>(epsilon),
                             entries<T>(x), entries<A>(scale), entries<A>(bias),
                             entries<T>(y), entries<A>(mean), entries<A>(m2)};
     run(in, pool);
@@ -33,7 +33,7 @@ ffi::Error rows_backward_call(ffi::ThreadPool pool, ffi::AnyBuffer dy, ffi::AnyB
   return by_dtype(x.element_type(), [&](auto type) {
     using T = decltype(type);
     using A = Accumulator<T>;
-    const RowsBackward<T> in{rows, n, blocks, centered, x.size_bytes() >= kStreamed, static_cast<A>(divisor),
+    const RowsBackward<T> in{rows, n, blocks, centered, prepare_large(dx), static_cast<A>(divisor),
                              entries<T>(dy), entries<T>(x), entries<A>(mean),
                              entries<A>(inverse), entries<A>(scale), entries<T>(dx),
                              entries<A>(dscale), entries<A>(dbias), entries<A>(parts)};
