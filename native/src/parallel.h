@@ -40,7 +40,7 @@ void parallel_for(Pool& pool, std::ptrdiff_t n, const Body& body) {
   for (std::ptrdiff_t i = 0; i < helpers; ++i) pool.Schedule([run] { run(); });
   run();
   const auto finished = [&] { return work->done >= n; };
-  // To wake a thread takes 20 us, about as long as an item.
+  // Waking a thread takes 20 us, about as long as an item.
   const auto sleep = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
   while (!finished() && std::chrono::steady_clock::now() < sleep) std::this_thread::yield();
   std::unique_lock<std::mutex> lock(work->mutex);
@@ -73,7 +73,8 @@ void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, const Fir
   const auto take = [&](std::ptrdiff_t e, std::ptrdiff_t i) {
     if (!taken[e * n + i].exchange(true)) second(e, i);
   };
-  parallel_for(pool, std::min<std::ptrdiff_t>(pool.num_threads(), examples * n), [&](std::ptrdiff_t) {
+  const std::ptrdiff_t threads = std::min<std::ptrdiff_t>(pool.num_threads(), examples * n);
+  parallel_for(pool, threads, [&](std::ptrdiff_t) {
     std::vector<std::ptrdiff_t> own;
     for (std::ptrdiff_t e = 0; e < examples; ++e) {
       Example& example = all[e];
@@ -91,6 +92,7 @@ void two_passes(Pool& pool, std::ptrdiff_t examples, std::ptrdiff_t n, const Fir
       for (auto i = own.rbegin(); i != own.rend(); ++i) take(e, *i);
     }
     for (std::ptrdiff_t e = 0; e < examples; ++e) {
+      // Otherwise its items belong to threads that are running.
       if (!all[e].ready) continue;
       for (std::ptrdiff_t i = 0; i < n; ++i) take(e, i);
     }
