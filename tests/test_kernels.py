@@ -104,6 +104,15 @@ def test_rows(shape, centered, dtype, rng, x64):
 
 
 @needs_kernels
+def test_lanes_that_a_vector_skips_add_nothing_to_a_gradient():
+    """The last vector of 33 entries overlaps the one before, where mean / deviation overflows."""
+    x = jnp.full((3, 33), 1e37, jnp.float32)
+    vector = jnp.ones(33)
+    _, _, dscale, _ = jax.jit(partial(step, norm_of_rows))(x, vector, vector, jnp.ones_like(x))
+    np.testing.assert_array_equal(dscale, 0)
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", COLUMNS)
 def test_columns(shape, dtype, rng, x64):

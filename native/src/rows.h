@@ -189,7 +189,8 @@ NORMJAX_INLINE void rows_backward_group(const RowsBackward<T>& in, Index row, Ac
       i += start;
       Vector<A> of_scale{}, of_bias{};
       for (int r = 0; r < Rows; ++r) {
-        const Vector<A> t = load(dy + r * n + i, part), d = load(x + r * n + i, part) - mean[r];
+        const Vector<A> t = load(dy + r * n + i, part);
+        const Vector<A> d = load(x + r * n + i, part, mean[r]) - mean[r];
         of_scale += t * (d * inverse[r]);
         of_bias += t;
         const Vector<A> g = scale == nullptr ? t : t * load(scale + i, part);
